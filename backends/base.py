@@ -1,0 +1,589 @@
+"""What every engine offers the gateway, and how it can fail.
+
+An engine is a server that generates. Three kinds differ in names, endpoints and
+habits; those differences end in this package. What leaves it is an `Answer` in
+OpenAI's shape or one of the errors below:
+
+    BackendError
+    ├── Unreachable     no connection: nothing was sent
+    ├── Silent          connected, but no answer within the deadline
+    ├── Broken          the connection or the answer broke before its first event
+    ├── Sick            it said 5xx
+    ├── Busy            it said 429, or 503 because it has too much to do
+    ├── Refused         it said 4xx: the request is at fault, not the engine
+    ├── Unsupported     this engine cannot do what was asked, whoever asks
+    └── BrokeOff        the answer broke after its first event was handed out
+
+All but `BrokeOff` are raised before a single byte of the answer was handed out,
+so the type alone says whether another engine may still be asked.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import ClassVar, Literal, NoReturn
+
+import msgspec
+
+from backends import http, sse
+
+Kind = Literal["ollama", "vllm", "llamacpp"]
+Body = dict[str, msgspec.Raw]
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+EMBEDDINGS = "/v1/embeddings"
+
+#: The largest answer that is not streamed, bytes. Embeddings of a long batch reach a few MB.
+MAX_ANSWER = 64 * 1024 * 1024
+#: The largest error body worth reading, bytes.
+MAX_ERROR = 256 * 1024
+
+TRUE = msgspec.Raw(b"true")
+FALSE = msgspec.Raw(b"false")
+
+
+class BackendError(Exception):
+    """An engine did not answer as asked. The text is for the log, not for strangers."""
+
+    #: Whether another replica or lane may be asked instead.
+    elsewhere: ClassVar[bool] = True
+    #: Whether the engine is to blame.
+    blame: ClassVar[bool] = True
+
+
+class Unreachable(BackendError):
+    """No connection could be made; nothing was sent."""
+
+
+class Silent(BackendError):
+    """The engine took the request and did not answer in time."""
+
+
+class Broken(BackendError):
+    """The answer broke, or made no sense, before its first event."""
+
+
+class Sick(BackendError):
+    """The engine said that it failed (5xx)."""
+
+    def __init__(self, message: str, *, status: int = 500) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Busy(BackendError):
+    """The engine has too much to do. It is not ill."""
+
+    blame = False
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Refused(BackendError):
+    """The engine refused this request (4xx); asking elsewhere would not help."""
+
+    elsewhere = False
+    blame = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        type: str = "invalid_request_error",  # noqa: A002 - OpenAI's name for it
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type
+        self.param = param
+        self.code = code
+
+
+class Unsupported(BackendError):
+    """This engine has no way to do this; the text says what would give it one."""
+
+    elsewhere = False
+    blame = False
+
+
+class BrokeOff(BackendError):
+    """The answer broke after its first event: it can be neither repaired nor repeated."""
+
+    elsewhere = False
+
+
+class Readiness(StrEnum):
+    """Whether an engine would answer for one model now."""
+
+    READY = "ready"
+    LOADING = "loading"
+    ABSENT = "no such model"
+    ASLEEP = "asleep"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a model on an engine can take. None: not known, so let it try.
+
+    `context` is in tokens, prompt and answer together.
+    """
+
+    context: int | None = None
+    chat: bool | None = None
+    tools: bool | None = None
+    images: bool | None = None
+    embeddings: bool | None = None
+    many: bool | None = None  # n > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """Requests that run and wait inside the engine. None: it does not tell."""
+
+    running: int | None = None
+    waiting: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long an engine may take, in seconds."""
+
+    connect_s: float = 5.0
+    first_token_s: float = 300.0
+    idle_s: float = 60.0
+    answer_s: float = 600.0
+
+
+@dataclass(slots=True)
+class Call:
+    """One request to generate, as the gateway read it.
+
+    `body` holds the top level only; its values are the client's own bytes.
+    `wants_usage`: the client asked for a usage event in its stream.
+    `continues`: the last message is the assistant's, to be gone on with.
+    """
+
+    path: str
+    body: Body
+    stream: bool = False
+    wants_usage: bool = False
+    continues: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bridged:
+    """A request as one engine wants it, and the fields it could not be given."""
+
+    body: Body
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Answer:
+    """A good answer, open from its first event on.
+
+    `dropped` names the fields of the request the engine was not given. Always
+    `close()` it; the connection is used again only if all was read.
+    """
+
+    response: http.Response
+    watch: sse.Watch
+    dropped: tuple[str, ...] = ()
+    reusable: bool = True
+    _pending: bytes = b""
+    _ended: bool = False
+
+    async def read(self) -> bytes:
+        """The next whole events, as they came; empty at the end of a good stream.
+
+        Raises:
+            BrokeOff: The stream broke, went silent, or ended before its end.
+        """
+        if self._pending:
+            data, self._pending = self._pending, b""
+            return data
+        while not self._ended:
+            if self.watch.fault is not None:
+                raise BrokeOff(self.watch.fault)
+            try:
+                raw = await self.response.read()
+            except http.HttpError as exc:
+                raise BrokeOff(str(exc)) from exc
+            if raw:
+                if data := self.watch.feed(raw):
+                    return data
+            else:
+                self._ended = True
+                if not self.watch.complete:
+                    raise BrokeOff(self.watch.fault or "the stream ended before its end")
+                return self.watch.ending()
+        return b""
+
+    def close(self) -> None:
+        """Give the connection back, or end it where the answer was not read to its end."""
+        self.response.close(reuse=self.reusable)
+
+
+@dataclass(slots=True)
+class Whole:
+    """A good answer that came in one piece."""
+
+    body: bytes
+    usage: sse.Usage | None
+    finish: str | None
+    dropped: tuple[str, ...] = ()
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+
+
+class _Whole(msgspec.Struct):
+    usage: sse.Usage | None = None
+    choices: list[_Choice] = []
+    error: msgspec.Raw = msgspec.Raw()
+
+
+_decode_whole = msgspec.json.Decoder(_Whole).decode
+_decode_body = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+@dataclass(slots=True)
+class Fault:
+    """An error as an engine wrote it, in OpenAI's words."""
+
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    status: int | None = None
+
+
+def read_fault(body: bytes) -> Fault:
+    """Whatever an engine says of an error, whichever of four shapes it uses.
+
+    `{"error": {…}}` (all on /v1), `{"error": "text"}` (Ollama), `{"message": …}`
+    at the top (older vLLM), `{"detail": …}` (what FastAPI says by itself).
+    """
+    try:
+        said = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return Fault("the engine answered with an error that is not JSON")
+    error = said.get("error", said) if isinstance(said, dict) else said
+    if isinstance(error, str):
+        return Fault(error)
+    if not isinstance(error, dict):
+        return Fault("the engine answered with an error of no known shape")
+    code = error.get("code")
+    message = error.get("message") or error.get("detail") or "the engine gave no reason"
+    kind, param = error.get("type"), error.get("param")
+    return Fault(
+        message=message if isinstance(message, str) else msgspec.json.encode(message).decode(),
+        type=kind if isinstance(kind, str) else "invalid_request_error",
+        param=param if isinstance(param, str) else None,
+        code=code if isinstance(code, str) else None,
+        status=code if isinstance(code, int) else None,
+    )
+
+
+class Engine(ABC):
+    """One server of one kind at one base URL.
+
+    Subclasses say what their kind does otherwise; everything that all have in
+    common, the exchange itself, is here.
+    """
+
+    kind: ClassVar[Kind]
+    #: Whether a connection may carry another request after a streamed answer.
+    reuse_after_stream: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        url: str,
+        client: http.Client,
+        *,
+        api_key: str | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.timeouts = timeouts or Timeouts()
+        self._client = client
+        self._origin = http.Origin.of(self.url)
+        self._headers = {"content-type": "application/json"}
+        if api_key:
+            self._headers["authorization"] = f"Bearer {api_key}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url}>"
+
+    # What it is and has
+
+    @abstractmethod
+    async def models(self) -> list[str]:
+        """The engine's own names of what it can serve; raises `BackendError`."""
+
+    @abstractmethod
+    async def ready(self, model: str) -> Readiness:
+        """Whether a request for this model would be answered now. Never raises."""
+
+    @abstractmethod
+    async def capabilities(self, model: str) -> Capabilities:
+        """What this model can take here; raises `BackendError`."""
+
+    @abstractmethod
+    async def load(self, model: str) -> None:
+        """Return when the model is in memory; raises `BackendError`."""
+
+    @abstractmethod
+    async def unload(self, model: str) -> None:
+        """Return when the model has left the memory; raises `BackendError`."""
+
+    @abstractmethod
+    async def activity(self, model: str) -> Activity:
+        """What runs and waits inside the engine; raises `BackendError`."""
+
+    # One exchange
+
+    @abstractmethod
+    def bridge(self, call: Call, model: str) -> Bridged:
+        """The request as this engine wants it, for its own name of the model."""
+
+    async def open(self, call: Call, model: str) -> Answer:
+        """Send a request to be streamed, and return once its first event is there.
+
+        The first event is looked at before anything is handed out: some errors
+        come inside a 200.
+
+        Raises:
+            BackendError: Any but `BrokeOff`.
+        """
+        bridged = self.bridge(call, model)
+        response = await self._post(call.path, bridged.body, self.timeouts.first_token_s)
+        try:
+            if response.status != 200:
+                await self._refuse(response)
+            if not response.header("content-type").startswith("text/event-stream"):
+                body = await self._read_all(response, MAX_ERROR)
+                self._raise_fault(200, response, body)
+            answer = Answer(
+                response,
+                sse.Watch(usage=call.wants_usage),
+                bridged.dropped,
+                self.reuse_after_stream,
+            )
+            await self._first_event(answer)
+            response.allow_silence(self.timeouts.idle_s)
+        except BaseException:
+            response.close(reuse=False)
+            raise
+        return answer
+
+    async def ask(self, call: Call, model: str) -> Whole:
+        """Send a request and return its whole answer.
+
+        Raises:
+            BackendError: Any but `BrokeOff`.
+        """
+        bridged = self.bridge(call, model)
+        response = await self._post(call.path, bridged.body, self.timeouts.answer_s)
+        try:
+            if response.status != 200:
+                await self._refuse(response)
+            body = await self._read_all(response, MAX_ANSWER)
+        except BaseException:
+            response.close(reuse=False)
+            raise
+        response.close(reuse=True)
+        try:
+            read = _decode_whole(body)
+        except (msgspec.DecodeError, RecursionError) as exc:
+            raise Broken(f"{self} answered with no valid JSON: {exc}") from exc
+        if sse.truthy(read.error):
+            self._raise_fault(200, response, body)
+        if b'"reasoning' in body:
+            body = sse.both_reasoning_names(body, "message")
+        finish = read.choices[0].finish_reason if read.choices else None
+        return Whole(body, read.usage, finish, bridged.dropped)
+
+    async def _post(self, path: str, body: Body, timeout_s: float) -> http.Response:
+        return await self._send("POST", path, msgspec.json.encode(body), timeout_s)
+
+    async def _send(self, method: str, path: str, body: bytes, timeout_s: float) -> http.Response:
+        try:
+            return await self._client.request(
+                self._origin,
+                method,
+                path,
+                self._headers,
+                body,
+                connect_s=self.timeouts.connect_s,
+                head_s=timeout_s,
+            )
+        except http.ConnectFailed as exc:
+            raise Unreachable(f"{self}: {exc}") from exc
+        except http.TimedOut as exc:
+            raise Silent(f"{self}: {exc}") from exc
+        except http.HttpError as exc:
+            raise Broken(f"{self}: {exc}") from exc
+
+    async def _read_all(self, response: http.Response, limit: int) -> bytes:
+        try:
+            return await response.read_all(limit)
+        except http.TimedOut as exc:
+            raise Silent(f"{self}: {exc}") from exc
+        except http.HttpError as exc:
+            raise Broken(f"{self}: {exc}") from exc
+
+    async def _first_event(self, answer: Answer) -> None:
+        watch = answer.watch
+        while not answer._pending:  # noqa: SLF001 - an answer is made here and nowhere else
+            try:
+                raw = await answer.response.read()
+            except http.TimedOut as exc:
+                raise Silent(f"{self}: {exc}") from exc
+            except http.HttpError as exc:
+                raise Broken(f"{self}: {exc}") from exc
+            answer._pending = watch.feed(raw)  # noqa: SLF001
+            if answer._pending:  # noqa: SLF001
+                return
+            if watch.error:
+                self._raise_fault(200, answer.response, watch.error)
+            if watch.fault is not None:
+                raise Broken(f"{self}: {watch.fault}")
+            if not raw:
+                raise Broken(f"{self} ended the stream before its first event")
+
+    async def _refuse(self, response: http.Response) -> NoReturn:
+        body = await self._read_all(response, MAX_ERROR)
+        self._raise_fault(response.status, response, body)
+
+    def _raise_fault(self, status: int, response: http.Response, body: bytes) -> NoReturn:
+        """Raise what an error answer means; an error inside a 200 tells its status itself."""
+        fault = read_fault(body)
+        if status == 200:
+            status = fault.status if fault.status and 400 <= fault.status < 600 else 500
+        said = f"{self} said {status}: {fault.message}"
+        retry_after = response.header("retry-after")
+        after = float(retry_after) if retry_after.isdecimal() else None
+        if status == 429 or (status == 503 and (after is not None or self.is_busy(fault))):
+            raise Busy(said, retry_after=after)
+        if status == 501:  # llama.cpp says it of what it was not started for
+            status = 400
+        if status >= 500:
+            raise Sick(said, status=status)
+        raise Refused(
+            fault.message, status=status, type=fault.type, param=fault.param, code=fault.code
+        )
+
+    def is_busy(self, fault: Fault) -> bool:
+        """Whether a 503 means too much work and not illness."""
+        words = fault.message.lower()
+        return any(word in words for word in ("busy", "queue", "overload", "too many", "capacity"))
+
+    # Small questions
+
+    async def get(self, path: str, *, timeout_s: float = 5.0) -> bytes:
+        """The body of a small GET; raises `BackendError`."""
+        return await self._small("GET", path, b"", timeout_s)
+
+    async def post(self, path: str, body: object = None, *, timeout_s: float = 5.0) -> bytes:
+        """The body of a small POST; raises `BackendError`."""
+        sent = b"" if body is None else msgspec.json.encode(body)
+        return await self._small("POST", path, sent, timeout_s)
+
+    async def _small(self, method: str, path: str, body: bytes, timeout_s: float) -> bytes:
+        response = await self._send(method, path, body, timeout_s)
+        try:
+            if response.status != 200:
+                await self._refuse(response)
+            answer = await self._read_all(response, MAX_ANSWER)
+        except BaseException:
+            response.close(reuse=False)
+            raise
+        response.close(reuse=True)
+        return answer
+
+    async def listed(self) -> list[Listed]:
+        """`GET /v1/models`, which all kinds have; raises `BackendError`."""
+        body = await self.get("/v1/models")
+        try:
+            return msgspec.json.decode(body, type=_Listing).data or []
+        except msgspec.DecodeError as exc:
+            raise Broken(f"{self}: its model list is no model list: {exc}") from exc
+
+
+class Listed(msgspec.Struct):
+    """One entry of `/v1/models`."""
+
+    id: str
+    owned_by: str = ""
+    max_model_len: int | None = None
+
+
+class _Listing(msgspec.Struct):
+    data: list[Listed] | None = None
+
+
+def renamed(call: Call, model: str, **changes: msgspec.Raw | None) -> Body:
+    """The body under the engine's name of the model, fields set, or removed where None."""
+    body = dict(call.body)
+    body["model"] = msgspec.Raw(msgspec.json.encode(model))
+    if call.stream:
+        body["stream_options"] = _with_usage(body.get("stream_options"))
+    for name, value in changes.items():
+        if value is None:
+            body.pop(name, None)
+        else:
+            body[name] = value
+    return body
+
+
+_ONLY_USAGE = msgspec.Raw(b'{"include_usage":true}')
+
+
+def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
+    if options is None or bytes(options) == b"null":
+        return _ONLY_USAGE
+    try:
+        given = _decode_body(options)
+    except msgspec.DecodeError:
+        return _ONLY_USAGE
+    given["include_usage"] = TRUE
+    return msgspec.Raw(msgspec.json.encode(given))
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Prometheus text, as far as we need it: the sum of a gauge over its labels."""
+
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, text: str) -> Metrics:
+        """Read gauges; lines that are no samples are passed over."""
+        values: dict[str, float] = {}
+        for line in text.splitlines():
+            if line.startswith("#") or " " not in line:
+                continue
+            name, _, value = line.rpartition(" ")
+            try:
+                number = float(value)
+            except ValueError:
+                continue
+            name = name.partition("{")[0]
+            values[name] = values.get(name, 0.0) + number
+        return cls(values)
+
+    def count(self, name: str) -> int | None:
+        """A gauge as a whole number, or None where the engine has no such gauge."""
+        value = self.values.get(name)
+        return None if value is None else int(value)

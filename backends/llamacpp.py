@@ -1,0 +1,138 @@
+"""llama.cpp's own server: embedded by us (`xllamacpp`), or any llama-server that runs.
+
+It has one model for its life and answers for it under any name. As a program,
+`python -m backends.llamacpp`, this module is the embedded server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+
+from backends import base
+from backends.base import (
+    Activity,
+    Bridged,
+    Call,
+    Capabilities,
+    Engine,
+    Metrics,
+    Readiness,
+    Unsupported,
+)
+
+
+class _Generation(msgspec.Struct):
+    n_ctx: int | None = None
+
+
+class _Modalities(msgspec.Struct):
+    vision: bool = False
+
+
+class _Props(msgspec.Struct):
+    default_generation_settings: _Generation | None = None
+    modalities: _Modalities | None = None
+    chat_template: str = ""
+
+
+class LlamaCpp(Engine):
+    """One llama.cpp server."""
+
+    kind = "llamacpp"
+    # It closes the connection after each streamed answer in spite of its own header.
+    reuse_after_stream = False
+
+    async def models(self) -> list[str]:
+        return [model.id for model in await self.listed()]
+
+    async def ready(self, model: str) -> Readiness:
+        try:
+            await self.get("/health")
+            return Readiness.READY if model in await self.models() else Readiness.ABSENT
+        except (base.Busy, base.Sick):
+            return Readiness.LOADING  # it listens before its model is read, and says 503
+        except base.BackendError:
+            return Readiness.DOWN
+
+    async def capabilities(self, model: str) -> Capabilities:
+        props = msgspec.json.decode(await self.get("/props"), type=_Props)
+        generation, modalities = props.default_generation_settings, props.modalities
+        return Capabilities(
+            context=generation.n_ctx if generation else None,
+            chat=True,
+            tools="tools" in props.chat_template,
+            images=modalities.vision if modalities else None,
+            embeddings=await self._embeds(model),
+            many=None,
+        )
+
+    async def _embeds(self, model: str) -> bool:
+        """Whether it was started with --embeddings: only asking tells."""
+        try:
+            await self.post(base.EMBEDDINGS, {"model": model, "input": "a"}, timeout_s=60.0)
+        except base.BackendError:
+            return False
+        return True
+
+    async def load(self, model: str) -> None:
+        if await self.ready(model) is not Readiness.READY:
+            raise Unsupported(f"{self} has one model for its life, and it is not {model!r}")
+
+    async def unload(self, model: str) -> None:
+        raise Unsupported(f"{self} keeps its model as long as it runs: stop the process instead")
+
+    async def activity(self, model: str) -> Activity:
+        metrics = Metrics.of((await self.get("/metrics")).decode("utf-8", "replace"))
+        return Activity(
+            metrics.count("llamacpp:requests_processing"),
+            metrics.count("llamacpp:requests_deferred"),
+        )
+
+    def bridge(self, call: Call, model: str) -> Bridged:
+        return Bridged(base.renamed(call, model))
+
+
+def serve(gguf: Path, name: str, slots: int, context: int) -> None:
+    """Run the embedded server until told to stop, or until whoever started it is gone.
+
+    Its base URL is the first line on stdout. The model is read before that.
+    """
+    import xllamacpp  # noqa: PLC0415 - an extra; only this process needs it
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    params.model_alias = {name}
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    params.n_parallel = slots
+    params.n_ctx = context * slots
+    params.cpuparams.n_threads = len(os.sched_getaffinity(0))
+    params.endpoint_metrics = True
+    params.endpoint_slots = True
+    params.ui = False
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
+    sys.stdin.read()  # ends when the other end is closed, by a stop or by a kill -9
+
+
+def main() -> None:
+    """Read the command line and serve."""
+    parser = argparse.ArgumentParser(prog="python -m backends.llamacpp", description=serve.__doc__)
+    parser.add_argument("gguf", type=Path, help="model file")
+    parser.add_argument("--name", required=True, help="name it answers to")
+    parser.add_argument("--slots", type=int, default=4, help="requests at once")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of context a slot")
+    args = parser.parse_args()
+    serve(args.gguf, args.name, args.slots, args.context)
+
+
+if __name__ == "__main__":
+    main()

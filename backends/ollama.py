@@ -1,0 +1,156 @@
+"""Ollama: llama.cpp with a model store. Simple, and good for one or a few users.
+
+Its management goes through the `ollama` client; answers go through the relay's own
+client, whose cost per chunk is a tenth. Read in Ollama 0.24, seen in 0.24.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+import ollama
+
+from backends import base
+from backends.base import (
+    Activity,
+    Body,
+    Bridged,
+    Call,
+    Capabilities,
+    Engine,
+    Readiness,
+    Refused,
+    Sick,
+    Silent,
+    Unreachable,
+)
+
+T = TypeVar("T")
+
+#: What /v1 of Ollama reads. It ignores everything else without a word, so the rest is
+#: taken out here and named to the client instead.
+KNOWN = {
+    base.CHAT: frozenset((
+        "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens",
+        "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "stop",
+        "response_format", "tools", "reasoning", "reasoning_effort", "logprobs", "top_logprobs",
+        "n", "user",
+    )),
+    base.COMPLETIONS: frozenset((
+        "model", "prompt", "stream", "stream_options", "max_tokens", "temperature", "top_p",
+        "frequency_penalty", "presence_penalty", "seed", "stop", "suffix", "echo", "logprobs",
+        "n", "user",
+    )),
+    base.EMBEDDINGS: frozenset(("model", "input", "dimensions", "encoding_format", "user")),
+}  # fmt: skip
+
+
+class Ollama(Engine):
+    """One Ollama server."""
+
+    kind = "ollama"
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._manage = ollama.AsyncClient(host=self.url, timeout=5.0, trust_env=False)
+        # A load lasts as long as the disk needs, and ends if its client hangs up.
+        self._patient = ollama.AsyncClient(host=self.url, timeout=600.0, trust_env=False)
+
+    async def models(self) -> list[str]:
+        listed = await self._asked(self._manage.list())
+        return [model.model for model in listed.models if model.model]
+
+    async def ready(self, model: str) -> Readiness:
+        # A model on disk is ready: Ollama loads it when it is first asked for.
+        try:
+            return Readiness.READY if model in await self.models() else Readiness.ABSENT
+        except base.BackendError:
+            return Readiness.DOWN
+
+    async def capabilities(self, model: str) -> Capabilities:
+        shown = await self._asked(self._manage.show(model))
+        can = set(shown.capabilities or ())
+        return Capabilities(
+            context=await self._context(model, shown.parameters or ""),
+            chat="completion" in can,
+            tools="tools" in can,
+            images="vision" in can,
+            # Any model embeds; one made for it does nothing else.
+            embeddings=True,
+            many=False,
+        )
+
+    async def _context(self, model: str, parameters: str) -> int | None:
+        """Tokens of context: the model file's own, else as loaded, else not known."""
+        for line in parameters.splitlines():
+            name, _, value = line.partition(" ")
+            if name == "num_ctx" and value.strip().isdecimal():
+                return int(value)
+        running = await self._asked(self._manage.ps())
+        for loaded in running.models:
+            if loaded.model == model:
+                return loaded.context_length
+        return None
+
+    async def load(self, model: str) -> None:
+        await self._asked(self._patient.generate(model=model, keep_alive=-1))
+
+    async def unload(self, model: str) -> None:
+        # The answer comes at once, the memory later: only /api/ps tells when.
+        await self._asked(self._manage.generate(model=model, keep_alive=0))
+        while model in await self.resident():
+            await asyncio.sleep(0.1)
+
+    async def resident(self) -> list[str]:
+        """The models in memory now; raises `BackendError`."""
+        running = await self._asked(self._manage.ps())
+        return [loaded.model for loaded in running.models if loaded.model]
+
+    async def activity(self, model: str) -> Activity:
+        return Activity()  # Ollama has no metrics: nobody but us counts
+
+    def bridge(self, call: Call, model: str) -> Bridged:
+        known = KNOWN[call.path]
+        dropped = tuple(name for name in call.body if name not in known)
+        changes: dict[str, msgspec.Raw | None] = dict.fromkeys(dropped)
+        if limit := call.body.get("max_completion_tokens"):
+            changes["max_completion_tokens"] = None
+            changes["max_tokens"] = limit
+        if call.path == base.COMPLETIONS:
+            changes["prompt"] = _one_prompt(call.body)
+        return Bridged(base.renamed(call, model, **changes), dropped)
+
+    async def _asked(self, question: Awaitable[T]) -> T:
+        """The answer of the management client, its errors as ours."""
+        try:
+            return await question
+        except ollama.ResponseError as exc:
+            said = f"{self} said {exc.status_code}: {exc.error}"
+            if 400 <= exc.status_code < 500:
+                raise Refused(exc.error, status=exc.status_code) from exc
+            raise Sick(said) from exc
+        except httpx.TimeoutException as exc:
+            raise Silent(f"{self}: {exc or 'no answer in time'}") from exc
+        except (ConnectionError, httpx.HTTPError, ValueError) as exc:
+            raise Unreachable(f"{self}: {exc}") from exc
+
+
+def _one_prompt(body: Body) -> msgspec.Raw | None:
+    """Ollama takes one prompt, as a string; a list of one is the same to everyone else.
+
+    Raises:
+        Refused: There are several, or they are token numbers.
+    """
+    prompt = body.get("prompt")
+    if prompt is None or bytes(prompt)[:1] == b'"':
+        return prompt
+    try:
+        [only] = msgspec.json.decode(prompt, type=list[str])
+    except (msgspec.DecodeError, ValueError) as exc:
+        message = "On Ollama `prompt` must be one string; send several prompts one by one."
+        raise Refused(message, status=400, param="prompt") from exc
+    return msgspec.Raw(msgspec.json.encode(only))

@@ -1,0 +1,120 @@
+"""vLLM: paged attention, continuous batching, tensor parallel. Made for many at once.
+
+Read in vLLM 0.32, seen in 0.32 on CPU.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from backends import base
+from backends.base import (
+    Activity,
+    Bridged,
+    Call,
+    Capabilities,
+    Engine,
+    Metrics,
+    Readiness,
+    Refused,
+    Unsupported,
+)
+
+#: First sleep of a 70B is about 8 s, a wake 2-4 s; these are the deadlines.
+SLEEP_S = 120.0
+WAKE_S = 60.0
+
+
+class _Routes(msgspec.Struct):
+    paths: dict[str, msgspec.Raw] = {}
+
+
+class _Sleeping(msgspec.Struct):
+    is_sleeping: bool = False
+
+
+class VLLM(Engine):
+    """One vLLM server."""
+
+    kind = "vllm"
+
+    async def models(self) -> list[str]:
+        return [model.id for model in await self.listed()]
+
+    async def ready(self, model: str) -> Readiness:
+        try:
+            await self.get("/health")
+            if model not in await self.models():
+                return Readiness.ABSENT
+            # /health is 200 while asleep, and requests sent then hang.
+            return Readiness.ASLEEP if await self.asleep() else Readiness.READY
+        except base.Busy:
+            return Readiness.LOADING
+        except base.BackendError:
+            return Readiness.DOWN
+
+    async def asleep(self) -> bool:
+        """Whether it sleeps; False where it has no dev mode, so cannot. Raises `BackendError`."""
+        try:
+            body = await self.get("/is_sleeping")
+        except Refused:
+            return False
+        return msgspec.json.decode(body, type=_Sleeping).is_sleeping
+
+    async def capabilities(self, model: str) -> Capabilities:
+        listed = {entry.id: entry for entry in await self.listed()}
+        routes = msgspec.json.decode(await self.get("/openapi.json"), type=_Routes).paths
+        chat = base.CHAT in routes
+        return Capabilities(
+            context=listed[model].max_model_len if model in listed else None,
+            chat=chat,
+            tools=await self._takes_tools(model) if chat else False,
+            images=None,
+            embeddings=base.EMBEDDINGS in routes,
+            many=True,
+        )
+
+    async def _takes_tools(self, model: str) -> bool:
+        """Whether it was started with a tool parser: no endpoint tells, so ask for one token."""
+        tool = {"type": "function", "function": {"name": "noop", "parameters": {"type": "object"}}}
+        question = {
+            "model": model,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "tools": [tool],
+            "tool_choice": "auto",
+            "max_tokens": 1,
+        }
+        try:
+            await self.post(base.CHAT, question, timeout_s=self.timeouts.first_token_s)
+        except Refused:
+            return False
+        return True
+
+    async def load(self, model: str) -> None:
+        await self._dev("/wake_up", WAKE_S)
+
+    async def unload(self, model: str) -> None:
+        # The default mode, abort, kills running requests; level 2 has open correctness bugs.
+        await self._dev("/sleep?level=1&mode=wait", SLEEP_S)
+
+    async def _dev(self, path: str, timeout_s: float) -> None:
+        try:
+            await self.post(path, timeout_s=timeout_s)
+        except Refused as exc:
+            raise Unsupported(
+                f"{self} has no {path.partition('?')[0]}: start it with VLLM_SERVER_DEV_MODE=1 "
+                "and --enable-sleep-mode"
+            ) from exc
+
+    async def activity(self, model: str) -> Activity:
+        metrics = Metrics.of((await self.get("/metrics")).decode("utf-8", "replace"))
+        return Activity(
+            metrics.count("vllm:num_requests_running"), metrics.count("vllm:num_requests_waiting")
+        )
+
+    def bridge(self, call: Call, model: str) -> Bridged:
+        changes: dict[str, msgspec.Raw | None] = {}
+        if call.continues and "continue_final_message" not in call.body:
+            changes["continue_final_message"] = base.TRUE
+            changes["add_generation_prompt"] = base.FALSE
+        return Bridged(base.renamed(call, model, **changes))

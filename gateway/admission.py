@@ -1,0 +1,226 @@
+"""A slot on a replica, for as long as a request needs it.
+
+The scheduler decides, this module waits: it gives the decisions their clock, wakes who
+may start, and gives every slot back in one `__aexit__`, however the exchange ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+from backends.base import BackendError, Engine, Readiness
+from gateway.errors import WaitedTooLong
+from gateway.health import Breaker
+from gateway.scheduler import Action, Refuse, Replica, Scheduler, Start, Ticket
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Server:
+    """What stands behind a replica: the engine, its name of the model, its standing."""
+
+    engine: Engine
+    model: str
+    breaker: Breaker
+    doubt: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A request and where it went."""
+
+    at: float  # seconds since the epoch
+    lane: str
+    reason: str
+    demand: int
+
+
+class Admission:
+    """The way into one model's lanes.
+
+    Args:
+        scheduler: Decides who is next.
+        servers: What each of its replicas stands for.
+        max_wait_s: The longest time in the queue.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, servers: Mapping[Replica, Server], *, max_wait_s: float
+    ) -> None:
+        self.scheduler = scheduler
+        self.servers = servers
+        self.decisions: deque[Decision] = deque(maxlen=20)
+        self._max_wait_s = max_wait_s
+        self._waiting: dict[Ticket, asyncio.Future[None]] = {}
+        self._tick: asyncio.TimerHandle | None = None
+        self._breaker_ticks: dict[Replica, asyncio.TimerHandle] = {}
+
+    def slot(self, ticket: Ticket, *, again: bool = False) -> Slot:
+        """Hold a slot of one of the model's replicas for as long as the context is open.
+
+        Entering waits until a slot is free. Leaving gives it back, however the block
+        ends: a finished answer, an error, or a caller who hung up while in the queue.
+
+        Raises:
+            QueueFull: Too many wait already.
+            WaitedTooLong: No slot came free within `max_wait_s`.
+            NoLane: No engine can answer now.
+        """
+        return Slot(self, ticket, again=again)
+
+    # What is learned of the replicas
+
+    def reported(self, replica: Replica, readiness: Readiness) -> None:
+        """A replica says whether it is ready."""
+        self.servers[replica].breaker.reported(readiness)
+        self._refresh(replica)
+
+    def answered(self, replica: Replica) -> None:
+        """A replica gave a good answer."""
+        breaker = self.servers[replica].breaker
+        if breaker.failures or breaker.ramp < breaker.slots:
+            breaker.answered()
+            self._refresh(replica)
+
+    def failed(self, replica: Replica, error: BackendError) -> None:
+        """A request failed on a replica."""
+        server = self.servers[replica]
+        server.breaker.failed(error, _now())
+        if error.blame:
+            server.doubt()
+        self._refresh(replica)
+
+    def _refresh(self, replica: Replica) -> None:
+        now = _now()
+        breaker = self.servers[replica].breaker
+        if (tick := self._breaker_ticks.pop(replica, None)) is not None:
+            tick.cancel()
+        if (due := breaker.due(now)) is not None:
+            loop = asyncio.get_running_loop()
+            self._breaker_ticks[replica] = loop.call_later(
+                due - now + 0.001, self._refresh, replica
+            )
+        replica.back_s = due - now if due is not None else 5.0
+        room = breaker.room(now)
+        replica.trouble = breaker.trouble(now)
+        if room != replica.room:
+            replica.room = room
+            self._act(self.scheduler.changed(now))
+
+    # Deciding and acting
+
+    def enter(self, ticket: Ticket, *, again: bool) -> asyncio.Future[None] | None:
+        """Let a ticket in: None where it has its slot, else what to wait for.
+
+        Raises:
+            GatewayError: It was refused at once.
+        """
+        for action in self._act(self.scheduler.arrived(ticket, _now(), again=again)):
+            if isinstance(action, Refuse):
+                raise action.error
+        if ticket.lane is not None:
+            return None
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = future
+        return future
+
+    async def wait(self, ticket: Ticket, future: asyncio.Future[None]) -> None:
+        """Return when the ticket has its slot; raises `GatewayError`."""
+        try:
+            async with asyncio.timeout(self._max_wait_s - (_now() - ticket.arrived)):
+                await future
+        except TimeoutError:
+            lane = self.scheduler.lanes.get(self.scheduler.lane_for(ticket) or "")
+            raise WaitedTooLong(
+                f"No slot came free within {self._max_wait_s:g} s. Try again later.",
+                retry_after=self.scheduler.wait_s(lane) if lane else None,
+            ) from None
+        finally:
+            del self._waiting[ticket]
+
+    def leave(self, ticket: Ticket) -> None:
+        """Give back whatever the ticket holds: its slot, or its place in the queue."""
+        self._act(self.scheduler.left(ticket, _now()))
+
+    def _act(self, actions: list[Action]) -> list[Action]:
+        """Wake who waits; return the actions that concern nobody who waits yet."""
+        fresh: list[Action] = []
+        for action in actions:
+            if isinstance(action, Start):
+                self._note(action.ticket)
+            future = self._waiting.get(action.ticket)
+            if future is None:
+                fresh.append(action)
+            elif not future.done():
+                if isinstance(action, Start):
+                    future.set_result(None)
+                else:
+                    future.set_exception(action.error)
+        self._plan_tick()
+        return fresh
+
+    def _note(self, ticket: Ticket) -> None:
+        assert ticket.lane is not None  # noqa: S101 - it was just started
+        self.decisions.append(
+            Decision(time.time(), ticket.lane.name, ticket.reason, self.scheduler.demand)
+        )
+
+    def _plan_tick(self) -> None:
+        """Look again when the rent reaches the price, if anybody waits for that."""
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
+        if not self._waiting:
+            return
+        due = self.scheduler.policy.due()
+        if due < math.inf:
+            loop = asyncio.get_running_loop()
+            self._tick = loop.call_later(max(0.001, due - _now()), self._passed)
+
+    def _passed(self) -> None:
+        self._tick = None
+        self._act(self.scheduler.passed(_now()))
+
+    def close(self) -> None:
+        """Stop every timer."""
+        for timer in (self._tick, *self._breaker_ticks.values()):
+            if timer is not None:
+                timer.cancel()
+
+
+class Slot:
+    """See `Admission.slot`."""
+
+    __slots__ = ("_admission", "_again", "_ticket")
+
+    def __init__(self, admission: Admission, ticket: Ticket, *, again: bool) -> None:
+        self._admission = admission
+        self._ticket = ticket
+        self._again = again
+
+    async def __aenter__(self) -> Replica:
+        ticket = self._ticket
+        future = self._admission.enter(ticket, again=self._again)
+        if future is not None:
+            try:
+                await self._admission.wait(ticket, future)
+            except BaseException:
+                self._admission.leave(ticket)
+                raise
+        replica = ticket.replica
+        assert replica is not None  # noqa: S101 - admitted
+        return replica
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._admission.leave(self._ticket)
+
+
+def _now() -> float:
+    return time.monotonic()

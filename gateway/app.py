@@ -1,0 +1,347 @@
+"""The whole, put together in one place: settings in, a serving gateway out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from backends import http
+from backends.base import BackendError, Capabilities, Engine, Readiness, Timeouts
+from backends.process import Process
+from gateway import discovery, profile, settings, telemetry
+from gateway.admission import Admission, Server
+from gateway.api.edge import Edge
+from gateway.api.pages import build
+from gateway.auth import Keys
+from gateway.catalogue import Catalogue, Model
+from gateway.health import Breaker, Prober
+from gateway.policy import Policy
+from gateway.relay import Relay
+from gateway.scheduler import Lane, Replica, Scheduler
+from gateway.settings import SLOTS, Kind, Settings, SettingsError
+
+log = logging.getLogger("gateway")
+
+#: How long the start waits for a first word of each engine before it serves anyway.
+FIRST_LOOK_S = 2.0
+#: How often engines are asked which models they have, where none are configured.
+RELIST_S = 10.0
+EMBEDDED_START_S = 120.0
+
+
+class Gateway:
+    """The gateway, from `async with` to its end.
+
+    Entering finds the engines and looks at each once; one that is down is not fatal. What
+    serves is `edge`, an ASGI application.
+
+    Raises (on entering):
+        SettingsError: There is nothing to serve, or a profile cannot be used.
+    """
+
+    def __init__(self, read: Settings) -> None:
+        self._settings = read
+        self._limits = read.limits
+        self._client = http.Client()
+        self._engines: dict[tuple[Kind, str], Engine] = {}
+        self._urls: dict[Kind, tuple[str, ...]] = {k: e.urls for k, e in read.engines.items()}
+        self._tasks: dict[str, list[asyncio.Task[None]]] = {}  # by model
+        self._relisting: asyncio.Task[None] | None = None
+        self._embedded: Process | None = None
+        self._began = time.time()
+        self.catalogue = Catalogue()
+        self.edge = Edge(
+            Relay(self.catalogue, heartbeat_s=read.limits.heartbeat_s),
+            build(
+                self.catalogue,
+                ready=self.ready,
+                status=self.status,
+                version=importlib.metadata.version("twolane"),
+            ),
+            Keys(read.keys()),
+            telemetry.Log() if read.log == "json" else telemetry.Silence(),
+            max_body=int(read.limits.max_body_mb * 1024 * 1024),
+        )
+
+    async def __aenter__(self) -> Gateway:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._stop()
+
+    # Starting
+
+    async def _start(self) -> None:
+        if not self._urls and not self._settings.models:
+            found = await discovery.find(self._client, own_port=self._settings.port)
+            self._urls = {kind: (url,) for kind, url in found.items()}
+            for lanes in self._settings.pair.values():
+                for kind in lanes:  # named, so expected: it may only be late
+                    self._urls.setdefault(kind, (discovery.usual_url(kind),))
+            if not self._urls:
+                await self._start_embedded()
+        for name, model in self._configured().items():
+            self._add(name, model)
+        if not self._settings.models:
+            await self._relist()
+            self._relisting = asyncio.create_task(self._keep_relisting())
+        await self._first_look()
+
+    async def _start_embedded(self) -> None:
+        """Start the engine that comes along; raises SettingsError where it cannot."""
+        own = self._settings.embedded
+        gguf = own.model or discovery.packaged_model()
+        if not discovery.embedded_installed() or gguf is None:
+            raise SettingsError(
+                "Found no Ollama on port 11434, no vLLM on 8001 and no llama-server on 8080, and "
+                "the embedded engine is not installed. Start one of them, name yours in a "
+                "configuration file, or install the extra: pip install 'twolane[embedded]'."
+            )
+        if not gguf.is_file():
+            raise SettingsError(f"embedded.model: there is no file {gguf}")
+        command = [sys.executable, "-m", "backends.llamacpp", str(gguf), "--name", own.name,
+                   "--slots", str(own.slots), "--context", str(own.context)]  # fmt: skip
+        errors = Path(tempfile.mkdtemp(prefix="twolane-")) / "llamacpp.log"
+        log.info("starting the embedded engine on %s (log: %s)", gguf.name, errors)
+        try:
+            self._embedded = await Process.start(command, errors, deadline_s=EMBEDDED_START_S)
+        except BackendError as exc:
+            raise SettingsError(f"The embedded engine does not start: {exc}") from exc
+        self._urls["llamacpp"] = (self._embedded.url,)
+
+    def _configured(self) -> dict[str, settings.Model]:
+        models = dict(self._settings.models)
+        for name, lanes in self._settings.pair.items():
+            models[name] = settings.Model(
+                lanes={kind: settings.Lane(model=model) for kind, model in lanes.items()}
+            )
+        return models
+
+    async def _keep_relisting(self) -> None:
+        while True:
+            await asyncio.sleep(RELIST_S)
+            await self._relist()
+
+    async def _relist(self) -> None:
+        """Serve what the engines have, under their own names; equal names are one model."""
+        paired = {
+            (kind, model) for lanes in self._settings.pair.values() for kind, model in lanes.items()
+        }
+        found: dict[str, dict[Kind, settings.Lane]] = {}
+        silent: set[Kind] = set()
+        for kind, urls in self._urls.items():
+            try:
+                names = await self._engine(kind, urls[0]).models()
+            except BackendError:
+                silent.add(kind)
+                continue
+            for name in names:
+                if (kind, name) not in paired:
+                    lane = settings.Lane(model=name, slots=self._embedded_slots(kind))
+                    found.setdefault(name, {})[kind] = lane
+        for name, lanes in found.items():
+            known = self.catalogue.models.get(name)
+            if known is None:
+                self._add(name, settings.Model(lanes=lanes))
+            elif name not in self._settings.pair and set(lanes) - set(known.lanes):
+                self._remove(name)
+                self._add(name, settings.Model(lanes=lanes))
+        for name, known in list(self.catalogue.models.items()):
+            if name not in found and name not in self._settings.pair:
+                if not silent.intersection(known.lanes):  # an engine that is down forgets nothing
+                    self._remove(name)
+
+    def _embedded_slots(self, kind: Kind) -> int | None:
+        return self._settings.embedded.slots if self._embedded and kind == "llamacpp" else None
+
+    def _engine(self, kind: Kind, url: str) -> Engine:
+        known = self._engines.get((kind, url))
+        if known is None:
+            limits, configured = self._limits, self._settings.engines.get(kind)
+            key = (
+                configured.api_key.get_secret_value() if configured and configured.api_key else None
+            )
+            known = self._engines[kind, url] = discovery.CLASSES[kind](
+                url,
+                self._client,
+                api_key=key,
+                timeouts=Timeouts(
+                    limits.connect_s, limits.first_token_s, limits.idle_s, limits.answer_s
+                ),
+            )
+        return known
+
+    def _add(self, name: str, model: settings.Model) -> None:
+        """Serve a model: its lanes, their replicas, and a prober for each."""
+        lanes: list[Lane] = []
+        servers: dict[Replica, Server] = {}
+        probers: list[tuple[Replica, Prober, Kind]] = []
+        for kind, lane in model.lanes.items():
+            replicas = []
+            for url in lane.urls or self._urls[kind]:
+                engine = self._engine(kind, url)
+                replica = Replica(url, lane.slots or SLOTS[kind])
+                prober = Prober(engine, lane.model)
+                servers[replica] = Server(engine, lane.model, Breaker(replica.slots), prober.doubt)
+                replicas.append(replica)
+                probers.append((replica, prober, kind))
+            lanes.append(Lane(kind, replicas, lane.queue))
+        policy = Policy([lane.name for lane in lanes], self._profile(model))
+        admission = Admission(
+            Scheduler(lanes, policy, pin=model.pin), servers, max_wait_s=self._limits.max_wait_s
+        )
+        served = Model(name, admission)
+        served.can = {kind: _stated(Capabilities(), lane) for kind, lane in model.lanes.items()}
+        self.catalogue.add(served)
+        self._tasks[name] = [
+            asyncio.create_task(prober.run(self._on_word(served, replica, kind, model.lanes[kind])))
+            for replica, prober, kind in probers
+        ]
+
+    def _profile(self, model: settings.Model) -> profile.Profile:
+        if model.profile is None:
+            return profile.ASSUMED
+        try:
+            return profile.load(model.profile)
+        except profile.ProfileError as exc:
+            raise SettingsError(str(exc)) from exc
+
+    def _on_word(self, model: Model, replica: Replica, kind: Kind, lane: settings.Lane) -> Any:
+        """What to do with what a replica says of itself: ask what it can take, then use it."""
+        server = model.admission.servers[replica]
+
+        async def heard(readiness: Readiness) -> None:
+            back = readiness is Readiness.READY and server.breaker.readiness is not readiness
+            if back:
+                with contextlib.suppress(BackendError):
+                    can = await server.engine.capabilities(server.model)
+                    model.can[kind] = _stated(can, lane)
+            model.admission.reported(replica, readiness)
+
+        return heard
+
+    async def _first_look(self) -> None:
+        """Wait a moment until every engine has been heard of, so that the first request is served."""
+        deadline = time.monotonic() + FIRST_LOOK_S
+        while time.monotonic() < deadline and any(
+            server.breaker.readiness is None
+            for model in self.catalogue.models.values()
+            for server in model.admission.servers.values()
+        ):
+            await asyncio.sleep(0.01)
+
+    # Ending
+
+    def _remove(self, name: str) -> None:
+        for task in self._tasks.pop(name, ()):
+            task.cancel()
+        self.catalogue.remove(name).admission.close()
+
+    async def _stop(self) -> None:
+        if self._relisting is not None:
+            self._relisting.cancel()
+        for name in list(self.catalogue.models):
+            self._remove(name)
+        self._client.close()
+        if self._embedded is not None:
+            await self._embedded.stop()
+
+    # What it tells
+
+    def ready(self) -> dict[str, Any]:
+        """Whether any model can be answered, and what the others wait for."""
+        waiting = {
+            name: {
+                lane.name: trouble
+                for lane in model.admission.scheduler.lanes.values()
+                if (trouble := _trouble(lane))
+            }
+            for name, model in self.catalogue.models.items()
+        }
+        usable = [
+            name
+            for name, model in self.catalogue.models.items()
+            if any(lane.room for lane in model.admission.scheduler.lanes.values())
+        ]
+        return {
+            "ready": bool(usable) and not self.edge.draining,
+            "draining": self.edge.draining,
+            "models": usable,
+            "waiting_for": {name: troubles for name, troubles in waiting.items() if troubles},
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Everything the gateway knows of itself, as JSON: no key, no prompt."""
+        return {
+            "version": importlib.metadata.version("twolane"),
+            "up_s": round(time.time() - self._began, 1),
+            "in_flight": self.edge.in_flight,
+            "draining": self.edge.draining,
+            "models": {name: _status(model) for name, model in self.catalogue.models.items()},
+        }
+
+
+def _stated(found: Capabilities, lane: settings.Lane) -> Capabilities:
+    """What an engine said it can take, corrected by what the operator knows better."""
+    stated: Mapping[str, Any] = {
+        name: value
+        for name in ("context", "tools", "images", "embeddings")
+        if (value := getattr(lane, name)) is not None
+    }
+    return replace(found, **stated)
+
+
+def _trouble(lane: Lane) -> str:
+    """Why a lane takes nothing now; empty where it does."""
+    return "" if lane.room else next((r.trouble for r in lane.replicas if r.trouble), "is full")
+
+
+def _status(model: Model) -> dict[str, Any]:
+    scheduler = model.admission.scheduler
+    policy = scheduler.policy
+    return {
+        "lane": scheduler.pin or policy.lane,
+        "reason": "pinned by the operator" if scheduler.pin else policy.reason,
+        "profile": policy.source,
+        "demand": scheduler.demand,
+        "waiting": scheduler.waiting,
+        "moves": policy.moves,
+        "lanes": {
+            lane.name: {
+                "running": lane.running,
+                "slots": lane.room,
+                "service_s": round(lane.service_s, 3),
+                "replicas": [
+                    {
+                        "running": replica.running,
+                        "slots": replica.slots,
+                        "room": replica.room,
+                        "state": replica.trouble or "ready",
+                    }
+                    for replica in lane.replicas
+                ],
+            }
+            for lane in scheduler.lanes.values()
+        },
+        "decisions": [
+            {"at": d.at, "lane": d.lane, "reason": d.reason, "demand": d.demand}
+            for d in model.admission.decisions
+        ],
+    }

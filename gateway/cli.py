@@ -1,0 +1,309 @@
+"""The command `twolane`: serve, and see how it stands."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import msgspec
+import uvicorn
+import uvloop
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+
+from backends import http
+from gateway import settings
+from gateway.app import Gateway
+from gateway.settings import KINDS, Settings, SettingsError
+
+EPILOG = """\
+examples:
+  twolane serve                              use what runs on this machine, or the embedded engine
+  twolane serve --pair chat=ollama:llama3.1:70b,vllm:llama-70b-awq
+                                             one name over a model of each engine
+  twolane serve --config twolane.yaml        as twolane.example.yaml explains
+  twolane status --watch                     lanes, demand, queues, last decisions
+
+Every setting is also a variable: TWOLANE_PORT=9000, TWOLANE_LIMITS__MAX_WAIT_S=30.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 2 where it is not understood."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except SettingsError as exc:
+        _fail(str(exc))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    for line in message.splitlines():
+        print(f"twolane: {line}", file=sys.stderr)  # noqa: T201 - a command's way to speak
+    sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="twolane",
+        description="One OpenAI endpoint over Ollama and vLLM: each request goes to the engine "
+        "that is faster at this load, and every answer says why.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="start the gateway",
+        description="Start the gateway. Without a file it looks for Ollama on port 11434, vLLM on "
+        "8001 and llama-server on 8080, serves their models, and starts the embedded engine where "
+        "it finds none.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument("--config", type=Path, metavar="FILE", help="settings, YAML")
+    serve.add_argument("--host", help="address to listen on (127.0.0.1)")
+    serve.add_argument("--port", type=int, help="port to listen on (8000)")
+    serve.add_argument(
+        "--pair",
+        action="append",
+        default=[],
+        type=_pair,
+        metavar="NAME=ollama:MODEL,vllm:MODEL",
+        help="serve two engines' models under one name; may be repeated",
+    )
+    serve.add_argument(
+        "--allow-public-without-key",
+        action="store_true",
+        default=None,
+        help="let anybody who reaches this machine use it",
+    )
+    serve.set_defaults(run=_serve)
+
+    status = commands.add_parser(
+        "status",
+        help="show lanes, demand, queues, health and the last decisions",
+        description="Show how a running gateway stands.",
+    )
+    status.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway")
+    status.add_argument("--key", help="API key (or TWOLANE_API_KEYS, of which the first is sent)")
+    status.add_argument("--json", action="store_true", help="as JSON, once")
+    status.add_argument("--watch", action="store_true", help="every second, until Ctrl-C")
+    status.set_defaults(run=_status)
+    return parser
+
+
+def _pair(text: str) -> tuple[str, dict[str, str]]:
+    """`name=ollama:MODEL,vllm:MODEL` taken apart; model names may have colons themselves."""
+    name, _, rest = text.partition("=")
+    lanes = {}
+    for part in rest.split(","):
+        kind, _, model = part.strip().partition(":")
+        if kind not in KINDS or not model:
+            message = (
+                f"{part!r} is no ENGINE:MODEL with one of {', '.join(KINDS)}; "
+                "write NAME=ollama:MODEL,vllm:MODEL"
+            )
+            raise argparse.ArgumentTypeError(message)
+        lanes[kind] = model
+    if not name:
+        raise argparse.ArgumentTypeError("the name before = is missing")
+    return name, lanes
+
+
+# serve
+
+
+def _serve(args: argparse.Namespace) -> None:
+    overrides: dict[str, Any] = {
+        name: value
+        for name in ("host", "port", "allow_public_without_key")
+        if (value := getattr(args, name)) is not None
+    }
+    if args.pair:
+        overrides["pair"] = dict(args.pair)
+    read = settings.load(args.config, overrides, settings.environment())
+    read.check_exposure()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # the probes of Ollama, twice a second
+    listener = _listen(read)
+    uvloop.run(_run(read, listener))
+
+
+def _listen(read: Settings) -> socket.socket:
+    """Take the port before anything else is started."""
+    family = socket.AF_INET6 if ":" in read.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((read.host, read.port))
+    except OSError as exc:
+        listener.close()
+        raise SettingsError(
+            f"{read.host}:{read.port} cannot be listened on ({exc.strerror}). Something else may "
+            "run there, a vLLM perhaps: choose another with --port."
+        ) from exc
+    return listener
+
+
+async def _run(read: Settings, listener: socket.socket) -> None:
+    async with Gateway(read) as gateway:
+        url = f"http://{read.host}:{listener.getsockname()[1]}"
+        server = GracefulServer(gateway, read)
+        _welcome(gateway, url, keyed=bool(read.keys()))
+        await server.serve(sockets=[listener])
+
+
+class GracefulServer(uvicorn.Server):
+    """Drains on SIGTERM or Ctrl-C: lets what runs end, then ends it, and exits with 0."""
+
+    def __init__(self, gateway: Gateway, read: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                gateway.edge,
+                loop="uvloop",
+                http="httptools",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                log_level="warning",
+                server_header=False,
+                timeout_keep_alive=75,
+                backlog=2048,
+            )
+        )
+        self._gateway = gateway
+        self._drain_s = read.limits.drain_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; a second signal ends at once."""
+        edge = self._gateway.edge
+        if self.should_exit or sig not in (signal.SIGTERM, signal.SIGINT):
+            self.force_exit = True
+            edge.cut_all()
+            return
+        edge.draining = True
+        self.should_exit = True
+        logging.getLogger("gateway").info(
+            "draining: %d requests run, up to %g s; again to end now", edge.in_flight, self._drain_s
+        )
+        asyncio.get_running_loop().call_later(self._drain_s, edge.cut_all)
+
+
+def _welcome(gateway: Gateway, url: str, *, keyed: bool) -> None:
+    """What is served, and what to do next."""
+    names = list(gateway.catalogue.models)
+    served = "\n".join(
+        f"  {name}  on {', '.join(model.lanes)}" for name, model in gateway.catalogue.models.items()
+    )
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if keyed else ""
+    body = (
+        f'{{"model":"{names[0] if names else "MODEL"}","stream":true,'
+        '"messages":[{"role":"user","content":"Hello"}]}'
+    )
+    print(  # noqa: T201 - a command's way to speak
+        f"""
+twolane serves at {url}
+{served or "  no model yet: an engine is expected, see /ready"}
+
+Try it:
+  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'
+
+Open WebUI: OPENAI_API_BASE_URL={url}/v1 OPENAI_API_KEY={"YOUR_KEY" if keyed else "none"}
+API docs:   {url}/docs
+Status:     twolane status --watch{"" if url.endswith(":8000") else f" --url {url}"}
+""",
+        flush=True,
+    )
+
+
+# status
+
+
+def _status(args: argparse.Namespace) -> None:
+    environ = settings.environment()
+    key = args.key or _first_key(environ)
+    console = Console()
+    if args.json:
+        console.print_json(data=asyncio.run(_fetch(args.url, key)))
+    elif not args.watch:
+        console.print(_drawn(asyncio.run(_fetch(args.url, key))))
+    else:
+        with Live(console=console, refresh_per_second=4) as live:
+            while True:
+                live.update(_drawn(asyncio.run(_fetch(args.url, key))))
+                time.sleep(1)
+
+
+def _first_key(environ: Mapping[str, str]) -> str | None:
+    try:
+        keys = msgspec.json.decode(environ.get("TWOLANE_API_KEYS", "[]"), type=list[str])
+    except msgspec.DecodeError:
+        return None
+    return keys[0] if keys else None
+
+
+async def _fetch(url: str, key: str | None) -> dict[str, Any]:
+    """The gateway's own account of itself.
+
+    Raises:
+        SettingsError: There is none, or it does not let us in.
+    """
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        async with http.Client() as client:
+            origin = http.Origin.of(url)
+            answer = await client.request(
+                origin, "GET", "/status", headers, b"", connect_s=2, head_s=5
+            )
+            body = await answer.read_all(16 * 1024 * 1024)
+            answer.close(reuse=False)
+    except (http.HttpError, ValueError) as exc:
+        raise SettingsError(f"no gateway answers at {url} ({exc}); is it running?") from exc
+    if answer.status == 401:
+        raise SettingsError("this gateway wants an API key: twolane status --key KEY")
+    if answer.status != 200:
+        raise SettingsError(f"{url} answers {answer.status}: is this a twolane gateway?")
+    said: dict[str, Any] = msgspec.json.decode(body)
+    return said
+
+
+def _drawn(said: Mapping[str, Any]) -> Group:
+    """The status as people read it."""
+    head = f"twolane {said['version']}, up {said['up_s']:.0f} s, {said['in_flight']} in flight"
+    parts: list[Any] = [head + (", draining" if said["draining"] else "")]
+    for name, model in said["models"].items():
+        lanes = Table("lane", "running", "slots", "mean s", "replicas", box=None, pad_edge=False)
+        for lane, state in model["lanes"].items():
+            states = ", ".join(
+                f"{replica['state']} {replica['running']}/{replica['room']}"
+                for replica in state["replicas"]
+            )
+            mark = "→ " if lane == model["lane"] else "  "
+            lanes.add_row(
+                mark + lane, str(state["running"]), str(state["slots"]),
+                f"{state['service_s']:.2f}", states,
+            )  # fmt: skip
+        told = f"{model['reason']}\ndemand {model['demand']}, waiting {model['waiting']}"
+        last = Table("when", "lane", "demand", "reason", box=None, pad_edge=False)
+        for decision in model["decisions"][-5:]:
+            at = time.strftime("%H:%M:%S", time.localtime(decision["at"]))
+            last.add_row(at, decision["lane"], str(decision["demand"]), decision["reason"])
+        title = f"{name} ({model['profile']} profile)"
+        parts.append(Panel(Group(told, lanes, "", last), title=title, title_align="left"))
+    return Group(*parts)

@@ -1,0 +1,359 @@
+"""One exchange, from the request as read to its last byte.
+
+A request gets a slot, its replica an attempt, the client the bytes as they come. The
+type of an engine's error says whether another may be asked; nobody looks at flags. Once
+the first byte is out, a failure becomes an event in the stream and never a clean end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from backends import base, sse
+from backends.base import BackendError, Busy, Refused, Silent, Unreachable
+from gateway.catalogue import Catalogue, Model
+from gateway.errors import (
+    ClientGone,
+    EngineBusy,
+    EngineFailed,
+    EngineRefused,
+    EngineSilent,
+    GatewayError,
+    NoLane,
+)
+from gateway.request import Request
+from gateway.scheduler import Replica, Ticket
+
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+Headers: TypeAlias = list[tuple[bytes, bytes]]
+
+HEARTBEAT = b": ping\n\n"
+
+#: Of all requests, how many may be tried a second time (case: an engine dies under
+#: load, and every request to it is sent again to the one that is left), and how many
+#: such attempts may be saved up.
+RETRY_SHARE = 0.2
+RETRY_SAVED = 10.0
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What is known of one exchange; filled on its way, logged at its end.
+
+    Times are seconds on the monotonic clock, zero where it never came to it.
+    """
+
+    id: str
+    path: str = ""
+    key: str = ""
+    model: str = ""
+    stream: bool = False
+    background: bool = False
+    lane: str = ""
+    reason: str = ""
+    dropped: tuple[str, ...] = ()
+    attempts: int = 0
+    outcome: str = ""
+    status: int = 0
+    began: float = 0.0
+    sent: float = 0.0
+    first: float = 0.0
+    ended: float = 0.0
+    usage: sse.Usage | None = None
+
+
+class Lifeline:
+    """Ends the block when the client hangs up, or when somebody cuts it.
+
+    The client is watched from the first moment: while its request waits, before the
+    engine has answered, and between any two bytes.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._cause: BaseException | None = None
+
+    def __enter__(self) -> Lifeline:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - we run in one
+        self._task = task
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        return self
+
+    def cut(self, cause: BaseException) -> None:
+        """End the block with this exception."""
+        if self._cause is None:
+            self._cause = cause
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.cut(ClientGone())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._watcher.cancel()
+        if self._cause is not None and kind is asyncio.CancelledError:
+            self._task.uncancel()
+            raise self._cause from None
+
+
+class Reply:
+    """The answer on its way to the client; knows whether it has begun."""
+
+    def __init__(self, send: Send, exchange: Exchange) -> None:
+        self.begun = False
+        self.last = 0.0
+        self._send = send
+        self._exchange = exchange
+
+    async def whole(self, status: int, body: bytes, extra: Headers | None = None) -> None:
+        """An answer in one piece, JSON."""
+        self.begun = True
+        self._exchange.status = status
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            *self._told(),
+            *(extra or ()),
+        ]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def events(self, data: bytes) -> None:
+        """Some events of a stream, which begins with the first of them."""
+        if not self.begun:
+            self.begun = True
+            self._exchange.status = 200
+            headers = [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no"),
+                *self._told(),
+            ]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        self.last = time.monotonic()
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        """The stream is over."""
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def error(self, error: GatewayError) -> None:
+        """Tell the client of a failure: as an answer, or as an event where one has begun."""
+        if not self.begun:
+            await self.whole(error.status, error.envelope(), error.headers())
+            return
+        await self.events(b"data: " + error.envelope() + b"\n\n" + sse.DONE)
+        await self.end()
+
+    def _told(self) -> Headers:
+        return told(self._exchange)
+
+
+def told(exchange: Exchange) -> Headers:
+    """The headers that every answer carries: its id, its lane and why."""
+    headers = [
+        (b"x-request-id", exchange.id.encode()),
+        (b"x-gateway-lane", exchange.lane.encode() or b"none"),
+        (b"x-gateway-reason", exchange.reason.encode("ascii", "replace") or b"the gateway's own"),
+    ]
+    if exchange.dropped:
+        names = ",".join(exchange.dropped)[:512]
+        safe = "".join(c if c.isprintable() else "?" for c in names)
+        headers.append((b"x-gateway-dropped", safe.encode("ascii", "replace")))
+    return headers
+
+
+class Heart:
+    """Comment lines to a waiting stream, whenever nothing was sent for a while."""
+
+    def __init__(self, reply: Reply, period_s: float) -> None:
+        self._reply = reply
+        self._period_s = period_s
+        self._beating: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._reply.last = time.monotonic()
+        self._timer = self._loop.call_later(self._period_s, self._due)
+
+    def __exit__(self, *exc: object) -> None:
+        self._timer.cancel()
+        if self._beating is not None:
+            self._beating.cancel()
+
+    def _due(self) -> None:
+        left = self._reply.last + self._period_s - time.monotonic()
+        if left <= 0.001:
+            if self._beating is None or self._beating.done():
+                self._beating = self._loop.create_task(self._reply.events(HEARTBEAT))
+            left = self._period_s
+        self._timer = self._loop.call_later(left, self._due)
+
+
+class RetryBudget:
+    """Second attempts as a share of all requests, so that no failure is multiplied."""
+
+    def __init__(self) -> None:
+        self._saved = RETRY_SAVED
+
+    def earn(self) -> None:
+        """A request came."""
+        self._saved = min(RETRY_SAVED, self._saved + RETRY_SHARE)
+
+    def spend(self) -> bool:
+        """Whether one may be tried again."""
+        if self._saved < 1:
+            return False
+        self._saved -= 1
+        return True
+
+
+class Relay:
+    """Serves requests from the models of a catalogue."""
+
+    def __init__(self, catalogue: Catalogue, *, heartbeat_s: float) -> None:
+        self._catalogue = catalogue
+        self._heartbeat_s = heartbeat_s
+        self._budget = RetryBudget()
+
+    async def serve(
+        self, request: Request, pin: str | None, exchange: Exchange, reply: Reply
+    ) -> None:
+        """Answer a request.
+
+        Args:
+            pin: A lane named in a header.
+            exchange: Filled on the way.
+            reply: Where the answer goes.
+
+        Raises:
+            GatewayError: It was not answered, or not to its end.
+        """
+        model, named = self._catalogue.find(request.model)
+        exchange.model = model.name
+        exchange.stream = request.call.stream
+        exchange.background = request.background
+        ticket, stripped = self._ticket(model, request, named or pin, exchange.key)
+        self._budget.earn()
+        failure: GatewayError | None = None
+        while True:
+            try:
+                async with model.admission.slot(ticket, again=failure is not None) as replica:
+                    exchange.attempts += 1
+                    assert ticket.lane is not None  # noqa: S101 - admitted
+                    exchange.lane = ticket.lane.name
+                    exchange.reason = ticket.reason
+                    exchange.dropped = stripped
+                    exchange.sent = time.monotonic()
+                    await self._attempt(model, replica, request, exchange, reply)
+                    return
+            except NoLane:
+                if failure is not None:
+                    raise failure from None  # there was no other: tell what went wrong here
+                raise
+            except BackendError as exc:
+                failed = _translated(exc)
+                again = exc.elsewhere and not reply.begun and failure is None
+                if not again or not self._budget.spend():
+                    raise failed from exc
+                failure = failed
+                ticket.without.add(replica)
+
+    def _ticket(
+        self, model: Model, request: Request, pin: str | None, key: str
+    ) -> tuple[Ticket, tuple[str, ...]]:
+        """The request's place in the queue, and the fields that no lane can take."""
+        needs, stripped = request.needs, ()
+        if needs.tools and not needs.forced_tools and model.offers("tools") is False:
+            # A chat page sends its tools with every hello: better an answer without them.
+            stripped = tuple(
+                name
+                for name in ("tools", "tool_choice", "parallel_tool_calls")
+                if request.call.body.pop(name, None) is not None
+            )
+            needs.tools = False
+        if pin is not None and pin not in model.lanes:
+            pin = None
+        able, why = model.able(needs)
+        return Ticket(key, request.background, pin, able, why), stripped
+
+    async def _attempt(
+        self, model: Model, replica: Replica, request: Request, exchange: Exchange, reply: Reply
+    ) -> None:
+        """Ask one replica; raises `BackendError`."""
+        server = model.admission.servers[replica]
+        try:
+            if request.call.stream:
+                await self._stream(server.engine, server.model, request, exchange, reply)
+            else:
+                await self._ask(server.engine, server.model, request, exchange, reply)
+        except BackendError as exc:
+            model.admission.failed(replica, exc)
+            raise
+        model.admission.answered(replica)
+
+    async def _ask(
+        self,
+        engine: base.Engine,
+        name: str,
+        request: Request,
+        exchange: Exchange,
+        reply: Reply,
+    ) -> None:
+        whole = await engine.ask(request.call, name)
+        exchange.first = time.monotonic()
+        exchange.usage = whole.usage
+        exchange.dropped += whole.dropped
+        await reply.whole(200, whole.body)
+
+    async def _stream(
+        self,
+        engine: base.Engine,
+        name: str,
+        request: Request,
+        exchange: Exchange,
+        reply: Reply,
+    ) -> None:
+        with Heart(reply, self._heartbeat_s):
+            answer = await engine.open(request.call, name)
+            try:
+                exchange.dropped += answer.dropped
+                watch = answer.watch
+                while data := await answer.read():
+                    if watch.content and not exchange.first:
+                        exchange.first = time.monotonic()
+                    await reply.events(data)
+            finally:
+                exchange.usage = answer.watch.usage
+                answer.close()
+        await reply.end()
+
+
+def _translated(error: BackendError) -> GatewayError:
+    """An engine's failure in public words: no address, no text of the engine but a refusal's."""
+    match error:
+        case Refused():
+            return EngineRefused(
+                str(error), status=error.status, type=error.type, param=error.param, code=error.code
+            )
+        case Busy():
+            return EngineBusy("The engine has too much to do.", retry_after=error.retry_after or 1)
+        case Unreachable():
+            return NoLane("The engine cannot be reached.", retry_after=5)
+        case Silent():
+            return EngineSilent("The engine did not answer in time.")
+        case base.BrokeOff():
+            return EngineFailed("The engine's answer broke off before its end.")
+        case _:
+            return EngineFailed("The engine failed to answer.", retry_after=1)

@@ -1,0 +1,294 @@
+"""A request to generate, read as far as the decision needs and no further.
+
+Only the top level of the JSON is taken apart; values stay the client's own bytes. What
+must be looked into (the messages, for what they ask of an engine) is looked into once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from backends import base
+from backends.base import Body, Call
+from gateway.errors import BadRequest, ClientGone, TooLarge
+
+MAX_MESSAGES = 10_000
+MAX_NAME = 256
+#: Bytes of text a token, for sizes before any tokenizer has seen them. Assumed.
+BYTES_A_TOKEN = 4
+
+#: Whole numbers that a request may carry, and their bounds. Outside them: 400.
+BOUNDS = {
+    "n": (1, 16),
+    "best_of": (1, 16),
+    "max_tokens": (1, 1_048_576),
+    "max_completion_tokens": (1, 1_048_576),
+    "min_tokens": (0, 1_048_576),
+    "top_logprobs": (0, 20),
+}
+
+#: Fields that reach into the engine's template or code. `chat_template_kwargs` may carry
+#: the switches below, which models document; nothing else of these gets through.
+UNSAFE = ("chat_template", "chat_template_kwargs", "mm_processor_kwargs", "logits_processors")
+TEMPLATE_SWITCHES = frozenset(("enable_thinking", "thinking", "reasoning_effort"))
+
+
+class _Key(str):
+    """A name at the top level; a type of its own so that each is counted."""
+
+    __slots__ = ()
+
+
+class _Address(msgspec.Struct):
+    url: str = ""
+
+
+class _Part(msgspec.Struct):
+    type: str = ""
+    image_url: _Address | str | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: msgspec.Raw = msgspec.Raw()
+
+
+_decode_messages = msgspec.json.Decoder(list[_Message]).decode
+
+
+@dataclass(slots=True)
+class Needs:
+    """What a request asks of a lane. `tokens`: prompt and answer, estimated."""
+
+    chat: bool = False
+    embeddings: bool = False
+    tools: bool = False
+    forced_tools: bool = False
+    images: bool = False
+    many: bool = False
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class Request:
+    """A request to generate: the engine's call, and what the choice of a lane needs.
+
+    `background`: the chat page asks by itself (a title, tags), nobody waits for it.
+    """
+
+    model: str
+    call: Call
+    needs: Needs
+    background: bool = False
+
+
+async def read_body(
+    headers: Mapping[bytes, bytes],
+    receive: Callable[[], Awaitable[dict[str, Any]]],
+    limit: int,
+) -> bytes:
+    """The whole body.
+
+    Raises:
+        TooLarge: It is over `limit` bytes; by its own word, before any of it is read.
+        BadRequest: It is compressed.
+        ClientGone: The client hung up before its end.
+    """
+    if headers.get(b"content-encoding", b"identity") != b"identity":
+        raise BadRequest("Send the body uncompressed.", param="content-encoding")
+    announced = headers.get(b"content-length", b"")
+    if announced.isdigit() and int(announced) > limit:
+        raise TooLarge(f"The body is over {limit} bytes, the most this gateway takes.")
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise TooLarge(f"The body is over {limit} bytes, the most this gateway takes.")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def parse(path: str, body: bytes, headers: Mapping[bytes, bytes]) -> Request:
+    """Read a body for one of the generating paths.
+
+    Raises:
+        BadRequest: Anything that no engine could make sense of, or that none may get.
+    """
+    fields = _top_level(body)
+    model = _typed(fields, "model", str)
+    if not model:
+        raise BadRequest("Name a `model`; GET /v1/models lists them.", param="model")
+    if len(model) > MAX_NAME:
+        raise BadRequest(f"`model` is over {MAX_NAME} characters.", param="model")
+    numbers = _numbers(fields)
+    _nothing_unsafe(fields)
+    stream = bool(_typed(fields, "stream", bool)) and path != base.EMBEDDINGS
+    options = _typed(fields, "stream_options", dict) or {}
+    call = Call(path, fields, stream=stream, wants_usage=options.get("include_usage") is True)
+    needs = Needs(
+        many=max(numbers.get("n", 1), numbers.get("best_of", 1)) > 1,
+        tokens=len(body) // BYTES_A_TOKEN
+        + max(numbers.get("max_tokens", 0), numbers.get("max_completion_tokens", 0)),
+    )
+    background = b"x-task" in headers
+    if path == base.CHAT:
+        messages = _messages(fields)
+        needs.chat = True
+        needs.images = _images(messages)
+        needs.tools = _filled_list(fields.get("tools"))
+        needs.forced_tools = needs.tools and _forced(fields.get("tool_choice"))
+        call.continues = messages[-1].role == "assistant" and not needs.tools
+        background = background or (not stream and not needs.tools and _is_task(messages))
+    elif path == base.COMPLETIONS:
+        if not _present(fields.get("prompt")):
+            raise BadRequest("`prompt` is missing.", param="prompt")
+    elif not _present(fields.get("input")):
+        raise BadRequest("`input` is missing.", param="input")
+    needs.embeddings = path == base.EMBEDDINGS
+    return Request(model, call, needs, background)
+
+
+def _begin(raw: msgspec.Raw | None, size: int) -> bytes:
+    """The first bytes of a value; empty where there is none."""
+    return b"" if raw is None else bytes(memoryview(raw)[:size])
+
+
+def _present(raw: msgspec.Raw | None) -> bool:
+    """Whether a field is there and not null."""
+    return raw is not None and _begin(raw, 4) != b"null"
+
+
+def _filled_list(raw: msgspec.Raw | None) -> bool:
+    """Whether a field is a list with something in it."""
+    return _begin(raw, 1) == b"[" and _begin(raw, 16)[1:].lstrip()[:1] != b"]"
+
+
+def _top_level(body: bytes) -> Body:
+    names = 0
+
+    def count(_: type, name: str) -> _Key:
+        nonlocal names
+        names += 1
+        return _Key(name)
+
+    try:
+        if not body.isascii():
+            body.decode()
+        fields = msgspec.json.decode(body, type=dict[_Key, msgspec.Raw], dec_hook=count)
+    except msgspec.ValidationError:
+        raise BadRequest("The body must be a JSON object.") from None
+    except UnicodeDecodeError:
+        raise BadRequest("The body is not UTF-8.") from None
+    except msgspec.DecodeError as exc:
+        raise BadRequest(f"The body is not valid JSON: {exc}.") from None
+    except RecursionError:
+        raise BadRequest("The body is nested too deeply.") from None
+    if names != len(fields):
+        raise BadRequest("The body names a field twice.")
+    return dict(fields)
+
+
+def _typed(fields: Body, name: str, kind: type[Any]) -> Any:
+    raw = fields.get(name)
+    if raw is None:
+        return None
+    try:
+        return msgspec.json.decode(raw, type=kind | None)
+    except (msgspec.DecodeError, RecursionError):
+        said = {str: "a string", bool: "true or false", dict: "an object"}[kind]
+        raise BadRequest(f"`{name}` must be {said}.", param=name) from None
+
+
+def _numbers(fields: Body) -> dict[str, int]:
+    numbers = {}
+    for name, (low, high) in BOUNDS.items():
+        raw = fields.get(name)
+        if raw is None:
+            continue
+        try:
+            value = msgspec.json.decode(raw, type=int | None)
+        except msgspec.DecodeError:
+            raise BadRequest(f"`{name}` must be a whole number.", param=name) from None
+        if value is None:
+            continue
+        if not low <= value <= high:
+            raise BadRequest(f"`{name}` must be from {low} to {high}.", param=name)
+        numbers[name] = value
+    return numbers
+
+
+def _nothing_unsafe(fields: Body) -> None:
+    for name in UNSAFE:
+        if not _present(fields.get(name)):
+            continue
+        if name == "chat_template_kwargs":
+            switches = _typed(fields, name, dict)
+            if TEMPLATE_SWITCHES.issuperset(switches) and not any(
+                isinstance(value, dict | list) for value in switches.values()
+            ):
+                continue
+        raise BadRequest(f"`{name}` is not taken by this gateway.", param=name)
+
+
+def _messages(fields: Body) -> list[_Message]:
+    raw = fields.get("messages")
+    if raw is None or _begin(raw, 1) != b"[":
+        raise BadRequest("`messages` must be a list.", param="messages")
+    # Counted before they are taken apart, so that a million of them cost nothing.
+    if bytes(raw).count(b'"role"') > MAX_MESSAGES:
+        raise BadRequest(f"`messages` holds over {MAX_MESSAGES} messages.", param="messages")
+    try:
+        messages = _decode_messages(raw)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise BadRequest(
+            f"`messages` is not a list of messages: {exc}.", param="messages"
+        ) from None
+    if not messages:
+        raise BadRequest("`messages` is empty.", param="messages")
+    return messages
+
+
+def _images(messages: list[_Message]) -> bool:
+    """Whether any message carries an image.
+
+    Raises:
+        BadRequest: An image that the engine would have to fetch: it must not be made
+            to call addresses of the client's choice.
+    """
+    seen = False
+    for message in messages:
+        if _begin(message.content, 1) != b"[":
+            continue
+        try:
+            parts = msgspec.json.decode(message.content, type=list[_Part])
+        except msgspec.DecodeError:
+            raise BadRequest("A message's `content` is malformed.", param="messages") from None
+        for part in parts:
+            if part.type != "image_url":
+                continue
+            seen = True
+            url = part.image_url.url if isinstance(part.image_url, _Address) else part.image_url
+            if not (url or "").startswith("data:"):
+                raise BadRequest(
+                    "Send images as data: URLs; this gateway fetches nothing.", param="messages"
+                )
+    return seen
+
+
+def _forced(choice: msgspec.Raw | None) -> bool:
+    return choice is not None and bytes(choice) not in (b'"auto"', b'"none"', b"null")
+
+
+def _is_task(messages: list[_Message]) -> bool:
+    """Whether this is Open WebUI asking for a title, tags or follow-ups."""
+    return any(m.role == "user" and b"### Task:" in _begin(m.content, 64) for m in messages)

@@ -1,0 +1,318 @@
+"""Who is served next, and by which replica of which lane.
+
+The whole decision for one model lives here and nothing else does: no clock, no sockets,
+no tasks. Each method takes one event and returns the actions it calls for. No method is
+a coroutine, so none can be interrupted halfway and no lock is needed.
+
+What waits is not bound to a lane until it starts: when the policy moves, or an engine
+goes away, the whole queue goes with it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from gateway.errors import GatewayError, NoLane, QueueFull
+from gateway.policy import Policy
+
+#: How much the newest of the measured service times counts.
+NEWEST = 0.1
+
+
+@dataclass(eq=False, slots=True)
+class Replica:
+    """One server of a lane.
+
+    `room` is how many requests it may be given now: its slots when all is well, fewer
+    while it comes back, none while it is out. `trouble` says why, in public words, and
+    `back_s` in how many seconds another attempt makes sense.
+    """
+
+    url: str
+    slots: int
+    room: int = 0
+    running: int = 0
+    trouble: str = "has not been looked at yet"
+    back_s: float = 5.0
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """One model on one engine.
+
+    `waiting` bounds the queue in front of it. `service_s` is the mean time a request
+    holds a slot, as seen here.
+    """
+
+    name: str
+    replicas: list[Replica]
+    waiting: int
+    service_s: float = 0.0
+
+    @property
+    def running(self) -> int:
+        return sum(replica.running for replica in self.replicas)
+
+    @property
+    def room(self) -> int:
+        """Slots that may be used now, taken ones included."""
+        return sum(replica.room for replica in self.replicas)
+
+    def free(self, without: set[Replica]) -> Replica | None:
+        """The replica with the least in flight that has a slot free, or None."""
+        able = [r for r in self.replicas if r.running < r.room and r not in without]
+        return min(able, key=lambda r: r.running, default=None)
+
+    def usable(self, without: set[Replica]) -> bool:
+        """Whether any replica would take a request, now or when a slot comes free."""
+        return any(r.room > 0 and r not in without for r in self.replicas)
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One request on its way through a model's queue.
+
+    `pin` is a lane that somebody named, `able` the lanes that can take the request
+    (all when empty), each with the words that explain it in `why`. `without` are the
+    replicas that have failed it already. `key` is whose turn it is.
+    """
+
+    key: str = ""
+    background: bool = False
+    pin: str | None = None
+    able: frozenset[str] = frozenset()
+    why: str = ""
+    without: set[Replica] = field(default_factory=set)
+    arrived: float = 0.0
+    started: float = 0.0
+    lane: Lane | None = None
+    replica: Replica | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Send this request now, to `ticket.replica`."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell this waiting request that it will not be served."""
+
+    ticket: Ticket
+    error: GatewayError
+
+
+Action: TypeAlias = Start | Refuse
+
+
+class Scheduler:
+    """The queue and the slots of one model."""
+
+    def __init__(self, lanes: list[Lane], policy: Policy, *, pin: str | None = None) -> None:
+        self.lanes: Mapping[str, Lane] = {lane.name: lane for lane in lanes}
+        self.policy = policy
+        self.pin = pin  # the operator's
+        self.demand = 0
+        self._foreground: OrderedDict[str, deque[Ticket]] = OrderedDict()
+        self._background: deque[Ticket] = deque()
+
+    def __repr__(self) -> str:
+        lanes = ", ".join(f"{lane.name} {lane.running}/{lane.room}" for lane in self.lanes.values())
+        return f"<Scheduler {lanes}, {self.waiting} waiting, demand {self.demand}>"
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue, background calls included."""
+        return sum(map(len, self._foreground.values())) + len(self._background)
+
+    # Events
+
+    def arrived(self, ticket: Ticket, now: float, *, again: bool = False) -> list[Action]:
+        """A request wants a slot; `again` if it had one and its replica failed."""
+        if self._choose(ticket) is None:
+            return [Refuse(ticket, self._no_lane(ticket))]
+        ticket.arrived = ticket.arrived or now
+        self._enter(ticket, front=again)
+        actions = self._assign(now)
+        # The policy may just have moved the queue: only what is left now can be too much.
+        if not again and ticket.lane is None and (error := self._too_many(ticket)):
+            self._leave(ticket)
+            actions.append(Refuse(ticket, error))
+        return actions
+
+    def left(self, ticket: Ticket, now: float) -> list[Action]:
+        """A request is over, however it ended, or has left the queue."""
+        lane = ticket.lane
+        if lane is None:
+            return self._assign(now) if self._leave(ticket) else []
+        assert ticket.replica is not None  # noqa: S101 - set together with the lane
+        ticket.replica.running -= 1
+        ticket.replica = ticket.lane = None
+        held = now - ticket.started
+        lane.service_s += (held - lane.service_s) * (NEWEST if lane.service_s else 1.0)
+        if not ticket.background:
+            self.demand -= 1
+        return self._assign(now)
+
+    def passed(self, now: float) -> list[Action]:
+        """Time has passed: the policy may have made up its mind."""
+        return self._assign(now)
+
+    def changed(self, now: float) -> list[Action]:
+        """The room of a replica or the operator's pin has changed."""
+        actions: list[Action] = []
+        for ticket in self._in_turn():
+            if self._choose(ticket) is None:
+                self._leave(ticket)
+                actions.append(Refuse(ticket, self._no_lane(ticket)))
+        return actions + self._assign(now)
+
+    # What it decides
+
+    def lane_for(self, ticket: Ticket) -> str | None:
+        """The name of the lane a request would take now, or None."""
+        lane = self._choose(ticket)
+        return None if lane is None else lane.name
+
+    def wait_s(self, lane: Lane) -> float:
+        """Seconds until a place in the queue comes free, by the measured service time."""
+        return lane.service_s / max(1, lane.room)
+
+    def _choose(self, ticket: Ticket) -> Lane | None:
+        """The lane for this request now.
+
+        In order: operator's pin, request's pin, what the lane can take, health, policy.
+        """
+        if pin := self.pin or ticket.pin:
+            lane = self.lanes[pin]
+            return lane if lane.usable(ticket.without) else None
+        chosen = self.lanes[self.policy.lane]
+        if self._takes(chosen, ticket) and chosen.usable(ticket.without):
+            return chosen
+        for lane in self.lanes.values():
+            if lane is not chosen and self._takes(lane, ticket) and lane.usable(ticket.without):
+                return lane
+        return None
+
+    def _why(self, ticket: Ticket, lane: Lane) -> str:
+        """The reason for this choice, for people."""
+        if self.pin:
+            return "pinned by the operator"
+        if ticket.pin:
+            return "pinned by the request"
+        chosen = self.lanes[self.policy.lane]
+        if lane is chosen:
+            return self.policy.reason
+        if not self._takes(chosen, ticket):
+            return ticket.why
+        return f"{chosen.name} {self._trouble(chosen, ticket)}"
+
+    def _takes(self, lane: Lane, ticket: Ticket) -> bool:
+        return not ticket.able or lane.name in ticket.able
+
+    def _trouble(self, lane: Lane, ticket: Ticket) -> str:
+        if any(replica in ticket.without for replica in lane.replicas):
+            return "failed this request"
+        return next((r.trouble for r in lane.replicas if r.trouble), "is not usable")
+
+    def _no_lane(self, ticket: Ticket) -> NoLane:
+        pin = self.pin or ticket.pin
+        names = [pin] if pin else [lane for lane in self.lanes if lane in ticket.able] or self.lanes
+        troubles = "; ".join(f"{name} {self._trouble(self.lanes[name], ticket)}" for name in names)
+        back_s = min(replica.back_s for name in names for replica in self.lanes[name].replicas)
+        message = f"No engine can answer for this model now: {troubles}."
+        return NoLane(message, retry_after=back_s)
+
+    def _too_many(self, ticket: Ticket) -> QueueFull | None:
+        """Why a ticket that waits may not; None where it may."""
+        lane = self._choose(ticket)
+        if lane is None or self.waiting <= lane.waiting:
+            return None
+        before = sum(
+            other.background == ticket.background and self._choose(other) is lane
+            for other in self._in_turn()
+        )
+        if before <= lane.waiting:
+            return None
+        return QueueFull(
+            "Too many requests wait for this model already. Try again later.",
+            retry_after=self.wait_s(lane),
+        )
+
+    def _assign(self, now: float) -> list[Action]:
+        """Start whoever can start now, in turn."""
+        running = {name: lane.running for name, lane in self.lanes.items()}
+        self.policy.observe(now, self.demand, running)
+        free = sum(max(0, r.room - r.running) for la in self.lanes.values() for r in la.replicas)
+        actions: list[Action] = []
+        if not free or not self.waiting:
+            return actions
+        for ticket in self._in_turn():
+            lane = self._choose(ticket)
+            replica = lane.free(ticket.without) if lane else None
+            if lane is None or replica is None:
+                continue
+            self._dequeue(ticket)
+            ticket.lane, ticket.replica, ticket.started = lane, replica, now
+            ticket.reason = self._why(ticket, lane)
+            replica.running += 1
+            actions.append(Start(ticket))
+            free -= 1
+            if not free:
+                break
+        return actions
+
+    # The queue: one line a key, the keys in turn, background calls behind everyone
+
+    def _in_turn(self) -> Iterator[Ticket]:
+        lines = [list(line) for line in self._foreground.values()]
+        for rank in range(max(map(len, lines), default=0)):
+            yield from (line[rank] for line in lines if rank < len(line))
+        yield from list(self._background)
+
+    def _enter(self, ticket: Ticket, *, front: bool) -> None:
+        if ticket.background:
+            line = self._background
+        else:
+            self.demand += 1
+            line = self._foreground.setdefault(ticket.key, deque())
+        if front:
+            line.appendleft(ticket)
+            if not ticket.background:
+                self._foreground.move_to_end(ticket.key, last=False)
+        else:
+            line.append(ticket)
+
+    def _dequeue(self, ticket: Ticket) -> None:
+        """Take out of the queue; a key that was served goes behind the others."""
+        if ticket.background:
+            self._background.remove(ticket)
+            return
+        line = self._foreground[ticket.key]
+        line.remove(ticket)
+        if line:
+            self._foreground.move_to_end(ticket.key)
+        else:
+            del self._foreground[ticket.key]
+
+    def _leave(self, ticket: Ticket) -> bool:
+        """Leave the queue without having been served; False where it was not in it."""
+        if ticket.background:
+            if ticket not in self._background:
+                return False
+            self._background.remove(ticket)
+            return True
+        line = self._foreground.get(ticket.key)
+        if line is None or ticket not in line:
+            return False
+        line.remove(ticket)
+        if not line:
+            del self._foreground[ticket.key]
+        self.demand -= 1
+        return True
