@@ -351,6 +351,10 @@ class Engine(ABC):
     async def activity(self, model: str) -> Activity:
         """What runs and waits inside the engine; raises `BackendError`."""
 
+    async def close(self) -> None:
+        """Give back what this engine holds of its own; the shared client is not its own."""
+        return
+
     # One exchange
 
     @abstractmethod

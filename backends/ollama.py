@@ -105,6 +105,10 @@ class Ollama(Engine):
         while model in await self.resident():
             await asyncio.sleep(0.1)
 
+    async def close(self) -> None:
+        await self._manage.close()
+        await self._patient.close()
+
     async def resident(self) -> list[str]:
         """The models in memory now; raises `BackendError`."""
         running = await self._asked(self._manage.ps())

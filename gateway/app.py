@@ -249,16 +249,22 @@ class Gateway:
 
     # Ending
 
-    def _remove(self, name: str) -> None:
-        for task in self._tasks.pop(name, ()):
+    def _remove(self, name: str) -> list[asyncio.Task[None]]:
+        """Serve a model no longer; returns its tasks, which are being cancelled."""
+        tasks = self._tasks.pop(name, [])
+        for task in tasks:
             task.cancel()
         self.catalogue.remove(name).admission.close()
+        return tasks
 
     async def _stop(self) -> None:
+        ending = [task for name in list(self.catalogue.models) for task in self._remove(name)]
         if self._relisting is not None:
             self._relisting.cancel()
-        for name in list(self.catalogue.models):
-            self._remove(name)
+            ending.append(self._relisting)
+        await asyncio.gather(*ending, return_exceptions=True)
+        for engine in self._engines.values():
+            await engine.close()
         self._client.close()
         if self._embedded is not None:
             await self._embedded.stop()

@@ -141,11 +141,11 @@ def _serve(args: argparse.Namespace) -> None:
     read.check_exposure()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # the probes of Ollama, twice a second
-    listener = _listen(read)
+    listener = listen(read)
     uvloop.run(_run(read, listener))
 
 
-def _listen(read: Settings) -> socket.socket:
+def listen(read: Settings) -> socket.socket:
     """Take the port before anything else is started."""
     family = socket.AF_INET6 if ":" in read.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -64,6 +64,8 @@ async def _is(client: http.Client, kind: Kind, url: str) -> bool:
         said = msgspec.json.decode(await engine.get(SIGNS[kind], timeout_s=PATIENCE_S))
     except (BackendError, msgspec.DecodeError):
         return False
+    finally:
+        await engine.close()
     return isinstance(said, dict) and (kind == "llamacpp" or "version" in said)
 
 

@@ -1,0 +1,53 @@
+"""A fake engine that behaves like Ollama, vLLM or llama.cpp, and misbehaves as told.
+
+It serves over real sockets and plays faults down to the byte. Tests run it in their own
+event loop; demos and load tests as a program, `python -m backends.fake --help`.
+"""
+
+from backends.fake.engine import FakeEngine
+from backends.fake.kinds import Name
+from backends.fake.script import (
+    DONE,
+    Answer,
+    Close,
+    Cut,
+    Head,
+    Pause,
+    Repeat,
+    Reset,
+    Send,
+    Serve,
+    Silence,
+    Step,
+    chunk,
+    event,
+    status,
+    stream,
+    usage,
+    usage_chunk,
+)
+from backends.fake.wire import Received
+
+__all__ = [
+    "DONE",
+    "Answer",
+    "Close",
+    "Cut",
+    "FakeEngine",
+    "Head",
+    "Name",
+    "Pause",
+    "Received",
+    "Repeat",
+    "Reset",
+    "Send",
+    "Serve",
+    "Silence",
+    "Step",
+    "chunk",
+    "event",
+    "status",
+    "stream",
+    "usage",
+    "usage_chunk",
+]

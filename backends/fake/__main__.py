@@ -1,0 +1,80 @@
+"""The fake engine as a program: for demos, and for load tests against known times."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import signal
+import sys
+from contextlib import AsyncExitStack
+from typing import get_args
+
+from backends.fake.control import Control
+from backends.fake.engine import FakeEngine
+from backends.fake.kinds import Name
+
+
+def arguments() -> argparse.ArgumentParser:
+    """What can be set on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m backends.fake", description=__doc__)
+    add = parser.add_argument
+    add("--kind", choices=get_args(Name), required=True)
+    add("--port", type=int, default=0, help="0: any free one, told on stdout")
+    add("--control-port", type=int, help="to watch and script it; none without this")
+    add("--model", action="append", help="one it chats with; may be repeated (m)")
+    add("--embedding", action="append", default=[], help="one made for embeddings")
+    add("--ttft", type=float, default=0.0, help="slot to first token, s (0)")
+    add("--gap", type=float, default=0.0, help="token to token, s (0)")
+    add("--tokens", type=int, default=64, help="length of an answer without a limit (64)")
+    add("--slots", type=int, default=16, help="answered at once; all others wait (16)")
+    add("--context", type=int, default=8192, help="context length, tokens (8192)")
+    add("--tools", action="store_true", help="takes tools")
+    add("--dev-mode", action="store_true", help="vllm: has /sleep and /wake_up")
+    add("--sleep", type=float, default=0.0, help="vllm: to fall asleep, and to wake, s (0)")
+    add("--load", type=float, default=0.0, help="ollama: to load a model, s (0)")
+    add("--unload", type=float, default=0.0, help="ollama: to let it go, s (0)")
+    add("--loading", type=float, default=0.0, help="llamacpp: says 503 for so long, s (0)")
+    return parser
+
+
+async def serve(options: argparse.Namespace) -> None:
+    """Be the engine until told to stop (SIGTERM, SIGINT)."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stop.set)
+    engine = FakeEngine(
+        options.kind,
+        options.model or ([] if options.embedding else ["m"]),
+        embedding=options.embedding,
+        ttft_s=options.ttft,
+        gap_s=options.gap,
+        tokens=options.tokens,
+        slots=options.slots,
+        context=options.context,
+        tools=options.tools,
+        dev_mode=options.dev_mode,
+        sleep_s=options.sleep,
+        load_s=options.load,
+        unload_s=options.unload,
+        loading=options.loading > 0,
+        remember=100,
+        port=options.port,
+    )
+    async with AsyncExitStack() as opened:
+        await opened.enter_async_context(engine)
+        told = f"{options.kind} at {engine.url}"
+        if options.control_port is not None:
+            control = await opened.enter_async_context(Control(engine, options.control_port))
+            told += f", control at {control.url}"
+        sys.stdout.write(f"{told}\n")
+        sys.stdout.flush()
+        if engine.loading:
+            loop.call_later(options.loading, setattr, engine, "loading", False)
+        # What lives now lives to the end: a collection need not look at it, and is shorter.
+        gc.freeze()
+        await stop.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(arguments().parse_args()))

@@ -1,0 +1,216 @@
+"""What each engine says: its endpoints, its words for an error, the forms of its streams.
+
+Nearly all of it is decided and nothing waited for: a kind waits only where the engine
+makes its client wait (loading, falling asleep). How the three differ is in the modules
+named after them.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import struct
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import msgspec
+
+from backends.fake.script import usage
+from backends.fake.wire import Received
+
+if TYPE_CHECKING:  # the engine makes its kind, and the kind asks the engine
+    from backends.fake.engine import FakeEngine
+
+Name = Literal["ollama", "vllm", "llamacpp"]
+Json = dict[str, Any]
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+EMBEDDINGS = "/v1/embeddings"
+GENERATING = frozenset((CHAT, COMPLETIONS, EMBEDDINGS))
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An answer in one piece: JSON, or text, or bytes."""
+
+    body: object
+    status: int = 200
+    type: str | None = None
+
+    @property
+    def encoded(self) -> bytes:
+        """Its bytes."""
+        match self.body:
+            case bytes():
+                return self.body
+            case str():
+                return self.body.encode()
+        return msgspec.json.encode(self.body)
+
+
+class Refusal(Exception):
+    """The request cannot be served; this is what the engine says instead."""
+
+    def __init__(self, told: Told) -> None:
+        super().__init__(told)
+        self.told = told
+
+
+@dataclass(slots=True)
+class Job:
+    """One answer to be generated."""
+
+    id: str
+    created: int
+    path: str
+    model: str
+    prompt_tokens: int
+    tokens: int
+    finish: str
+    stream: bool = False
+    usage: bool = False  # whether the stream tells its token counts
+    choices: int = 1
+    inputs: int = 1  # texts to be embedded
+    base64: bool = False  # … packed, not as numbers
+
+    @property
+    def text(self) -> str:
+        """The whole answer."""
+        return "".join(text(index) for index in range(self.tokens))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Its usage."""
+        return usage(self.prompt_tokens, self.tokens * self.choices)
+
+
+def text(index: int) -> str:
+    """The text of one token."""
+    return f" token{index}" if index else "token0"
+
+
+class Kind(ABC):
+    """One kind of engine. It keeps no state of its own: that is the engine's."""
+
+    name: ClassVar[Name]
+    #: Whether a stream's head comes at once, before there is a slot, or with its first token.
+    head_first: ClassVar[bool] = False
+    closes_after_stream: ClassVar[bool] = False
+    closes_after_error: ClassVar[bool] = False
+    #: After so long it closes idle connections; None: never.
+    keep_alive_s: ClassVar[float | None] = None
+    json_type: ClassVar[str] = "application/json"
+    stream_type: ClassVar[str] = "text/event-stream"
+    id_prefix: ClassVar[Mapping[str, str]] = {CHAT: "chatcmpl-", COMPLETIONS: "cmpl-"}
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self._ids = itertools.count(1)
+
+    # What each does its own way
+
+    def headers(self) -> dict[str, str]:
+        """What it says of itself in each answer."""
+        return {"date": formatdate(usegmt=True)}
+
+    def stream_headers(self) -> dict[str, str]:
+        """The headers of a stream."""
+        return {**self.headers(), "content-type": self.stream_type}
+
+    @abstractmethod
+    def refuse(
+        self, status: int, message: str, kind: str = "", param: str | None = None
+    ) -> Refusal:
+        """The refusal in its own words, to be raised."""
+
+    @abstractmethod
+    async def control(self, request: Received) -> Told:
+        """The answer to a request that generates nothing; raises `Refusal`."""
+
+    @abstractmethod
+    def job(self, request: Received) -> Job:
+        """What is to be generated; raises `Refusal`."""
+
+    async def ready(self, job: Job) -> None:  # noqa: B027 - most are always
+        """Return when the model is where it can start on this."""
+
+    @abstractmethod
+    def token(self, job: Job, index: int) -> Iterable[bytes]:
+        """What is sent with one token: each a write of its own."""
+
+    @abstractmethod
+    def closing(self, job: Job) -> Iterable[bytes]:
+        """What is sent right after the last token."""
+
+    @abstractmethod
+    def whole(self, job: Job) -> bytes:
+        """The answer in one piece."""
+
+    # What they have in common
+
+    def names(self) -> list[str]:
+        """All its models."""
+        return [*self.engine.models, *self.engine.embedding]
+
+    def new_job(self, request: Received, body: Json, limit: object = None) -> Job:
+        """A job for a body that was found good; `limit` is the longest answer asked for."""
+        tokens, finish = self.engine.tokens, "stop"
+        if isinstance(limit, int) and (limit < tokens or body.get("ignore_eos")):
+            tokens, finish = limit, "length"
+        stops = body.get("stop") or []
+        for index in range(tokens):
+            if any(stop in text(index) for stop in ([stops] if isinstance(stops, str) else stops)):
+                tokens, finish = index, "stop"
+                break
+        stream = bool(body.get("stream")) and request.path != EMBEDDINGS
+        options = body.get("stream_options") or {}
+        given = body.get("input")
+        # A list of numbers is one text, too.
+        texts = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        return Job(
+            id=f"{self.id_prefix.get(request.path, '')}{next(self._ids)}",
+            created=int(time.time()),
+            path=request.path,
+            model=str(body.get("model", "")),
+            prompt_tokens=prompt_tokens(body),
+            tokens=tokens if request.path != EMBEDDINGS else 1,
+            finish=finish,
+            stream=stream,
+            usage=stream and bool(options.get("include_usage")),
+            inputs=len(texts),
+            base64=body.get("encoding_format") == "base64",
+        )
+
+
+def prompt_tokens(body: Json) -> int:
+    """The tokens of a prompt: one for each word, as everything here has one."""
+
+    def words(value: object) -> int:
+        match value:
+            case str():
+                return len(value.split())
+            case dict():
+                return sum(words(value[key]) for key in ("content", "text") if key in value)
+            case list():
+                return sum(words(item) for item in value)
+            case int():
+                return 1
+        return 0
+
+    return max(1, sum(words(body.get(name)) for name in ("messages", "prompt", "input")))
+
+
+def vectors(job: Job) -> list[Json]:
+    """One short vector for each text, its first number telling which."""
+    made: list[Json] = []
+    for index in range(job.inputs):
+        numbers = [index + 1.0, 0.5, -0.5, 0.25]
+        packed = base64.b64encode(struct.pack("<4f", *numbers)).decode()
+        vector = packed if job.base64 else numbers
+        made.append({"object": "embedding", "index": index, "embedding": vector})
+    return made

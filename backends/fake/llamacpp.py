@@ -1,0 +1,202 @@
+"""What llama.cpp's server says, as seen from `xllamacpp` 2026.10."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from backends.fake.kinds import CHAT, EMBEDDINGS, Job, Json, Kind, Refusal, Told, text, vectors
+from backends.fake.script import DONE, event, usage
+from backends.fake.wire import Received
+
+TOOLS_TEMPLATE = "{% if tools %}{{ tools }}{% endif %}"
+
+
+class LlamaCpp(Kind):
+    """Has one model for its life and answers for it under any name."""
+
+    name = "llamacpp"
+    closes_after_stream = True
+    closes_after_error = True
+    keep_alive_s = 5.0
+    json_type = "application/json; charset=utf-8"
+    id_prefix = dict.fromkeys((CHAT, "/v1/completions"), "chatcmpl-")
+
+    def headers(self) -> dict[str, str]:
+        # The promise to keep the connection is there when it is closed after a stream, too.
+        promise = {"keep-alive": "timeout=5, max=100"}
+        return {"server": "llama.cpp", "access-control-allow-origin": "", **promise}
+
+    def stream_headers(self) -> dict[str, str]:
+        return {**super().stream_headers(), "x-accel-buffering": "no"}
+
+    def refuse(
+        self, status: int, message: str, kind: str = "", param: str | None = None
+    ) -> Refusal:
+        kind = kind or "invalid_request_error"
+        return Refusal(Told({"error": {"code": status, "message": message, "type": kind}}, status))
+
+    # Besides generating
+
+    async def control(self, request: Received) -> Told:
+        self._loaded()
+        match request.method, request.path:
+            case "GET", "/health" | "/v1/health":
+                return Told({"status": "ok"})
+            case "GET", "/v1/models" | "/models":
+                return Told({"models": [], "object": "list", "data": [self._listed()]})
+            case "GET", "/props":
+                return Told(self._props())
+            case "GET", "/slots":
+                busy = self.engine.running
+                slots = range(self.engine.slots)
+                context = self.engine.context
+                return Told([{"id": i, "n_ctx": context, "is_processing": i < busy} for i in slots])
+            case "GET", "/metrics":
+                return Told(self._metrics(), type="text/plain; version=0.0.4")
+        raise self.refuse(404, "File Not Found", "not_found_error")
+
+    def _loaded(self) -> None:
+        if self.engine.loading:
+            raise self.refuse(503, "Loading model", "unavailable_error")
+
+    def _listed(self) -> Json:
+        name = self.names()[0]
+        meta = {
+            "vocab_type": 2,
+            "n_vocab": 49152,
+            "n_ctx": self.engine.context,
+            "n_ctx_train": self.engine.context,
+            "n_embd": 576,
+            "n_params": 134515008,
+            "size": 96576768,
+        }
+        return {
+            "id": name,
+            "aliases": [name],
+            "object": "model",
+            "created": 1700000000,
+            "owned_by": "llamacpp",
+            "meta": meta,
+        }
+
+    def _props(self) -> Json:
+        return {
+            "default_generation_settings": {"n_ctx": self.engine.context},
+            "total_slots": self.engine.slots,
+            "model_alias": self.names()[0],
+            "modalities": {"vision": False, "video": False, "audio": False},
+            "chat_template": TOOLS_TEMPLATE if self.engine.tools else "{{ messages }}",
+            "is_sleeping": False,
+        }
+
+    def _metrics(self) -> str:
+        gauges = {
+            "requests_processing": self.engine.running,
+            "requests_deferred": self.engine.waiting,
+        }
+        lines = (
+            f"# HELP llamacpp:{name} Number of requests.\n# TYPE llamacpp:{name} gauge\n"
+            f"llamacpp:{name} {value}\n"
+            for name, value in gauges.items()
+        )
+        return "".join(lines)
+
+    # Generating
+
+    def job(self, request: Received) -> Job:
+        self._loaded()
+        body = request.body
+        if not isinstance(body, dict):
+            message = "[json.exception.parse_error.101] parse error at line 1, column 1"
+            raise self.refuse(400, message)
+        if request.path == EMBEDDINGS:
+            return self._embedding(request, body)
+        required = "messages" if request.path == CHAT else "prompt"
+        if required not in body:
+            raise self.refuse(400, f"'{required}' is required")
+        limit = body.get("max_tokens", body.get("max_completion_tokens"))
+        if limit is not None and not isinstance(limit, int | float):
+            message = "[json.exception.type_error.302] type must be number, but is string"
+            raise self.refuse(400, f"Field 'max_tokens': {message}")
+        if limit is not None:
+            limit = max(1, int(limit)) if limit >= 0 else None
+        job = self.new_job(request, body, limit)
+        job.model = self.names()[0]
+        job.choices = body.get("n") or 1
+        self._check_length(job)
+        return job
+
+    def _embedding(self, request: Received, body: Json) -> Job:
+        if not self.engine.embedding:
+            message = "This server does not support embeddings. Start it with `--embeddings`"
+            raise self.refuse(501, message, "not_supported_error")
+        if "input" not in body:
+            raise self.refuse(400, '"input" or "content" must be provided')
+        return self.new_job(request, body)
+
+    def _check_length(self, job: Job) -> None:
+        if job.prompt_tokens < self.engine.context:
+            return
+        size = f"request ({job.prompt_tokens} tokens) exceeds the available context size"
+        message = f"{size} ({self.engine.context} tokens), try increasing it"
+        refusal = self.refuse(400, message, "exceed_context_size_error")
+        assert isinstance(refusal.told.body, dict)  # noqa: S101 - for the type checker
+        refusal.told.body["error"] |= {
+            "n_prompt_tokens": job.prompt_tokens,
+            "n_ctx": self.engine.context,
+        }
+        raise refusal
+
+    def token(self, job: Job, index: int) -> Iterator[bytes]:
+        for choice in range(job.choices):
+            content = event(self._chunk(job, choice, {"content": text(index)}))
+            if index == 0 and job.path == CHAT:
+                role = {"role": "assistant", "content": None}
+                content = event(self._chunk(job, choice, role)) + content
+            yield content
+
+    def closing(self, job: Job) -> Iterator[bytes]:
+        for choice in range(job.choices):
+            end = self._chunk(job, choice, {}, job.finish)
+            if job.path != CHAT:  # told whether asked for or not
+                yield event(end | {"usage": self._counts(job)})
+            elif job.usage and choice == job.choices - 1:
+                yield event(end) + event(end | {"choices": [], "usage": self._counts(job)})
+            else:
+                yield event(end)
+        yield DONE
+
+    def whole(self, job: Job) -> bytes:
+        if job.path == EMBEDDINGS:
+            counts = {"prompt_tokens": job.prompt_tokens, "total_tokens": job.prompt_tokens}
+            made: Json = {"model": job.model, "object": "list", "usage": counts}
+            return Told(made | {"data": vectors(job)}).encoded
+        said: Json = {"text": job.text, "logprobs": None}
+        if job.path == CHAT:
+            said = {"message": {"role": "assistant", "content": job.text}}
+        choices = [
+            {**said, "index": index, "finish_reason": job.finish} for index in range(job.choices)
+        ]
+        made = self._frame(job, "chat.completion" if job.path == CHAT else "text_completion")
+        return Told(made | {"choices": choices, "usage": self._counts(job)}).encoded
+
+    def _chunk(self, job: Job, index: int, delta: Json, finish: str | None = None) -> Json:
+        what, said = "text_completion", {"text": delta.get("content", ""), "logprobs": None}
+        if job.path == CHAT:
+            what, said = "chat.completion.chunk", {"delta": delta}
+        choice: Json = {"finish_reason": finish, "index": index, **said}
+        return {"choices": [choice], **self._frame(job, what)}
+
+    def _frame(self, job: Job, what: str) -> Json:
+        return {
+            "created": job.created,
+            "id": job.id,
+            "model": job.model,
+            "system_fingerprint": "b0-unknown",
+            "object": what,
+        }
+
+    def _counts(self, job: Job) -> Json:
+        # Of several answers it counts one.
+        counts = usage(job.prompt_tokens, job.tokens)
+        return {**counts, "prompt_tokens_details": {"cached_tokens": 0}}

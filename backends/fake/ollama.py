@@ -1,0 +1,241 @@
+"""What Ollama says, as seen from 0.24."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+from backends.fake.kinds import (
+    CHAT,
+    EMBEDDINGS,
+    Job,
+    Json,
+    Kind,
+    Refusal,
+    Told,
+    text,
+    vectors,
+)
+from backends.fake.script import DONE, event, usage
+from backends.fake.wire import Received
+
+VERSION = "0.24.0"
+SIZE = 98_000_000
+DETAILS = {
+    "parent_model": "",
+    "format": "gguf",
+    "family": "llama",
+    "families": ["llama"],
+    "parameter_size": "134.52M",
+    "quantization_level": "Q4_1",
+}
+#: What Go calls the type of a JSON value.
+GO_TYPES = {
+    str: "string",
+    list: "array",
+    dict: "object",
+    bool: "bool",
+    int: "number",
+    float: "number",
+}
+
+
+class Ollama(Kind):
+    """Loads models when they are asked for. Its names have a tag, `latest` if none is given."""
+
+    name = "ollama"
+
+    def refuse(
+        self, status: int, message: str, kind: str = "", param: str | None = None
+    ) -> Refusal:
+        named = {400: "invalid_request_error", 404: "not_found_error"}
+        kind = kind or named.get(status, "api_error")
+        error = {"message": message, "type": kind, "param": param, "code": None}
+        return Refusal(Told({"error": error}, status))
+
+    # Besides generating
+
+    async def control(self, request: Received) -> Told:  # noqa: PLR0911 - a table
+        match request.method, request.path:
+            case "GET" | "HEAD", "/":
+                return Told("Ollama is running", type="text/plain; charset=utf-8")
+            case "GET", "/api/version":
+                return Told({"version": VERSION})
+            case "GET", "/api/tags":
+                return Told({"models": [self._tag(name) for name in self.names()]})
+            case "GET", "/api/ps":
+                return Told({"models": [self._loaded(name) for name in self.engine.resident]})
+            case "POST", "/api/show":
+                return Told(self._shown(self._known(self._asked(request))))
+            case "POST", "/api/generate":
+                return await self._keep(request)
+            case "GET", "/v1/models":
+                return Told({"object": "list", "data": [self._listed(n) for n in self.names()]})
+            case "GET", path if path.startswith("/v1/models/"):
+                model = path.removeprefix("/v1/models/")
+                if _full(model) not in self.names():
+                    raise self.refuse(404, f"model '{model}' not found")
+                return Told(self._listed(model))
+        raise Refusal(Told("404 page not found", 404, "text/plain"))
+
+    async def _keep(self, request: Received) -> Told:
+        """Load a model or let it go, which is what a generate without a prompt does."""
+        model = self._known(self._asked(request))
+        keep = request.body.get("keep_alive")
+        if keep in (0, "0", "0s"):
+            self.engine.unload(model)
+            reason = "unload"
+        else:
+            await self.engine.load(model)
+            reason = "load"
+        return Told(
+            {
+                "model": request.body["model"],
+                "created_at": _moment(0),
+                "response": "",
+                "done": True,
+                "done_reason": reason,
+            }
+        )
+
+    def names(self) -> list[str]:
+        return [_full(name) for name in super().names()]
+
+    def _asked(self, request: Received) -> str:
+        body = request.body
+        if not isinstance(body, dict):
+            raise Refusal(Told({"error": "missing request body"}, 400))
+        model = body.get("model") or body.get("name")
+        if not isinstance(model, str):
+            raise Refusal(Told({"error": "model is required"}, 400))
+        return model
+
+    def _known(self, model: str) -> str:
+        if _full(model) not in self.names():
+            raise Refusal(Told({"error": f"model '{model}' not found"}, 404))
+        return _full(model)
+
+    def _tag(self, name: str) -> Json:
+        return {
+            "name": name,
+            "model": name,
+            "modified_at": _moment(0),
+            "size": SIZE,
+            "digest": "0" * 64,
+            "details": DETAILS,
+        }
+
+    def _loaded(self, name: str) -> Json:
+        return {
+            "name": name,
+            "model": name,
+            "size": SIZE,
+            "digest": "0" * 64,
+            "details": DETAILS,
+            "expires_at": _moment(300),
+            "size_vram": int(SIZE * self.engine.on_gpu),
+            "context_length": self.engine.context,
+        }
+
+    def _shown(self, name: str) -> Json:
+        embeds = name in [_full(other) for other in self.engine.embedding]
+        can = ["embedding"] if embeds else ["completion", *(["tools"] if self.engine.tools else [])]
+        return {
+            "modelfile": f"FROM {name}\n",
+            "parameters": f"num_ctx                        {self.engine.context}",
+            "template": "{{ .Prompt }}",
+            "details": DETAILS,
+            "model_info": {
+                "general.architecture": "llama",
+                "llama.context_length": self.engine.context,
+            },
+            "capabilities": can,
+            "modified_at": _moment(0),
+        }
+
+    def _listed(self, name: str) -> Json:
+        return {"id": name, "object": "model", "created": 1700000000, "owned_by": "library"}
+
+    # Generating
+
+    def job(self, request: Received) -> Job:
+        body = request.body
+        if not isinstance(body, dict):
+            raise self.refuse(400, "unexpected EOF" if request.raw else "EOF")
+        required = {CHAT: "messages", EMBEDDINGS: "input"}.get(request.path)
+        if required and not body.get(required):
+            message = "[] is too short - 'messages'" if required == "messages" else "invalid input"
+            raise self.refuse(400, message)
+        go = "ChatCompletionRequest" if request.path == CHAT else "CompletionRequest"
+        for field, kind, wanted in (("max_tokens", int, "int"), ("prompt", str, "string")):
+            value = body.get(field)
+            if value is not None and not isinstance(value, kind) and request.path != EMBEDDINGS:
+                was = GO_TYPES[type(value)]
+                message = f"json: cannot unmarshal {was} into Go struct field {go}.{field}"
+                raise self.refuse(400, f"{message} of type {wanted}")
+        model = body.get("model") or ""
+        if not model:
+            raise self.refuse(400, "model is required")
+        if _full(str(model)) not in self.names():
+            raise self.refuse(404, f"model '{model}' not found")
+        if body.get("tools") and not self.engine.tools:
+            name = f"registry.ollama.ai/library/{_full(model)}"
+            raise self.refuse(400, f"{name} does not support tools")
+        # Never read: max_completion_tokens, n, ignore_eos, and all else it does not know.
+        known = {key: value for key, value in body.items() if key != "ignore_eos"}
+        limit = body.get("max_tokens")
+        return self.new_job(request, known, limit if limit and limit > 0 else None)
+
+    async def ready(self, job: Job) -> None:
+        await self.engine.load(_full(job.model))
+
+    def token(self, job: Job, index: int) -> Iterator[bytes]:
+        yield event(self._chunk(job, text(index), None))
+
+    def closing(self, job: Job) -> Iterator[bytes]:
+        end = event(self._chunk(job, "", job.finish))
+        if job.usage:
+            end += event(self._chunk(job, "", job.finish) | {"choices": [], "usage": job.counts})
+        yield end + DONE
+
+    def whole(self, job: Job) -> bytes:
+        if job.path == EMBEDDINGS:
+            counts = {"prompt_tokens": job.prompt_tokens, "total_tokens": job.prompt_tokens}
+            made = {"object": "list", "data": vectors(job), "model": job.model, "usage": counts}
+            return Told(made).encoded + b"\n"
+        choice: Json = {"index": 0, "finish_reason": job.finish}
+        if job.path == CHAT:
+            choice["message"] = {"role": "assistant", "content": job.text}
+        else:
+            choice["text"] = job.text
+        made = self._frame(job, "chat.completion" if job.path == CHAT else "text_completion")
+        return Told(made | {"choices": [choice], "usage": job.counts}).encoded + b"\n"
+
+    def _chunk(self, job: Job, content: str, finish: str | None) -> Json:
+        if job.path == CHAT:
+            delta = {"role": "assistant", "content": content}
+            choices: list[Json] = [{"index": 0, "delta": delta, "finish_reason": finish}]
+            return self._frame(job, "chat.completion.chunk") | {"choices": choices}
+        choices = [{"text": content, "index": 0, "finish_reason": finish}]
+        made = self._frame(job, "text_completion") | {"choices": choices}
+        if job.usage:  # nothing but zeros until the end
+            made["usage"] = usage()
+        return made
+
+    def _frame(self, job: Job, what: str) -> Json:
+        return {
+            "id": job.id,
+            "object": what,
+            "created": job.created,
+            "model": job.model,
+            "system_fingerprint": "fp_ollama",
+        }
+
+
+def _full(model: str) -> str:
+    """A model's name with its tag."""
+    return model if not model or ":" in model.rpartition("/")[2] else f"{model}:latest"
+
+
+def _moment(in_s: float) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=in_s)).isoformat().replace("+00:00", "Z")

@@ -1,0 +1,80 @@
+"""What all tests share: the event loop the gateway runs on, and a gateway to talk to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import httpx
+import pytest
+
+from gateway import settings
+from gateway.app import Gateway
+from gateway.cli import GracefulServer, listen
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A gateway that serves on a real port, and a client pointed at it."""
+
+    url: str
+    gateway: Gateway
+    http: httpx.AsyncClient
+
+    async def status(self, model: str) -> dict[str, Any]:
+        """What `/status` says of a model."""
+        said: dict[str, Any] = (await self.http.get("/status")).json()["models"][model]
+        return said
+
+    async def until(self, condition: Callable[[Gateway], object], within_s: float = 5.0) -> None:
+        """Return when the condition holds; a readiness, a count."""
+        async with asyncio.timeout(within_s):
+            while not condition(self.gateway):
+                await asyncio.sleep(0.005)
+
+
+StartGateway: TypeAlias = Callable[..., AbstractAsyncContextManager[Running]]
+
+
+@asynccontextmanager
+async def run_gateway(**overrides: Any) -> AsyncIterator[Running]:
+    """A gateway with these settings, as `twolane serve` runs it, in this event loop."""
+    read = settings.load(None, {"port": 0, "log": "off", **overrides}, {})
+    listener = listen(read)
+    async with Gateway(read) as gateway:
+        server = GracefulServer(gateway, read)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            while not server.started:
+                await asyncio.sleep(0.001)
+            async with httpx.AsyncClient(base_url=url, timeout=20, trust_env=False) as client:
+                yield Running(url, gateway, client)
+        finally:
+            gateway.edge.cut_all()
+            server.should_exit = True
+            await serving
+
+
+@pytest.fixture
+def start_gateway() -> StartGateway:
+    """Start a gateway: `async with start_gateway(engines=…, models=…) as running`."""
+    return run_gateway
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    """The loop that the gateway runs on."""
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contributor's own TWOLANE_* variables are not for the tests."""
+    for name in os.environ:
+        if name.startswith("TWOLANE_"):
+            monkeypatch.delenv(name)
