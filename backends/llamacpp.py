@@ -69,7 +69,7 @@ class LlamaCpp(Engine):
             tools="tools" in props.chat_template,
             images=modalities.vision if modalities else None,
             embeddings=await self._embeds(model),
-            many=None,
+            many=True,
         )
 
     async def _embeds(self, model: str) -> bool:

@@ -42,8 +42,7 @@ KNOWN = {
     )),
     base.COMPLETIONS: frozenset((
         "model", "prompt", "stream", "stream_options", "max_tokens", "temperature", "top_p",
-        "frequency_penalty", "presence_penalty", "seed", "stop", "suffix", "echo", "logprobs",
-        "n", "user",
+        "frequency_penalty", "presence_penalty", "seed", "stop", "suffix", "n", "user",
     )),
     base.EMBEDDINGS: frozenset(("model", "input", "dimensions", "encoding_format", "user")),
 }  # fmt: skip
@@ -119,7 +118,11 @@ class Ollama(Engine):
 
     def bridge(self, call: Call, model: str) -> Bridged:
         known = KNOWN[call.path]
-        dropped = tuple(name for name in call.body if name not in known)
+        dropped = tuple(
+            name
+            for name, value in call.body.items()
+            if name not in known or (name == "n" and bytes(value) != b"1")
+        )
         changes: dict[str, msgspec.Raw | None] = dict.fromkeys(dropped)
         if limit := call.body.get("max_completion_tokens"):
             changes["max_completion_tokens"] = None

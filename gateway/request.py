@@ -146,6 +146,8 @@ def parse(path: str, body: bytes, headers: Mapping[bytes, bytes]) -> Request:
         needs.chat = True
         needs.images = _images(messages)
         needs.tools = _filled_list(fields.get("tools"))
+        if not needs.tools:
+            fields.pop("tools", None)  # an empty list, which vLLM refuses, is no tools
         needs.forced_tools = needs.tools and _forced(fields.get("tool_choice"))
         call.continues = messages[-1].role == "assistant" and not needs.tools
         background = background or (not stream and not needs.tools and _is_task(messages))

@@ -40,7 +40,6 @@ from backends.fake.script import (
 )
 from backends.fake.wire import Received, Reply, Server
 
-
 WORDS: dict[str, Step] = {
     "reset": Reset(),
     "close": Close(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -133,7 +134,9 @@ class FakeEngine:
         self._kind: Kind = KINDS[kind](self)
         if keep_alive_s is None:
             keep_alive_s = self._kind.keep_alive_s
-        self._server = Server(self._answer, self._ended, keep_alive_s=keep_alive_s, port=port)
+        self._server = Server(
+            self._answer, self._ended, self.changed, keep_alive_s=keep_alive_s, port=port
+        )
         self._queue: deque[_Place] = deque()
         self._scripts: dict[str | None, _Script] = {}
         self._remember = remember
@@ -362,7 +365,7 @@ class FakeEngine:
 
     def _ended(self, request: Received) -> None:
         if request.ended == "hung up":
-            self.hang_ups.append(asyncio.get_running_loop().time())
+            self.hang_ups.append(time.monotonic())
         self.changed()
 
     async def _play(self, answer: Answer, request: Received, reply: Reply) -> None:
@@ -430,7 +433,7 @@ class FakeEngine:
         await reply.whole(told.status, told.encoded, headers, close=close)
 
     async def _generate(self, job: Job, reply: Reply, how: Serve) -> None:
-        kind, start = self._kind, asyncio.get_running_loop().time()
+        kind, start = self._kind, time.monotonic()
         if not job.stream:
             await _reach(start + self.ttft_s + self.gap_s * max(0, job.tokens - 1))
             body = kind.whole(job)
@@ -460,8 +463,11 @@ class FakeEngine:
 
 
 async def _reach(when: float) -> None:
-    """Return at this time of the loop's clock, and let others run in any case."""
-    await asyncio.sleep(max(0.0, when - asyncio.get_running_loop().time()))
+    """Return at this time and never before it; let others run in any case."""
+    while True:
+        await asyncio.sleep(max(0.0, when - time.monotonic()))
+        if time.monotonic() >= when:  # uvloop rounds to milliseconds, down as well as up
+            return
 
 
 async def _forever() -> NoReturn:

@@ -114,6 +114,8 @@ class LlamaCpp(Kind):
         required = "messages" if request.path == CHAT else "prompt"
         if required not in body:
             raise self.refuse(400, f"'{required}' is required")
+        if required == "messages" and not isinstance(body["messages"], list):
+            raise self.refuse(400, "Expected 'messages' to be an array")
         limit = body.get("max_tokens", body.get("max_completion_tokens"))
         if limit is not None and not isinstance(limit, int | float):
             message = "[json.exception.type_error.302] type must be number, but is string"

@@ -167,7 +167,11 @@ class Ollama(Kind):
             message = "[] is too short - 'messages'" if required == "messages" else "invalid input"
             raise self.refuse(400, message)
         go = "ChatCompletionRequest" if request.path == CHAT else "CompletionRequest"
-        for field, kind, wanted in (("max_tokens", int, "int"), ("prompt", str, "string")):
+        for field, kind, wanted in (
+            ("max_tokens", int, "int"),
+            ("prompt", str, "string"),
+            ("messages", list, "[]openai.Message"),
+        ):
             value = body.get(field)
             if value is not None and not isinstance(value, kind) and request.path != EMBEDDINGS:
                 was = GO_TYPES[type(value)]

@@ -148,6 +148,8 @@ class VLLM(Kind):
             fault = ("json_invalid", "body.0", "JSON decode error")
         elif body.get(required) is None:
             fault = ("missing", f"body.{required}", "Field required")
+        elif required == "messages" and not isinstance(body[required], list):
+            fault = ("list_type", f"body.{required}", "Input should be a valid list")
         else:
             for name in ("max_tokens", "max_completion_tokens"):
                 if not isinstance(body.get(name), int | None):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -163,6 +164,7 @@ class Connection(asyncio.Protocol):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._server.connections.add(self)
         self._server.accepted += 1
+        self._server.changed()
         self._task = asyncio.get_running_loop().create_task(self._answer_all())
 
     def data_received(self, data: bytes) -> None:
@@ -182,6 +184,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
+        self._server.changed()
         self._task.cancel()
 
     def pause_writing(self) -> None:
@@ -216,7 +219,7 @@ class Connection(asyncio.Protocol):
             query=dict(parse_qsl(query.decode("latin-1"))),
             headers=self._headers,
             raw=raw,
-            at=asyncio.get_running_loop().time(),
+            at=time.monotonic(),
             body=_json_or_bytes(raw),
             keep_alive=self._parser.should_keep_alive(),
         )
@@ -277,11 +280,13 @@ class Server:
     Args:
         answer: Writes the answer to one request.
         ended: Told when an answer is over, however it ended.
+        changed: Told when a connection has come or gone.
         keep_alive_s: An idle connection is closed after so long.
     """
 
     answer: Callable[[Received, Reply], Awaitable[None]]
     ended: Callable[[Received], None] = lambda request: None
+    changed: Callable[[], None] = lambda: None
     keep_alive_s: float | None = None
     host: str = "127.0.0.1"
     port: int = 0

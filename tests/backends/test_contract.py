@@ -1,0 +1,51 @@
+"""The engines' contract, on the fakes of every kind and on the real embedded engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from backends import http
+from backends.base import Kind
+from backends.fake import FakeEngine
+from backends.llamacpp import LlamaCpp
+from backends.process import Process
+from gateway.discovery import CLASSES, packaged_model
+from tests.backends.contract import Contract, Subject
+
+
+class TestFake(Contract):
+    """What the other tests rely on when they use a fake."""
+
+    @pytest.fixture(params=["ollama", "vllm", "llamacpp"])
+    async def subject(self, request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
+        kind: Kind = request.param
+        async with (
+            FakeEngine(kind, ["sea:1b"], tokens=20) as fake,
+            http.Client() as client,
+        ):
+            engine = CLASSES[kind](fake.url, client)
+            yield Subject(engine, "sea:1b")
+            await engine.close()
+
+
+class TestEmbedded(Contract):
+    """llama.cpp for real, as `twolane serve` starts it."""
+
+    @pytest.fixture
+    async def subject(self, embedded: Process) -> AsyncIterator[Subject]:
+        async with http.Client() as client:
+            yield Subject(LlamaCpp(embedded.url, client), "smollm2")
+
+    @pytest.fixture(scope="class")
+    async def embedded(self, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Process]:
+        gguf = packaged_model()
+        assert gguf is not None
+        command = [sys.executable, "-m", "backends.llamacpp", str(gguf), "--name", "smollm2"]
+        log = Path(tmp_path_factory.mktemp("embedded")) / "log"
+        process = await Process.start(command, log, deadline_s=60)
+        yield process
+        await process.stop()

@@ -1,0 +1,71 @@
+"""The engines' contract on the real ones: whatever the fakes claim is checked here."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from backends import base, http
+from backends.ollama import Ollama
+from backends.vllm import VLLM
+from tests.backends.contract import Contract, Subject
+from tests.engines import rig
+
+
+class TestOllama(Contract):
+    """The real Ollama, as installed."""
+
+    @pytest.fixture
+    async def subject(self, ollama: rig.Engine) -> AsyncIterator[Subject]:
+        async with http.Client() as client:
+            engine = Ollama(ollama.url, client)
+            yield Subject(engine, ollama.model)
+            await engine.close()
+
+    async def test_it_leaves_memory_when_told(self, subject: Subject) -> None:
+        assert isinstance(subject.engine, Ollama)
+        await subject.engine.load(subject.model)
+        assert subject.model in await subject.engine.resident()
+
+        await subject.engine.unload(subject.model)
+
+        assert subject.model not in await subject.engine.resident()
+
+
+class TestVLLM(Contract):
+    """The real vLLM, on the CPU."""
+
+    @pytest.fixture
+    async def subject(self, vllm: rig.Engine) -> AsyncIterator[Subject]:
+        async with http.Client() as client:
+            yield Subject(VLLM(vllm.url, client), vllm.model)
+
+    async def test_it_knows_that_it_has_no_tool_parser(self, subject: Subject) -> None:
+        assert (await subject.engine.capabilities(subject.model)).tools is False
+
+    async def test_it_says_what_runs(self, subject: Subject) -> None:
+        call = subject.call(stream=True, max_tokens=1500, ignore_eos=True)
+        answer = await subject.engine.open(call, subject.model)
+        await answer.read()
+
+        running = (await subject.engine.activity(subject.model)).running
+        answer.close()
+
+        assert running == 1
+
+
+class TestVLLMEmbeddings:
+    """A real vLLM that embeds: the other half of its contract."""
+
+    async def test_it_embeds_and_does_not_chat(self, vllm_embeddings: rig.Engine) -> None:
+        async with http.Client() as client:
+            subject = Subject(VLLM(vllm_embeddings.url, client), vllm_embeddings.model)
+
+            can = await subject.engine.capabilities(subject.model)
+            said, whole = await subject.ask(base.EMBEDDINGS)
+
+        assert can.embeddings
+        assert not can.chat
+        assert len(said["data"][0]["embedding"]) > 100
+        assert whole.usage is not None
