@@ -52,7 +52,7 @@ bench: .venv/dev
 	$(RUN) loadtests.overhead $(ARGS)
 
 day: .venv/dev
-	$(RUN) loadtests.day $(ARGS)
+	$(RUN) tests.engines.day $(ARGS)
 
 check: .venv/dev
 	.venv/bin/ruff check .

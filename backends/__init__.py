@@ -1,0 +1,1 @@
+"""The engines: what they have in common, and where they differ."""

@@ -224,7 +224,7 @@ class Answer:
             else:
                 self._ended = True
                 if not self.watch.complete:
-                    raise BrokeOff(self.watch.fault or "the stream ended before its end")
+                    raise BrokeOff("the stream ended before its end")
                 return self.watch.ending()
         return b""
 

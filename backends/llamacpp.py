@@ -7,10 +7,12 @@ It has one model for its life and answers for it under any name. As a program,
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -38,7 +40,7 @@ class _Modalities(msgspec.Struct):
 class _Props(msgspec.Struct):
     default_generation_settings: _Generation | None = None
     modalities: _Modalities | None = None
-    chat_template: str = ""
+    chat_template_caps: dict[str, bool] = {}
 
 
 class LlamaCpp(Engine):
@@ -66,7 +68,7 @@ class LlamaCpp(Engine):
         return Capabilities(
             context=generation.n_ctx if generation else None,
             chat=True,
-            tools="tools" in props.chat_template,
+            tools=props.chat_template_caps.get("supports_tools"),
             images=modalities.vision if modalities else None,
             embeddings=await self._embeds(model),
             many=True,
@@ -103,7 +105,8 @@ def serve(gguf: Path, name: str, slots: int, context: int) -> None:
 
     Its base URL is the first line on stdout. The model is read before that.
     """
-    import xllamacpp  # noqa: PLC0415 - an extra; only this process needs it
+    # An extra that only this process needs, and that has no types.
+    xllamacpp: Any = importlib.import_module("xllamacpp")
 
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
@@ -114,12 +117,15 @@ def serve(gguf: Path, name: str, slots: int, context: int) -> None:
     params.n_ctx = context * slots
     params.cpuparams.n_threads = len(os.sched_getaffinity(0))
     params.endpoint_metrics = True
-    params.endpoint_slots = True
     params.ui = False
-    server = xllamacpp.Server(params)
-    print(server.listening_address, flush=True)
+    params.cache_ram_mib = 256  # of finished prompts; it would take up to 8 GiB
+    # One server chats and embeds, once it is told how to make one vector of many.
+    params.embedding = True
+    params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
     sys.stdin.read()  # ends when the other end is closed, by a stop or by a kill -9
 
 

@@ -101,12 +101,12 @@ class Ollama(Engine):
     async def unload(self, model: str) -> None:
         # The answer comes at once, the memory later: only /api/ps tells when.
         await self._asked(self._manage.generate(model=model, keep_alive=0))
-        while model in await self.resident():
+        while model in await self.resident():  # noqa: ASYNC110 - Ollama has no event for it
             await asyncio.sleep(0.1)
 
     async def close(self) -> None:
-        await self._manage.close()
-        await self._patient.close()
+        for client in (self._manage, self._patient):
+            await client.close()  # type: ignore[no-untyped-call]  # ollama has no types there
 
     async def resident(self) -> list[str]:
         """The models in memory now; raises `BackendError`."""
@@ -141,7 +141,7 @@ class Ollama(Engine):
                 raise Refused(exc.error, status=exc.status_code) from exc
             raise Sick(said) from exc
         except httpx.TimeoutException as exc:
-            raise Silent(f"{self}: {exc or 'no answer in time'}") from exc
+            raise Silent(f"{self}: {str(exc) or 'no answer in time'}") from exc
         except (ConnectionError, httpx.HTTPError, ValueError) as exc:
             raise Unreachable(f"{self}: {exc}") from exc
 

@@ -46,7 +46,6 @@ class Process:
         Raises:
             StartFailed: It ended, or said nothing in time.
         """
-        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as errors:
             child = await asyncio.create_subprocess_exec(
                 *command,
@@ -67,7 +66,7 @@ class Process:
             raise
         if not line.startswith("http"):
             await process.stop()
-            tail = log.read_text(errors="replace")[-600:]
+            tail = log.read_text(errors="replace")[-600:]  # noqa: ASYNC240 - nothing serves yet
             raise StartFailed(f"{command[0]} ended before it served; {log} ends with:\n{tail}")
         process.url = line
         return process

@@ -98,13 +98,17 @@ class Watch:
         """Whether a stream that ends now has ended well."""
         return self.fault is None and (self.done or self.finish is not None)
 
+    @property
+    def _over(self) -> bool:
+        return self.done or self.fault is not None
+
     def ending(self) -> bytes:
         """What a good stream still owes its client at its end."""
         return b"" if self.done else DONE
 
     def feed(self, data: bytes) -> bytes:
         """The events that `data` completes, ready to be relayed."""
-        if self.fault is not None or self.done:
+        if self._over:
             return b""  # nothing after [DONE] is part of the answer
         if self._cr or b"\r" in data:
             data = self._only_lf(data)
@@ -122,7 +126,7 @@ class Watch:
         out = []
         for event in data[: end - 2].split(b"\n\n"):
             out.append(self._pass(event + b"\n\n"))
-            if self.fault is not None or self.done:
+            if self._over:
                 break
         return b"".join(out)
 
@@ -141,7 +145,7 @@ class Watch:
             data = data[:-1]
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
-    def _pass(self, event: bytes) -> bytes:
+    def _pass(self, event: bytes) -> bytes:  # noqa: C901, PLR0911 - one look, all there is to see
         """One event as it is to be relayed; empty where it is to be left out."""
         data = data_of(event)
         if not data or data.isspace():

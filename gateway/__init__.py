@@ -1,0 +1,1 @@
+"""One OpenAI endpoint over Ollama and vLLM. The design story is in README.md beside this."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from backends import http
 from backends.base import BackendError, Capabilities, Engine, Readiness, Timeouts
@@ -57,6 +57,7 @@ class Gateway:
         self._urls: dict[Kind, tuple[str, ...]] = {k: e.urls for k, e in read.engines.items()}
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}  # by model
         self._relisting: asyncio.Task[None] | None = None
+        self._heard: list[asyncio.Event] = []  # of each replica, when it has been looked at
         self._embedded: Process | None = None
         self._began = time.time()
         self.catalogue = Catalogue()
@@ -73,7 +74,7 @@ class Gateway:
             max_body=int(read.limits.max_body_mb * 1024 * 1024),
         )
 
-    async def __aenter__(self) -> Gateway:
+    async def __aenter__(self) -> Self:
         try:
             await self._start()
         except BaseException:
@@ -141,6 +142,24 @@ class Gateway:
 
     async def _relist(self) -> None:
         """Serve what the engines have, under their own names; equal names are one model."""
+        found, silent = await self._listed()
+        for name, lanes in found.items():
+            known = self.catalogue.models.get(name)
+            if (
+                known is not None
+                and name not in self._settings.pair
+                and set(lanes) - set(known.lanes)
+            ):
+                self._remove(name)  # another engine has it now, too
+            if name not in self.catalogue.models:
+                self._add(name, settings.Model(lanes=lanes))
+        for name, known in list(self.catalogue.models.items()):
+            gone = name not in found and name not in self._settings.pair
+            if gone and not silent.intersection(known.lanes):  # one that is down forgets nothing
+                self._remove(name)
+
+    async def _listed(self) -> tuple[dict[str, dict[Kind, settings.Lane]], set[Kind]]:
+        """The engines' models that are in no pair, and the engines that did not answer."""
         paired = {
             (kind, model) for lanes in self._settings.pair.values() for kind, model in lanes.items()
         }
@@ -156,17 +175,7 @@ class Gateway:
                 if (kind, name) not in paired:
                     lane = settings.Lane(model=name, slots=self._embedded_slots(kind))
                     found.setdefault(name, {})[kind] = lane
-        for name, lanes in found.items():
-            known = self.catalogue.models.get(name)
-            if known is None:
-                self._add(name, settings.Model(lanes=lanes))
-            elif name not in self._settings.pair and set(lanes) - set(known.lanes):
-                self._remove(name)
-                self._add(name, settings.Model(lanes=lanes))
-        for name, known in list(self.catalogue.models.items()):
-            if name not in found and name not in self._settings.pair:
-                if not silent.intersection(known.lanes):  # an engine that is down forgets nothing
-                    self._remove(name)
+        return found, silent
 
     def _embedded_slots(self, kind: Kind) -> int | None:
         return self._settings.embedded.slots if self._embedded and kind == "llamacpp" else None
@@ -226,6 +235,8 @@ class Gateway:
     def _on_word(self, model: Model, replica: Replica, kind: Kind, lane: settings.Lane) -> Any:
         """What to do with what a replica says of itself: ask what it can take, then use it."""
         server = model.admission.servers[replica]
+        first = asyncio.Event()
+        self._heard.append(first)
 
         async def heard(readiness: Readiness) -> None:
             back = readiness is Readiness.READY and server.breaker.readiness is not readiness
@@ -234,18 +245,16 @@ class Gateway:
                     can = await server.engine.capabilities(server.model)
                     model.can[kind] = _stated(can, lane)
             model.admission.reported(replica, readiness)
+            first.set()
 
         return heard
 
     async def _first_look(self) -> None:
-        """Wait a moment until every engine has been heard of, so that the first request is served."""
-        deadline = time.monotonic() + FIRST_LOOK_S
-        while time.monotonic() < deadline and any(
-            server.breaker.readiness is None
-            for model in self.catalogue.models.values()
-            for server in model.admission.servers.values()
-        ):
-            await asyncio.sleep(0.01)
+        """Wait a moment for a word of every engine, so that the first request is served."""
+        heard = [event.wait() for event in self._heard]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LOOK_S):
+                await asyncio.gather(*heard)
 
     # Ending
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from backends import http
 from gateway import settings
 from gateway.app import Gateway
-from gateway.settings import KINDS, Settings, SettingsError
+from gateway.settings import KINDS, Kind, Settings, SettingsError
 
 EPILOG = """\
 examples:
@@ -108,13 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pair(text: str) -> tuple[str, dict[str, str]]:
+def _pair(text: str) -> tuple[str, dict[Kind, str]]:
     """`name=ollama:MODEL,vllm:MODEL` taken apart; model names may have colons themselves."""
     name, _, rest = text.partition("=")
-    lanes = {}
+    lanes: dict[Kind, str] = {}
     for part in rest.split(","):
-        kind, _, model = part.strip().partition(":")
-        if kind not in KINDS or not model:
+        said, _, model = part.strip().partition(":")
+        kind = next((kind for kind in KINDS if kind == said), None)
+        if kind is None or not model:
             message = (
                 f"{part!r} is no ENGINE:MODEL with one of {', '.join(KINDS)}; "
                 "write NAME=ollama:MODEL,vllm:MODEL"

@@ -48,9 +48,9 @@ class GatewayError(Exception):
         retry_after: Seconds after which a new attempt makes sense.
     """
 
-    status: ClassVar[int] = 500
-    type: ClassVar[str] = "api_error"
-    code: ClassVar[str | None] = None
+    status: int = 500
+    type: str = "api_error"
+    code: str | None = None
     #: Whether SDKs should try again; None leaves it to their own rules.
     retry: ClassVar[bool | None] = None
 
@@ -133,23 +133,25 @@ class TooLarge(GatewayError):
 
 
 class EngineRefused(GatewayError):
-    """The engine refused this request; its own status, type, param and code are passed on."""
+    """The engine refused this request; its own status, type, param and code are passed on.
+
+    Args:
+        message: The engine's own words.
+        status: Its HTTP status, 4xx.
+        kind: What it calls `type`.
+        param: The field at fault, if it named one.
+        code: Its error code, if it is a word.
+    """
 
     retry = False
 
     def __init__(
-        self,
-        message: str,
-        *,
-        status: int,
-        type: str,
-        param: str | None,
-        code: str | None,
+        self, message: str, *, status: int, kind: str, param: str | None, code: str | None
     ) -> None:
         super().__init__(message, param=param)
-        self.status = status  # type: ignore[misc] - the one error whose class does not know it
-        self.type = type  # type: ignore[misc]
-        self.code = code  # type: ignore[misc]
+        self.status = status
+        self.type = kind
+        self.code = code
 
 
 class QueueFull(GatewayError):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from backends import base, sse
 from backends.base import BackendError, Busy, Refused, Silent, Unreachable
@@ -80,7 +80,7 @@ class Lifeline:
         self._receive = receive
         self._cause: BaseException | None = None
 
-    def __enter__(self) -> Lifeline:
+    def __enter__(self) -> Self:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - we run in one
         self._task = task
@@ -233,6 +233,7 @@ class Relay:
         """Answer a request.
 
         Args:
+            request: What was asked.
             pin: A lane named in a header.
             exchange: Filled on the way.
             reply: Where the answer goes.
@@ -274,7 +275,8 @@ class Relay:
         self, model: Model, request: Request, pin: str | None, key: str
     ) -> tuple[Ticket, tuple[str, ...]]:
         """The request's place in the queue, and the fields that no lane can take."""
-        needs, stripped = request.needs, ()
+        needs = request.needs
+        stripped: tuple[str, ...] = ()
         if needs.tools and not needs.forced_tools and model.offers("tools") is False:
             # A chat page sends its tools with every hello: better an answer without them.
             stripped = tuple(
@@ -345,7 +347,7 @@ def _translated(error: BackendError) -> GatewayError:
     match error:
         case Refused():
             return EngineRefused(
-                str(error), status=error.status, type=error.type, param=error.param, code=error.code
+                str(error), status=error.status, kind=error.type, param=error.param, code=error.code
             )
         case Busy():
             return EngineBusy("The engine has too much to do.", retry_after=error.retry_after or 1)

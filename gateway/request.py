@@ -6,7 +6,7 @@ must be looked into (the messages, for what they ask of an engine) is looked int
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,7 @@ class Request:
 
 async def read_body(
     headers: Mapping[bytes, bytes],
-    receive: Callable[[], Awaitable[dict[str, Any]]],
+    receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
     limit: int,
 ) -> bytes:
     """The whole body.
@@ -197,7 +197,7 @@ def _top_level(body: bytes) -> Body:
         raise BadRequest("The body is nested too deeply.") from None
     if names != len(fields):
         raise BadRequest("The body names a field twice.")
-    return dict(fields)
+    return {str(name): value for name, value in fields.items()}
 
 
 def _typed(fields: Body, name: str, kind: type[Any]) -> Any:

@@ -1,0 +1,1 @@
+"""A stranger with a stopwatch: nothing here knows the gateway from the inside."""

@@ -62,7 +62,7 @@ async def run_gateway(**overrides: Any) -> AsyncIterator[Running]:
 
 @pytest.fixture
 def start_gateway() -> StartGateway:
-    """Start a gateway: `async with start_gateway(engines=…, models=…) as running`."""
+    """What starts a gateway, with the settings it is given, for an `async with`."""
     return run_gateway
 
 

@@ -52,17 +52,6 @@ class _Script:
         return self.answers.popleft() if self.answers else self.then
 
 
-@dataclass(slots=True, eq=False)
-class _Place:
-    """A request's place: in the queue until `turn` is done, from then on in a slot."""
-
-    turn: asyncio.Future[None]
-
-    @property
-    def granted(self) -> bool:
-        return self.turn.done()
-
-
 class FakeEngine:
     """An engine of one kind on a port of its own, open for as long as the context is.
 
@@ -131,18 +120,21 @@ class FakeEngine:
         self.asleep = False
         self.resident: list[str] = []
 
+        self.kind = kind
         self._kind: Kind = KINDS[kind](self)
         if keep_alive_s is None:
             keep_alive_s = self._kind.keep_alive_s
         self._server = Server(
             self._answer, self._ended, self.changed, keep_alive_s=keep_alive_s, port=port
         )
-        self._queue: deque[_Place] = deque()
+        # A request's turn: in the queue until it is done, from then on in a slot.
+        self._queue: deque[asyncio.Future[None]] = deque()
         self._scripts: dict[str | None, _Script] = {}
         self._remember = remember
         self._watchers: list[tuple[Callable[[FakeEngine], object], asyncio.Future[None]]] = []
         self._loads: dict[str, asyncio.Lock] = {}
         self._chores: set[asyncio.Task[None]] = set()
+        self._paused = False
         self._abortions = 0
 
     def __repr__(self) -> str:
@@ -285,16 +277,18 @@ class FakeEngine:
 
     async def fall_asleep(self, *, abort: bool) -> None:
         """Start nothing more, end what runs (at once, if told to), then sleep."""
-        self.asleep = True
+        self._paused = True
         if abort:
             self._abortions += 1
         await self._idle()
         await asyncio.sleep(self.sleep_s)
+        self.asleep = True
+        self.changed()
 
     async def wake(self) -> None:
         """Start again what waits."""
         await asyncio.sleep(self.sleep_s)
-        self.asleep = False
+        self.asleep = self._paused = False
         self.changed()
 
     async def _idle(self) -> None:
@@ -304,7 +298,7 @@ class FakeEngine:
 
     def changed(self) -> None:
         """Give out the slots that are free, and tell those who watch."""
-        while self._queue and self.running < self.slots and not self.asleep:
+        while self._queue and self.running < self.slots and not self._paused:
             self._start(self._queue.popleft())
         for happened, told in self._watchers:
             try:
@@ -313,33 +307,33 @@ class FakeEngine:
             except Exception as exc:  # noqa: BLE001 - the watcher's own, to be raised there
                 told.set_exception(exc)
 
-    def _start(self, place: _Place) -> None:
+    def _start(self, turn: asyncio.Future[None]) -> None:
         self.running += 1
         self.peak_running = max(self.peak_running, self.running)
-        place.turn.set_result(None)
+        turn.set_result(None)
 
-    def _leave(self, place: _Place) -> None:
-        if place.granted:
+    def _leave(self, turn: asyncio.Future[None]) -> None:
+        if turn.done():
             self.running -= 1
         else:
-            self._queue.remove(place)
+            self._queue.remove(turn)
         self.changed()
 
     @asynccontextmanager
     async def _slot(self, *, scripted: bool) -> AsyncIterator[None]:
         """Hold a slot for as long as the context is open; a scripted answer gets one at once."""
-        place = _Place(asyncio.get_running_loop().create_future())
+        turn = asyncio.get_running_loop().create_future()
         if scripted:
-            self._start(place)
+            self._start(turn)
         else:
-            self._queue.append(place)
+            self._queue.append(turn)
         self.changed()
         try:
-            # Shielded: a turn that was given must not look as if it had not been.
-            await asyncio.shield(place.turn)
+            # Shielded: if this task is cancelled, the turn must not look as if it were done.
+            await asyncio.shield(turn)
             yield
         finally:
-            self._leave(place)
+            self._leave(turn)
 
     # One exchange
 
@@ -411,12 +405,17 @@ class FakeEngine:
         """Answer as the kind does. `how` is given where a script asks, which has its slot."""
         kind = self._kind
         try:
+            kind.admit(request)
             if request.path not in GENERATING or request.method != "POST":
                 await self._tell(await kind.control(request), reply)
                 return
             job = kind.job(request)
         except Refusal as refusal:
             await self._tell(refusal.told, reply)
+            return
+        except (AttributeError, LookupError, TypeError, ValueError) as exc:
+            # A body of wrong types: the kinds look only at what clients really get wrong.
+            await self._tell(kind.refuse(400, f"{type(exc).__name__}: {exc}").told, reply)
             return
         if how is not None:
             await self._generate(job, reply, how)

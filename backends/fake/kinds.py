@@ -128,6 +128,9 @@ class Kind(ABC):
     ) -> Refusal:
         """The refusal in its own words, to be raised."""
 
+    def admit(self, request: Received) -> None:  # noqa: B027 - most take any
+        """Let this request in, whatever it asks for, or raise `Refusal`."""
+
     @abstractmethod
     async def control(self, request: Received) -> Told:
         """The answer to a request that generates nothing; raises `Refusal`."""
@@ -162,16 +165,16 @@ class Kind(ABC):
         tokens, finish = self.engine.tokens, "stop"
         if isinstance(limit, int) and (limit < tokens or body.get("ignore_eos")):
             tokens, finish = limit, "length"
-        stops = body.get("stop") or []
-        for index in range(tokens):
-            if any(stop in text(index) for stop in ([stops] if isinstance(stops, str) else stops)):
+        if stops := body.get("stop"):
+            stops = [stops] if isinstance(stops, str) else stops
+            stopped = (i for i in range(tokens) if any(stop in text(i) for stop in stops))
+            if (index := next(stopped, None)) is not None:
                 tokens, finish = index, "stop"
-                break
         stream = bool(body.get("stream")) and request.path != EMBEDDINGS
         options = body.get("stream_options") or {}
         given = body.get("input")
-        # A list of numbers is one text, too.
-        texts = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        # One text may come as a list, too: of its tokens.
+        texts = given if isinstance(given, list) and isinstance(given[0], str | list) else [given]
         return Job(
             id=f"{self.id_prefix.get(request.path, '')}{next(self._ids)}",
             created=int(time.time()),

@@ -86,6 +86,7 @@ class LlamaCpp(Kind):
             "model_alias": self.names()[0],
             "modalities": {"vision": False, "video": False, "audio": False},
             "chat_template": TOOLS_TEMPLATE if self.engine.tools else "{{ messages }}",
+            "chat_template_caps": {"supports_tools": self.engine.tools},
             "is_sleeping": False,
         }
 
@@ -116,7 +117,7 @@ class LlamaCpp(Kind):
             raise self.refuse(400, f"'{required}' is required")
         if required == "messages" and not isinstance(body["messages"], list):
             raise self.refuse(400, "Expected 'messages' to be an array")
-        limit = body.get("max_tokens", body.get("max_completion_tokens"))
+        limit = body.get("max_completion_tokens", body.get("max_tokens"))
         if limit is not None and not isinstance(limit, int | float):
             message = "[json.exception.type_error.302] type must be number, but is string"
             raise self.refuse(400, f"Field 'max_tokens': {message}")

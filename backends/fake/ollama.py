@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit
 
 from backends.fake.kinds import (
     CHAT,
@@ -52,6 +53,13 @@ class Ollama(Kind):
         kind = kind or named.get(status, "api_error")
         error = {"message": message, "type": kind, "param": param, "code": None}
         return Refusal(Told({"error": error}, status))
+
+    def admit(self, request: Received) -> None:
+        # Its guard against DNS rebinding: a name that may be anybody's is not let in.
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+        own = host in ("", "localhost") or host.endswith((".localhost", ".local", ".internal"))
+        if not own and not host.replace(".", "").isdecimal() and ":" not in host:
+            raise Refusal(Told(b"", 403))
 
     # Besides generating
 
@@ -188,7 +196,10 @@ class Ollama(Kind):
         # Never read: max_completion_tokens, n, ignore_eos, and all else it does not know.
         known = {key: value for key, value in body.items() if key != "ignore_eos"}
         limit = body.get("max_tokens")
-        return self.new_job(request, known, limit if limit and limit > 0 else None)
+        job = self.new_job(request, known, limit if limit and limit > 0 else None)
+        # A prompt too long is cut, without a word.
+        job.prompt_tokens = min(job.prompt_tokens, self.engine.context)
+        return job
 
     async def ready(self, job: Job) -> None:
         await self.engine.load(_full(job.model))

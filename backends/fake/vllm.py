@@ -94,7 +94,7 @@ class VLLM(Kind):
 
     def _metrics(self) -> str:
         labels = f'{{engine="0",model_name="{self.names()[0]}"}}'
-        used = self.engine.running / self.engine.slots
+        used, asleep = self.engine.running / self.engine.slots, self.engine.asleep
         gauges: dict[str, float] = {
             "num_requests_running": self.engine.running,
             "num_requests_waiting": self.engine.waiting,
@@ -105,7 +105,8 @@ class VLLM(Kind):
             f"vllm:{name}{labels} {float(value)}\n"
             for name, value in gauges.items()
         )
-        return "".join(lines)
+        awake = f'vllm:engine_sleep_state{{engine="0",sleep_state="awake"}} {float(not asleep)}\n'
+        return "".join(lines) + awake
 
     def _listed(self, name: str) -> Json:
         return {

@@ -51,6 +51,7 @@ class Reply:
     def __init__(self, connection: Connection, request: Received) -> None:
         self._connection = connection
         self._keep_alive = request.keep_alive
+        self._only_head = request.method == "HEAD"
         self._framing: Literal["raw", "chunked", "length"] = "raw"
         #: Whether there has been a head.
         self.begun = False
@@ -86,6 +87,8 @@ class Reply:
 
     async def send(self, data: bytes, split: int | None = None) -> None:
         """Send some of the body; return when the kernel has it."""
+        if self._only_head:
+            return
         if split is None:
             await self._write(self._framed(data))
             return

@@ -73,7 +73,7 @@ class Envelope(BaseModel):
     error: Problem
 
 
-def build(
+def build(  # noqa: C901 - a table of routes
     catalogue: Catalogue,
     *,
     ready: Callable[[], dict[str, Any]],

@@ -24,14 +24,15 @@ class Subject:
 
     def call(self, path: str = base.CHAT, **fields: Any) -> Call:
         """A short request, as the gateway would have read it."""
-        asked: dict[str, Any] = {
+        usual: dict[str, dict[str, Any]] = {
             base.CHAT: {
                 "messages": [{"role": "user", "content": "Write a short poem about the sea."}],
                 "max_tokens": 8,
             },
             base.COMPLETIONS: {"prompt": "The sea is", "max_tokens": 8},
             base.EMBEDDINGS: {"input": ["The sea"]},
-        }[path] | {"model": "public", **fields}
+        }
+        asked = {"model": "public", **usual[path], **fields}
         raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in asked.items()}
         stream = asked.get("stream") is True
         wants = bool((asked.get("stream_options") or {}).get("include_usage"))
@@ -165,8 +166,8 @@ class Contract:
                 await subject.ask(base.EMBEDDINGS)
 
     async def test_a_stream_left_early_stops_the_engine(self, subject: Subject) -> None:
-        endless = {"max_tokens": 1500, "ignore_eos": True}
-        answer = await subject.engine.open(subject.call(stream=True, **endless), subject.model)
+        endless = subject.call(stream=True, max_tokens=1500, ignore_eos=True)
+        answer = await subject.engine.open(endless, subject.model)
         await answer.read()
         answer.close()
 

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from backends.fake import (
@@ -71,7 +72,7 @@ async def raw_answer(
 ) -> tuple[bytes, str]:
     reader, writer = await asyncio.open_connection("127.0.0.1", engine.port)
     data = b"" if sent is None else json.dumps(sent).encode()
-    head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(data)}\r\n\r\n"
     writer.write(head.encode() + data)
     got = b""
     try:
@@ -267,6 +268,36 @@ async def test_body_that_is_no_request_is_refused(kind: Name, sent: bytes) -> No
     assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_body_of_wrong_types_is_refused(kind: Name) -> None:
+    async with FakeEngine(kind, embedding=["m"]) as engine, client_of(engine) as client:
+        options = await client.post(CHAT, json=body(stream=True, stream_options=7))
+        stop = await client.post(CHAT, json=body(stop=7))
+        empty = await client.post("/v1/embeddings", json={"model": "m", "input": []})
+
+    assert [answer.status_code for answer in (options, stop, empty)] == [400, 400, 400]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_openai_client_reads_what_comes(kind: Name) -> None:
+    async with (
+        FakeEngine(kind) as engine,
+        openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key="k", max_retries=0) as client,
+    ):
+        streamed = await client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "Hi"}], stream=True
+        )
+        told = [part.choices[0].delta.content or "" async for part in streamed]
+        engine.script(stream({"error": {"message": "boom", "code": 500}}))
+        broken = await client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "Hi"}], stream=True
+        )
+        with pytest.raises(openai.APIError, match="boom"):
+            [part async for part in broken]
+
+    assert "".join(told) == "token0 token1 token2 token3 token4"
+
+
 async def test_prompt_too_long_is_refused_by_those_that_do() -> None:
     told: dict[Name, tuple[int, Any]] = {}
     messages = [{"role": "user", "content": "word " * 50}]
@@ -332,6 +363,16 @@ async def test_embeddings_without_such_a_model() -> None:
         told[kind] = answer.status_code
 
     assert told == {"ollama": 200, "vllm": 404, "llamacpp": 501}
+
+
+async def test_ollama_lets_nobody_in_who_calls_it_by_a_strange_name() -> None:
+    told: dict[str, int] = {}
+    async with FakeEngine("ollama") as engine, client_of(engine) as client:
+        for host in ("127.0.0.1:1", "[::1]:1", "localhost", "ollama.internal:1", "gateway", "a.b"):
+            answer = await client.get("/v1/models", headers={"host": host})
+            told[host] = answer.status_code
+
+    assert list(told.values()) == [200, 200, 200, 200, 403, 403]
 
 
 # Ollama's memory

@@ -44,6 +44,10 @@ OLLAMA_MODEL = "smollm2:135m"
 VLLM_MODEL = "SmolLM2-135M"
 CONTEXT_TOKENS = 2048
 
+# The model's own chat template starts with these words where a caller has none; Ollama
+# does not read that template, so it is told them. Without, its prompts are 21 tokens shorter.
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / ".engines"
 LOGS = ENGINES / "logs"
@@ -96,9 +100,7 @@ class Part:
 
     def is_complete(self) -> bool:
         # The stamp is written last and taken away first: half a part never has one.
-        return (
-            self.there.exists() and self.stamp.exists() and self.stamp.read_text() == self.recipe
-        )
+        return self.there.exists() and self.stamp.exists() and self.stamp.read_text() == self.recipe
 
     def install(self) -> None:
         if self.is_complete():
@@ -125,8 +127,8 @@ def parts() -> list[Part]:
         Part("smollm2", f"bf16 weights for vLLM out of {model}", build_weights, WEIGHTS),
     ]
     if shutil.which("ollama"):
-        modelfile = f"{OLLAMA_MODEL} with {CONTEXT_TOKENS} tokens of context out of {model}"
-        found.append(Part("ollama", modelfile, build_ollama, OLLAMA_HOME))
+        recipe = f"{OLLAMA_MODEL}, {CONTEXT_TOKENS} tokens of context, its system prompt"
+        found.append(Part("ollama", f"{recipe}, out of {model}", build_ollama, OLLAMA_HOME))
     return found
 
 
@@ -158,10 +160,9 @@ def build_vllm() -> None:
     # tells a whole one. Without bytecode each of vLLM's three processes compiles it all
     # again at every start: 84 s instead of 37.
     do([*uv(), "venv", "--quiet", "--clear", "--python", sys.executable, str(home)])
-    do(
-        [*uv(), "pip", "install", "--quiet", "--compile-bytecode"]
-        + ["--python", str(VLLM_PYTHON), "--overrides", str(overrides), *packages]
-    )
+    install_into = [*uv(), "pip", "install", "--quiet", "--compile-bytecode"]
+    install_into += ["--python", str(VLLM_PYTHON), "--overrides", str(overrides)]
+    do([*install_into, *packages])
 
 
 def build_weights() -> None:
@@ -174,11 +175,15 @@ def build_weights() -> None:
 
 
 def build_ollama() -> None:
-    """Make the model known to an Ollama whose store is ours alone."""
-    shutil.rmtree(OLLAMA_HOME, ignore_errors=True)
-    OLLAMA_HOME.mkdir(parents=True)
+    """Make the model known to an Ollama whose store is ours alone.
+
+    What is there already is replaced, not removed: a server that runs may be using it.
+    """
+    OLLAMA_HOME.mkdir(parents=True, exist_ok=True)
     modelfile = OLLAMA_HOME / "Modelfile"
-    modelfile.write_text(f"FROM {the_gguf()}\nPARAMETER num_ctx {CONTEXT_TOKENS}\n")
+    modelfile.write_text(
+        f'FROM {the_gguf()}\nPARAMETER num_ctx {CONTEXT_TOKENS}\nSYSTEM "{SYSTEM}"\n'
+    )
     with ollama_server(free_port(), None) as engine:
         environment = ollama_environment(engine.url, None)
         do(["ollama", "create", OLLAMA_MODEL, "-f", str(modelfile)], environment)
@@ -221,9 +226,10 @@ def the_gguf() -> Path:
 def uv() -> list[str]:
     """How to run uv here."""
     beside = Path(sys.executable).with_name("uv")
-    for candidate in (os.environ.get("UV"), shutil.which("uv"), str(beside)):
+    ours = ROOT / ".cache" / "uv" / "bin" / "uv"  # where the Makefile puts one
+    for candidate in (os.environ.get("UV"), shutil.which("uv"), beside, ours):
         if candidate and Path(candidate).exists():
-            return [candidate]
+            return [str(candidate)]
     if importlib.util.find_spec("uv"):
         return [sys.executable, "-m", "uv"]
     raise RigError(GET_UV)
@@ -410,7 +416,7 @@ def answers(url: str) -> bool:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(url, timeout=2) as response:
-            return bool(response.status == 200)  # noqa: PLR2004 - the name of success
+            return bool(response.status == 200)
     except OSError:
         return False
 
