@@ -43,7 +43,7 @@ tests/clients/node_modules/.package-lock.json: tests/clients/package-lock.json
 	@if command -v npm >/dev/null; then npm ci --prefix tests/clients --no-audit --no-fund --silent; else echo "no npm: the tests of openai for Node are skipped"; fi
 
 engines: .venv/dev
-	$(RUN) tests.engines.rig install
+	PATH="$(CURDIR)/.cache/uv/bin:$$PATH" $(RUN) tests.engines.rig install
 
 test-engines: .venv/dev
 	$(PYTEST) tests/engines $(ARGS)

@@ -136,6 +136,7 @@ class Response:
         self._buffered = 0
         self._paused = False
         self._framed = False
+        self._keeps = False
         self._inflate: zlib._Decompress | None = None
         self._error: HttpError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -176,6 +177,7 @@ class Response:
     def on_message_complete(self) -> None:
         if self.status:
             self.complete = True
+            self._keeps = self._connection.parser.should_keep_alive()
 
     # Called by the connection
 
@@ -292,7 +294,7 @@ class Response:
         if self._timer is not None:
             self._timer.cancel()
         whole = self.complete and self._error is None and not self._chunks
-        if reuse and whole and self._connection.parser.should_keep_alive():
+        if reuse and whole and self._keeps:
             self._pool.keep(self._connection)
         else:
             self._connection.abort()

@@ -18,6 +18,10 @@ from gateway.profile import Profile
 #: placement, in request-seconds: both engines then compute on the same cards. Assumed.
 OVERLAP_S = 1.0
 
+#: Request-seconds that are none: so far may floating-point sums be off, after which
+#: what is due at a moment must still happen at that moment.
+NEGLIGIBLE = 1e-6
+
 
 class Policy:
     """The lane of one model, chosen by demand.
@@ -84,7 +88,7 @@ class Policy:
         self._at = now
         self._demand = demand
         self._running.update(running)
-        if demand == 0 or self._rent() <= 0 or self.regret < self.price:
+        if demand == 0 or self._rent() <= 0 or self.regret < self.price - NEGLIGIBLE:
             return False
         best = self._best_other(demand)
         if best is None:

@@ -48,6 +48,10 @@ class Lane(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return seconds[right - 1] + slope * (demand - levels[right - 1])
 
 
+class _Versioned(msgspec.Struct):
+    version: int
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Measured (or assumed) lanes of one model on one machine.
 
@@ -77,17 +81,18 @@ def load(path: Path) -> Profile:
         ProfileError: It is not there, not JSON, or not a profile of this version.
     """
     try:
-        profile = msgspec.json.decode(path.read_bytes(), type=Profile)
+        said = path.read_bytes()
+        version = msgspec.json.decode(said, type=_Versioned).version
+        if version != VERSION:  # before its names, which may be others
+            raise ProfileError(
+                f"the profile {path} has version {version}, this gateway reads {VERSION}: "
+                "measure it again"
+            )
+        return msgspec.json.decode(said, type=Profile)
     except OSError as exc:
         raise ProfileError(f"the profile {path} cannot be read: {exc.strerror}") from exc
     except (msgspec.DecodeError, ValueError) as exc:
         raise ProfileError(f"the profile {path} is no profile: {exc}") from exc
-    if profile.version != VERSION:
-        raise ProfileError(
-            f"the profile {path} has version {profile.version}, this gateway reads {VERSION}: "
-            "measure it again"
-        )
-    return profile
 
 
 #: Ollama 0.24 as installed (1 slot) and vLLM 0.32, SmolLM2-135M, 80 tokens in and 64 out,

@@ -1,0 +1,316 @@
+"""When the policy moves, when it does not, and when it will: at given times, on made-up lanes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from gateway.policy import OVERLAP_S, Policy
+from gateway.profile import ASSUMED, Lane, Profile
+
+LANES = ("ollama", "vllm")
+#: Ollama is faster below three at once, vLLM above; at three they are equal.
+CROSSING = Profile(
+    version=1,
+    source="measured",
+    lanes={"ollama": Lane((1, 9), (1.0, 9.0)), "vllm": Lane((1,), (3.0,))},
+)
+#: vLLM always wins, as with a 70B over two cards.
+ONE_WINS = Profile(
+    version=1,
+    source="measured",
+    lanes={"ollama": Lane((1, 8), (3.0, 9.0)), "vllm": Lane((1, 8), (1.0, 2.0))},
+)
+
+NOTHING = {"ollama": 0, "vllm": 0}
+
+
+def on(lane: str, running: int) -> dict[str, int]:
+    """So many run on one lane, none on the other."""
+    return {**NOTHING, lane: running}
+
+
+def lane_at(policy: Policy, demands: list[int]) -> list[str]:
+    """Where it is after each of these demands, with nothing running, a second apart."""
+    lanes = []
+    for second, demand in enumerate(demands):
+        policy.observe(float(second), demand, NOTHING)
+        lanes.append(policy.lane)
+    return lanes
+
+
+# Where it goes
+
+
+def test_it_begins_with_the_first_lane_before_anybody_has_asked() -> None:
+    assert Policy(LANES, CROSSING).lane == "ollama"
+    assert Policy(LANES, CROSSING).due() == math.inf
+
+
+def test_with_nothing_running_it_is_always_the_faster_lane() -> None:
+    policy = Policy(LANES, CROSSING)
+
+    lanes = lane_at(policy, [1, 2, 4, 9, 2, 1, 5])
+
+    assert lanes == ["ollama", "ollama", "vllm", "vllm", "ollama", "ollama", "vllm"]
+    assert policy.moves == 3
+
+
+def test_where_both_are_equal_it_stays_wherever_it_is() -> None:
+    assert lane_at(Policy(LANES, CROSSING), [1, 3]) == ["ollama", "ollama"]
+    assert lane_at(Policy(LANES, CROSSING), [4, 3]) == ["vllm", "vllm"]
+
+
+def test_without_demand_it_does_not_move_and_pays_no_rent() -> None:
+    policy = Policy(LANES, CROSSING)
+    policy.observe(0.0, 9, on("ollama", 8))
+    policy.observe(0.5, 0, NOTHING)
+    owed = policy.regret
+
+    assert not policy.observe(1000.0, 0, NOTHING)
+    assert (policy.lane, policy.regret) == ("ollama", owed)
+    assert owed > 0
+
+
+def test_a_lane_that_always_wins_is_gone_to_at_once_and_never_left() -> None:
+    policy = Policy(LANES, ONE_WINS)
+
+    lanes = lane_at(policy, [1, 8, 64, 2, 1, 32, 0, 1])
+
+    assert lanes == ["vllm"] * 8
+    assert policy.moves == 1
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 100), st.integers(0, 64), st.integers(0, 32), st.integers(0, 32)))
+)
+def test_from_a_lane_that_always_wins_nothing_makes_it_move(
+    seen: list[tuple[float, int, int, int]],
+) -> None:
+    policy = Policy(("vllm", "ollama"), ONE_WINS)
+
+    now = 0.0
+    for passed, demand, here, there in seen:
+        now += passed
+        assert not policy.observe(now, demand, {"vllm": here, "ollama": there})
+        assert policy.due() == math.inf
+    assert policy.lane == "vllm"
+
+
+def test_a_single_lane_is_never_left() -> None:
+    policy = Policy(["vllm"], CROSSING)
+
+    assert not any(policy.observe(float(second), 64, {"vllm": 32}) for second in range(100))
+    assert policy.reason == "the model's only lane"
+    assert policy.due() == math.inf
+
+
+def test_what_was_not_measured_is_nothing_to_move_for() -> None:
+    half = Profile(version=1, source="measured", lanes={"ollama": CROSSING.lanes["ollama"]})
+    policy = Policy(LANES, half)
+
+    assert not policy.observe(0.0, 64, on("ollama", 1))
+    assert not policy.observe(1000.0, 64, on("ollama", 1))
+    assert policy.reason == "not measured"
+
+
+def test_of_three_lanes_it_goes_to_the_fastest() -> None:
+    three = Profile(
+        version=1,
+        source="measured",
+        lanes={name: Lane((1,), (s,)) for name, s in (("a", 3.0), ("b", 2.0), ("c", 1.0))},
+    )
+    policy = Policy(("a", "b", "c"), three)
+
+    assert policy.observe(0.0, 1, {})
+    assert policy.lane == "c"
+
+
+# How long it hesitates
+
+
+def test_the_price_is_what_still_runs_on_the_lane_that_would_be_left() -> None:
+    policy = Policy(LANES, CROSSING)
+
+    policy.observe(0.0, 4, {"ollama": 3, "vllm": 7})
+
+    assert policy.price == 3 * OVERLAP_S
+    assert policy.lane == "ollama"
+
+
+def test_nothing_running_there_makes_the_move_free() -> None:
+    policy = Policy(LANES, CROSSING)
+    policy.observe(0.0, 4, on("ollama", 1))
+
+    assert policy.lane == "ollama"
+    assert policy.observe(0.0, 4, on("vllm", 5))
+    assert policy.lane == "vllm"
+
+
+def test_it_moves_once_the_rent_has_paid_the_price() -> None:
+    # Nine here lose 9 * (1 - 3/9) = 6 request-seconds a second; two running cost two.
+    policy = Policy(LANES, CROSSING)
+    policy.observe(10.0, 9, on("ollama", 2))
+
+    assert policy.due() == pytest.approx(10.0 + 2 / 6)
+    assert not policy.observe(10.33, 9, on("ollama", 2))
+    assert policy.observe(10.34, 9, on("ollama", 2))
+    assert (policy.lane, policy.regret, policy.moves) == ("vllm", 0.0, 1)
+
+
+def test_the_better_the_other_lane_the_sooner_it_moves() -> None:
+    waits = []
+    for demand in (4, 5, 7, 9):
+        policy = Policy(LANES, CROSSING)
+        policy.observe(0.0, demand, on("ollama", 1))
+        waits.append(policy.due())
+
+    assert waits == sorted(waits, reverse=True)
+    assert len(set(waits)) == 4
+
+
+def test_a_short_burst_that_does_not_pay_moves_nothing() -> None:
+    policy = Policy(LANES, CROSSING)
+
+    for burst in range(100):
+        policy.observe(float(burst), 4, on("ollama", 2))  # earns 1 a second
+        policy.observe(burst + 0.1, 1, on("ollama", 1))  # and loses 2/3 a second
+    assert (policy.lane, policy.moves) == ("ollama", 0)
+
+
+def test_time_on_the_better_lane_pays_the_rent_back_but_not_below_zero() -> None:
+    policy = Policy(LANES, CROSSING)
+    policy.observe(0.0, 4, on("ollama", 4))
+    policy.observe(1.0, 1, on("ollama", 1))
+    owed = policy.regret
+
+    policy.observe(1.5, 1, on("ollama", 1))
+    paid = policy.regret
+    policy.observe(1000.0, 1, on("ollama", 1))
+
+    assert owed == pytest.approx(1.0)  # 4 * (1 - 3/4)
+    assert paid == pytest.approx(owed - 0.5 * 2 / 3)  # one there loses 1 * (1 - 1/3)
+    assert policy.regret == 0.0
+
+
+def test_it_does_not_swing_back_before_that_pays_too() -> None:
+    policy = Policy(LANES, CROSSING)
+    policy.observe(0.0, 4, NOTHING)
+    moved = policy.lane
+
+    policy.observe(1.0, 2, on("vllm", 2))  # loses 2 * (1 - 2/3) a second, and costs two
+
+    assert (moved, policy.lane) == ("vllm", "vllm")
+    assert policy.due() == pytest.approx(1.0 + 2 / (2 / 3))
+    assert policy.observe(4.01, 2, on("vllm", 2))
+    assert policy.lane == "ollama"
+
+
+# When it will
+
+
+@given(
+    demand=st.integers(4, 64),
+    running=st.integers(1, 32),
+    start=st.floats(0, 1e6),
+)
+def test_at_the_time_that_is_due_it_moves_and_just_before_it_does_not(
+    demand: int, running: int, start: float
+) -> None:
+    def watched() -> Policy:
+        policy = Policy(LANES, CROSSING)
+        policy.observe(start, demand, on("ollama", running))
+        return policy
+
+    due = watched().due()
+
+    assert due > start
+    assert not watched().observe(due - 1e-3, demand, on("ollama", running))
+    assert watched().observe(due, demand, on("ollama", running))
+
+
+@given(
+    seen=st.lists(
+        st.tuples(st.floats(0, 10), st.integers(0, 32), st.integers(0, 16), st.integers(0, 16)),
+        min_size=1,
+    )
+)
+def test_whatever_was_seen_it_moves_when_it_is_due_and_not_before(
+    seen: list[tuple[float, int, int, int]],
+) -> None:
+    policy = Policy(LANES, ASSUMED)
+    now = 0.0
+    for passed, demand, ollama, vllm in seen:
+        now += passed
+        policy.observe(now, demand, {"ollama": ollama, "vllm": vllm})
+    _, demand, ollama, vllm = seen[-1]
+    running = {"ollama": ollama, "vllm": vllm}
+    due = policy.due()
+    assume(due < math.inf)
+
+    if due > now:
+        assert not policy.observe(now + 0.999 * (due - now), demand, running)
+    assert policy.observe(max(due, now), demand, running)
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 10), st.integers(0, 32), st.integers(0, 16), st.integers(0, 16))
+    )
+)
+def test_it_never_moves_to_a_slower_lane_and_owes_nothing_after_a_move(
+    seen: list[tuple[float, int, int, int]],
+) -> None:
+    policy = Policy(LANES, ASSUMED)
+
+    now = 0.0
+    for passed, demand, ollama, vllm in seen:
+        now += passed
+        left = policy.lane
+        if policy.observe(now, demand, {"ollama": ollama, "vllm": vllm}):
+            here, there = ASSUMED.seconds(policy.lane, demand), ASSUMED.seconds(left, demand)
+            assert here is not None
+            assert there is not None
+            assert here < there
+            assert policy.regret == 0.0
+        assert policy.regret >= 0.0
+
+
+def test_a_swing_of_demand_never_costs_more_than_the_rent_it_stands_for() -> None:
+    """Between two moves at least the price of the second was lost: no thrashing."""
+    policy = Policy(LANES, CROSSING)
+    moved = []
+    for step, demand in zip(range(2000), itertools.cycle([9, 1]), strict=False):
+        running = on(policy.lane, 4)
+        if policy.observe(step * 0.05, demand, running):
+            moved.append(step * 0.05)
+
+    gaps = [late - early for early, late in itertools.pairwise(moved)]
+    # Nine at once lose 6 a second, of which one alone pays 2/3 back: 4 are owed after 1.5 s.
+    assert min(gaps, default=math.inf) > 0.5
+
+
+# What it says
+
+
+def test_the_reason_says_which_lane_is_faster_and_by_which_profile() -> None:
+    policy = Policy(LANES, CROSSING)
+    policy.observe(0.0, 2, NOTHING)
+
+    assert policy.reason == (
+        "faster at demand 2 by the measured profile: 2.0 s against 3.0 s on vllm"
+    )
+
+
+def test_the_reason_says_what_a_move_waits_for() -> None:
+    policy = Policy(LANES, CROSSING)
+    policy.observe(0.0, 9, on("ollama", 4))
+    policy.observe(0.5, 9, on("ollama", 4))
+
+    assert policy.reason == (
+        "a move to vllm does not pay yet: regret 3.0 of 4.0 request-seconds at demand 9"
+    )
