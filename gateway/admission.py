@@ -14,20 +14,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
-from backends.base import BackendError, Engine, Readiness
+from backends.base import Activity, BackendError, Engine, Readiness
 from gateway.errors import WaitedTooLong
 from gateway.health import Breaker
 from gateway.scheduler import Action, Refuse, Replica, Scheduler, Start, Ticket
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Server:
-    """What stands behind a replica: the engine, its name of the model, its standing."""
+    """What stands behind a replica: the engine, its name of the model, its standing.
+
+    `doubt` makes it be looked at again at once; `activity` is what it last said of itself.
+    """
 
     engine: Engine
     model: str
     breaker: Breaker
     doubt: Callable[[], None]
+    activity: Activity = Activity()
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,6 +246,9 @@ class Gateway:
                     model.can[kind] = _stated(can, lane)
             model.admission.reported(replica, readiness)
             first.set()
+            if readiness is Readiness.READY:
+                with contextlib.suppress(BackendError):
+                    server.activity = await server.engine.activity(server.model)
 
         return heard
 
@@ -331,6 +334,7 @@ def _trouble(lane: Lane) -> str:
 def _status(model: Model) -> dict[str, Any]:
     scheduler = model.admission.scheduler
     policy = scheduler.policy
+    servers = model.admission.servers
     return {
         "lane": scheduler.pin or policy.lane,
         "reason": "pinned by the operator" if scheduler.pin else policy.reason,
@@ -349,6 +353,8 @@ def _status(model: Model) -> dict[str, Any]:
                         "slots": replica.slots,
                         "room": replica.room,
                         "state": replica.trouble or "ready",
+                        "engine_running": servers[replica].activity.running,
+                        "engine_waiting": servers[replica].activity.waiting,
                     }
                     for replica in lane.replicas
                 ],

@@ -29,8 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -742,6 +742,20 @@ class Connection(asyncio.Protocol):
             self._answered.set_exception(BrokenAnswer(why))
 
 
+@asynccontextmanager
+async def connected(ports: Iterable[int]) -> AsyncIterator[list[Connection]]:
+    """A connection to each port, for as long as the block runs."""
+    connections: list[Connection] = []
+    try:
+        for port in ports:
+            connections.append(await Connection.open(port))  # noqa: PERF401 - all are closed
+        yield connections
+    finally:
+        for connection in connections:
+            connection.close()
+        await asyncio.sleep(0)  # a loop closes them in its next turn
+
+
 async def load_streams(job: Streams) -> Streamed:
     """Run the streams and check every one of them; raises `BrokenAnswer`.
 
@@ -754,22 +768,20 @@ async def load_streams(job: Streams) -> Streamed:
         for n in range(job.streams)
     ]
     requests = [chat_request(script) for script in scripts]
-    connections = [await Connection.open(job.port) for _ in scripts]
     hello = Script(tokens=2, period_ms=job.period_ms)
-    warm = await asyncio.gather(*(c.ask(chat_request(hello)) for c in connections))
-    for answer in warm:
-        read_stream(answer, hello)
     meter = None if job.proxy is None else Meter(job.proxy)
-    cpu_s, wakes = (0.0, 0) if meter is None else (meter.cpu_s(), meter.wakes())
-    began, own_s = time.monotonic(), time.process_time()
-    asked = zip(connections, requests, strict=True)
-    answers = await asyncio.gather(*(c.ask(request) for c, request in asked))
-    result = Streamed(0, 0, time.monotonic() - began, time.process_time() - own_s)
-    if meter is not None:
-        result.cpu_s, result.wakes = meter.cpu_s() - cpu_s, meter.wakes() - wakes
-        result.peak_rss_mb = meter.peak_mb()
-    for connection in connections:
-        connection.close()
+    async with connected(itertools.repeat(job.port, job.streams)) as connections:
+        warm = await asyncio.gather(*(c.ask(chat_request(hello)) for c in connections))
+        for answer in warm:
+            read_stream(answer, hello)
+        cpu_s, wakes = (0.0, 0) if meter is None else (meter.cpu_s(), meter.wakes())
+        began, own_s = time.monotonic(), time.process_time()
+        asked = zip(connections, requests, strict=True)
+        answers = await asyncio.gather(*(c.ask(request) for c, request in asked))
+        result = Streamed(0, 0, time.monotonic() - began, time.process_time() - own_s)
+        if meter is not None:
+            result.cpu_s, result.wakes = meter.cpu_s() - cpu_s, meter.wakes() - wakes
+            result.peak_rss_mb = meter.peak_mb()
     for answer, script in zip(answers, scripts, strict=True):
         result.events += read_stream(answer, script).events
         result.reads += len({at for at, _ in answer.pieces})
@@ -779,7 +791,6 @@ async def load_streams(job: Streams) -> Streamed:
 async def load_jsons(job: Jsons) -> Answered:
     """Ask without a pause and check every answer; raises `BrokenAnswer`."""
     request = chat_request(Script(), stream=False)
-    connections = [await Connection.open(job.port) for _ in range(job.connections)]
     good: set[bytes] = set()  # bodies that were looked into: most answers are the same bytes
     answered = 0
     over = False
@@ -793,20 +804,19 @@ async def load_jsons(job: Jsons) -> Answered:
                 good.add(answer.body())
             answered += 1
 
-    users = asyncio.gather(*(user(connection) for connection in connections))
-    await asyncio.sleep(min(0.5, job.seconds / 4))  # until the pools of both are warm
     meter = None if job.proxy is None else Meter(job.proxy)
-    cpu_s = 0.0 if meter is None else meter.cpu_s()
-    began, own_s, before = time.monotonic(), time.process_time(), answered
-    await asyncio.sleep(job.seconds)
-    result = Answered(answered - before, time.monotonic() - began, time.process_time() - own_s)
-    if meter is not None:
-        result.cpu_s = meter.cpu_s() - cpu_s
-    over = True
-    await users
+    async with connected(itertools.repeat(job.port, job.connections)) as connections:
+        users = asyncio.gather(*(user(connection) for connection in connections))
+        await asyncio.sleep(min(0.5, job.seconds / 4))  # until the pools of both are warm
+        cpu_s = 0.0 if meter is None else meter.cpu_s()
+        began, own_s, before = time.monotonic(), time.process_time(), answered
+        await asyncio.sleep(job.seconds)
+        result = Answered(answered - before, time.monotonic() - began, time.process_time() - own_s)
+        if meter is not None:
+            result.cpu_s = meter.cpu_s() - cpu_s
+        over = True
+        await users
     result.asked = answered
-    for connection in connections:
-        connection.close()
     return result
 
 
@@ -814,18 +824,17 @@ async def load_first_tokens(job: FirstTokens) -> Started:
     """One short stream after the other, the ways in another order each time."""
     script = Script(tokens=2)
     request = chat_request(script)
-    connections = {way: await Connection.open(port) for way, port in job.ports.items()}
-    for connection in connections.values():
-        for _ in range(5):
-            read_stream(await connection.ask(request), script)
-    ttft_ms: dict[str, list[float]] = {way: [] for way in connections}
-    for n in range(job.requests):
-        for way in rotated(tuple(connections), n):
-            answer = await connections[way].ask(request)
-            stream = read_stream(answer, script)
-            ttft_ms[way].append((stream.first_word_at - answer.asked_at) * 1000)
-    for connection in connections.values():
-        connection.close()
+    ttft_ms: dict[str, list[float]] = {way: [] for way in job.ports}
+    async with connected(job.ports.values()) as opened:
+        connections = dict(zip(job.ports, opened, strict=True))
+        for connection in opened:
+            for _ in range(5):
+                read_stream(await connection.ask(request), script)
+        for n in range(job.requests):
+            for way in rotated(tuple(job.ports), n):
+                answer = await connections[way].ask(request)
+                stream = read_stream(answer, script)
+                ttft_ms[way].append((stream.first_word_at - answer.asked_at) * 1000)
     return Started(ttft_ms)
 
 
