@@ -11,7 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from backends.base import Activity, BackendError, Engine, Readiness
@@ -31,7 +31,7 @@ class Server:
     model: str
     breaker: Breaker
     doubt: Callable[[], None]
-    activity: Activity = Activity()
+    activity: Activity = field(default_factory=Activity)
 
 
 @dataclass(frozen=True, slots=True)

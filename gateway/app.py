@@ -90,9 +90,8 @@ class Gateway:
     # Starting
 
     async def _start(self) -> None:
-        if not self._urls and not self._settings.models:
-            found = await discovery.find(self._client, own_port=self._settings.port)
-            self._urls = {kind: (url,) for kind, url in found.items()}
+        if self._discovers:
+            await self._discover()
             for lanes in self._settings.pair.values():
                 for kind in lanes:  # named, so expected: it may only be late
                     self._urls.setdefault(kind, (discovery.usual_url(kind),))
@@ -104,6 +103,15 @@ class Gateway:
             await self._relist()
             self._relisting = asyncio.create_task(self._keep_relisting())
         await self._first_look()
+
+    @property
+    def _discovers(self) -> bool:
+        """Whether nobody said which engines there are."""
+        return not self._settings.engines and not self._settings.models
+
+    async def _discover(self) -> None:
+        for kind, url in (await discovery.find(self._client, own_port=self._settings.port)).items():
+            self._urls.setdefault(kind, (url,))
 
     async def _start_embedded(self) -> None:
         """Start the engine that comes along; raises SettingsError where it cannot."""
@@ -138,6 +146,8 @@ class Gateway:
     async def _keep_relisting(self) -> None:
         while True:
             await asyncio.sleep(RELIST_S)
+            if self._discovers and self._embedded is None:
+                await self._discover()  # one that was started after us
             await self._relist()
 
     async def _relist(self) -> None:

@@ -27,6 +27,9 @@ from gateway import settings
 from gateway.app import Gateway
 from gateway.settings import KINDS, Kind, Settings, SettingsError
 
+#: For the error events of answers that a drain has cut short.
+LAST_WORD_S = 2.0
+
 EPILOG = """\
 examples:
   twolane serve                              use what runs on this machine, or the embedded engine
@@ -184,6 +187,7 @@ class GracefulServer(uvicorn.Server):
                 log_config=None,
                 log_level="warning",
                 server_header=False,
+                proxy_headers=False,  # anybody can send X-Forwarded-For
                 timeout_keep_alive=75,
                 backlog=2048,
             )
@@ -203,7 +207,10 @@ class GracefulServer(uvicorn.Server):
         logging.getLogger("gateway").info(
             "draining: %d requests run, up to %g s; again to end now", edge.in_flight, self._drain_s
         )
-        asyncio.get_running_loop().call_later(self._drain_s, edge.cut_all)
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._drain_s, edge.cut_all)
+        # A client that does not read takes no error event either.
+        loop.call_later(self._drain_s + LAST_WORD_S, setattr, self, "force_exit", True)
 
 
 def _welcome(gateway: Gateway, url: str, *, keyed: bool) -> None:
