@@ -45,12 +45,17 @@ class Gateway:
     Entering finds the engines and looks at each once; one that is down is not fatal. What
     serves is `edge`, an ASGI application.
 
+    Args:
+        read: The settings.
+        ports: Where engines are looked for if the settings name none.
+
     Raises (on entering):
         SettingsError: There is nothing to serve, or a profile cannot be used.
     """
 
-    def __init__(self, read: Settings) -> None:
+    def __init__(self, read: Settings, ports: discovery.Ports = discovery.USUAL) -> None:
         self._settings = read
+        self._ports = ports
         self._limits = read.limits
         self._client = http.Client()
         self._engines: dict[tuple[Kind, str], Engine] = {}
@@ -110,7 +115,8 @@ class Gateway:
         return not self._settings.engines and not self._settings.models
 
     async def _discover(self) -> None:
-        for kind, url in (await discovery.find(self._client, own_port=self._settings.port)).items():
+        found = await discovery.find(self._client, self._ports, own_port=self._settings.port)
+        for kind, url in found.items():
             self._urls.setdefault(kind, (url,))
 
     async def _start_embedded(self) -> None:

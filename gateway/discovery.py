@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
@@ -22,9 +23,11 @@ from gateway.settings import Kind
 
 CLASSES: dict[Kind, type[Engine]] = {"ollama": Ollama, "vllm": VLLM, "llamacpp": LlamaCpp}
 
+Ports: TypeAlias = Mapping[Kind, tuple[int, ...]]
+
 #: Where to look: Ollama's port, vLLM's (8000 is often ours, so people take the next), and
 #: llama-server's. The first is also where a named but unseen engine is expected.
-USUAL: dict[Kind, tuple[int, ...]] = {
+USUAL: Ports = {
     "ollama": (11434,),
     "vllm": (8001, 8000),
     "llamacpp": (8080,),
@@ -41,12 +44,12 @@ def usual_url(kind: Kind) -> str:
     return f"http://127.0.0.1:{USUAL[kind][0]}"
 
 
-async def find(client: http.Client, *, own_port: int) -> dict[Kind, str]:
-    """The engines that answer on their usual ports of this machine, by kind."""
+async def find(client: http.Client, ports: Ports, *, own_port: int) -> dict[Kind, str]:
+    """The engines that answer on these ports of this machine, by kind."""
     candidates: list[tuple[Kind, str]] = [
         (kind, f"http://127.0.0.1:{port}")
-        for kind, ports in USUAL.items()
-        for port in ports
+        for kind, usual in ports.items()
+        for port in usual
         if port != own_port
     ]
     found = await asyncio.gather(*(_is(client, kind, url) for kind, url in candidates))

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import httpx
 import pytest
 
-from gateway import settings
+from gateway import discovery, settings
 from gateway.app import Gateway
 from gateway.cli import GracefulServer, listen
 
@@ -41,11 +41,16 @@ StartGateway: TypeAlias = Callable[..., AbstractAsyncContextManager[Running]]
 
 
 @asynccontextmanager
-async def run_gateway(**overrides: Any) -> AsyncIterator[Running]:
-    """A gateway with these settings, as `twolane serve` runs it, in this event loop."""
+async def run_gateway(
+    *, ports: discovery.Ports | None = None, **overrides: Any
+) -> AsyncIterator[Running]:
+    """A gateway with these settings, as `twolane serve` runs it, in this event loop.
+
+    Engines are looked for on `ports` only: what a contributor's machine runs is not ours.
+    """
     read = settings.load(None, {"port": 0, "log": "off", **overrides}, {})
-    listener = listen(read)
-    async with Gateway(read) as gateway:
+    async with Gateway(read, ports or {}) as gateway:
+        listener = listen(read)
         server = GracefulServer(gateway, read)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

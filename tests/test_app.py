@@ -1,0 +1,189 @@
+"""What a gateway finds, what it serves, and what it tells of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+
+from backends import http
+from backends.fake import FakeEngine
+from gateway import discovery, settings
+from gateway.app import Gateway
+from gateway.settings import SettingsError
+from tests.conftest import Running, StartGateway
+from tests.faults.conftest import chat
+
+
+async def ask(running: Running, **fields: object) -> str:
+    """Ask, and return the lane that answered."""
+    answer = await running.http.post("/v1/chat/completions", json=chat(**fields))
+    assert answer.status_code == 200, answer.text
+    return answer.headers["x-gateway-lane"]
+
+
+async def test_each_engine_is_told_by_what_only_it_answers() -> None:
+    async with (
+        FakeEngine("ollama", ["a"]) as ollama,
+        FakeEngine("vllm", ["b"]) as vllm,
+        FakeEngine("llamacpp", ["c"]) as llamacpp,
+        http.Client() as client,
+    ):
+        everywhere = (llamacpp.port, vllm.port, ollama.port)
+        ports: discovery.Ports = {"ollama": everywhere, "vllm": everywhere, "llamacpp": everywhere}
+        found = await discovery.find(client, ports, own_port=0)
+
+    assert found == {"ollama": ollama.url, "vllm": vllm.url, "llamacpp": llamacpp.url}
+
+
+async def test_what_is_found_is_served_under_its_own_name(start_gateway: StartGateway) -> None:
+    async with (
+        FakeEngine("ollama", ["a:1b"]) as ollama,
+        FakeEngine("vllm", ["B"]) as vllm,
+        start_gateway(ports={"ollama": (ollama.port,), "vllm": (vllm.port,)}) as running,
+    ):
+        listed = (await running.http.get("/v1/models")).json()["data"]
+
+        assert {m["id"]: m["lanes"] for m in listed} == {"a:1b": ["ollama"], "B": ["vllm"]}
+        assert await ask(running, model="a:1b") == "ollama"
+        assert await ask(running, model="B") == "vllm"
+
+
+async def test_latest_may_be_left_out_as_with_ollama(start_gateway: StartGateway) -> None:
+    async with (
+        FakeEngine("ollama", ["a"]) as ollama,
+        start_gateway(ports={"ollama": (ollama.port,)}) as running,
+    ):
+        assert await ask(running, model="a") == "ollama"
+        assert await ask(running, model="a:latest") == "ollama"
+
+
+async def test_a_pair_is_one_name_and_its_parts_are_not_listed(
+    start_gateway: StartGateway,
+) -> None:
+    async with (
+        FakeEngine("ollama", ["a:1b", "other:1b"]) as ollama,
+        FakeEngine("vllm", ["A"]) as vllm,
+        start_gateway(
+            ports={"ollama": (ollama.port,), "vllm": (vllm.port,)},
+            pair={"chat": {"ollama": "a:1b", "vllm": "A"}},
+        ) as running,
+    ):
+        listed = (await running.http.get("/v1/models")).json()["data"]
+
+        assert [model["id"] for model in listed] == ["chat", "other:1b"]
+        assert await ask(running, model="chat") == "ollama"
+        assert await ask(running, model="chat@vllm") == "vllm"
+
+
+async def test_the_same_name_on_two_engines_is_one_model(start_gateway: StartGateway) -> None:
+    async with (
+        FakeEngine("ollama", ["a:1b"]) as ollama,
+        FakeEngine("vllm", ["a:1b"]) as vllm,
+        start_gateway(ports={"ollama": (ollama.port,), "vllm": (vllm.port,)}) as running,
+    ):
+        listed = (await running.http.get("/v1/models")).json()["data"]
+
+    assert [(m["id"], m["lanes"]) for m in listed] == [("a:1b", ["ollama", "vllm"])]
+
+
+async def test_an_engine_that_is_down_at_the_start_is_used_when_it_comes(
+    start_gateway: StartGateway,
+) -> None:
+    async with FakeEngine("vllm", ["A"]) as vllm:
+        vllm.down()
+        models = {"m": {"lanes": {"vllm": {"model": "A"}}}}
+        async with start_gateway(engines={"vllm": {"urls": [vllm.url]}}, models=models) as running:
+            before = await running.http.get("/ready")
+            await vllm.up()
+            await running.until(lambda gateway: gateway.ready()["ready"])
+
+            assert before.status_code == 503
+            assert before.json()["waiting_for"] == {"m": {"vllm": "cannot be reached"}}
+            assert await ask(running) == "vllm"
+
+
+async def test_without_any_engine_the_embedded_one_answers(start_gateway: StartGateway) -> None:
+    async with start_gateway() as running:
+        assert await ask(running, model="smollm2", max_tokens=4) == "llamacpp"
+        embedded = running.gateway._embedded
+        assert embedded is not None
+        made = await running.http.post(
+            "/v1/embeddings", json={"model": "smollm2", "input": "The sea"}
+        )
+
+    assert len(made.json()["data"][0]["embedding"]) == 576
+    with pytest.raises(ProcessLookupError):
+        os.kill(embedded.pid, 0)
+
+
+async def test_a_model_file_that_is_not_there_stops_the_start(start_gateway: StartGateway) -> None:
+    with pytest.raises(SettingsError, match=r"embedded\.model: there is no file /no/such\.gguf"):
+        async with start_gateway(embedded={"model": "/no/such.gguf"}):
+            pass
+
+
+async def test_a_broken_model_file_stops_the_start_and_shows_the_log(
+    start_gateway: StartGateway, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    broken = tmp_path_factory.mktemp("models") / "broken.gguf"
+    broken.write_bytes(b"no model")
+
+    with pytest.raises(SettingsError, match="does not start"):
+        async with start_gateway(embedded={"model": str(broken)}):
+            pass
+
+
+async def test_models_that_come_and_go_are_served_and_not() -> None:
+    async with (
+        FakeEngine("ollama", ["a:1b"]) as first,
+        FakeEngine("ollama", ["b:1b"]) as second,
+    ):
+        read = settings.load(None, {"port": 0, "log": "off"}, {})
+        async with Gateway(read, {"ollama": (first.port,)}) as gateway:
+            before = list(gateway.catalogue.models)
+            gateway._urls["ollama"] = (second.url,)  # as if other models had been pulled
+            await gateway._relist()
+            after = list(gateway.catalogue.models)
+
+            second.down()
+            await gateway._relist()
+            down = list(gateway.catalogue.models)
+
+    assert (before, after, down) == (["a:1b"], ["b:1b"], ["b:1b"])
+
+
+async def test_replicas_share_the_work(start_gateway: StartGateway) -> None:
+    async with (
+        FakeEngine("vllm", ["A"], ttft_s=0.2) as one,
+        FakeEngine("vllm", ["A"], ttft_s=0.2) as two,
+        start_gateway(
+            engines={"vllm": {"urls": [one.url, two.url]}},
+            models={"m": {"lanes": {"vllm": {"model": "A", "slots": 4}}}},
+        ) as running,
+    ):
+        await asyncio.gather(*(ask(running) for _ in range(8)))
+
+    asked = [[g for g in e.generations if "tools" not in g.body] for e in (one, two)]
+    assert [len(generations) for generations in asked] == [4, 4]
+
+
+async def test_status_shows_lanes_demand_and_decisions(start_gateway: StartGateway) -> None:
+    async with (
+        FakeEngine("vllm", ["A"], ttft_s=0.3) as vllm,
+        start_gateway(
+            engines={"vllm": {"urls": [vllm.url]}},
+            models={"m": {"lanes": {"vllm": {"model": "A", "slots": 1}}}},
+        ) as running,
+    ):
+        asking = asyncio.gather(ask(running), ask(running))
+        await running.until(lambda gateway: gateway.edge.in_flight == 2)
+        busy = await running.status("m")
+        await asking
+        calm = await running.status("m")
+
+    assert (busy["demand"], busy["waiting"], busy["lanes"]["vllm"]["running"]) == (2, 1, 1)
+    assert (calm["demand"], calm["waiting"], calm["lanes"]["vllm"]["running"]) == (0, 0, 0)
+    assert [d["lane"] for d in calm["decisions"]] == ["vllm", "vllm"]
+    assert calm["profile"] == "assumed"
