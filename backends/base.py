@@ -20,11 +20,12 @@ so the type alone says whether another engine may still be asked.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn, TypeVar
 
 import msgspec
 
@@ -32,6 +33,7 @@ from backends import http, sse
 
 Kind = Literal["ollama", "vllm", "llamacpp"]
 Body = dict[str, msgspec.Raw]
+T = TypeVar("T")
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -482,6 +484,8 @@ class Engine(ABC):
             raise Busy(said, retry_after=after)
         if status == 501:  # llama.cpp says it of what it was not started for
             status = 400
+        if status < 400 or status in (401, 403):  # between it and us; nothing a client can mend
+            raise Broken(said)
         if status >= 500:
             raise Sick(said, status=status)
         raise Refused(
@@ -518,11 +522,15 @@ class Engine(ABC):
 
     async def listed(self) -> list[Listed]:
         """`GET /v1/models`, which all kinds have; raises `BackendError`."""
-        body = await self.get("/v1/models")
+        return (await self.told("/v1/models", _Listing)).data or []
+
+    async def told(self, path: str, kind: type[T]) -> T:
+        """What a small GET tells, as JSON of this shape; raises `BackendError`."""
+        body = await self.get(path)
         try:
-            return msgspec.json.decode(body, type=_Listing).data or []
+            return msgspec.json.decode(body, type=kind)
         except msgspec.DecodeError as exc:
-            raise Broken(f"{self}: its model list is no model list: {exc}") from exc
+            raise Broken(f"{self}: what it says at {path} makes no sense: {exc}") from exc
 
 
 class Listed(msgspec.Struct):
@@ -590,4 +598,4 @@ class Metrics:
     def count(self, name: str) -> int | None:
         """A gauge as a whole number, or None where the engine has no such gauge."""
         value = self.values.get(name)
-        return None if value is None else int(value)
+        return None if value is None or not math.isfinite(value) else int(value)

@@ -12,7 +12,7 @@ import asyncio
 import ssl
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self, cast
 from urllib.parse import urlsplit
@@ -81,7 +81,6 @@ class _Connection(asyncio.Protocol):
         self.transport: asyncio.Transport
         self.idle_since = 0.0
         self.lost = False
-        self.used = False
         self.response: Response | None = None
 
     def begin(self, response: Response) -> None:
@@ -141,6 +140,7 @@ class Response:
         self._error: HttpError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._heard = self._loop.time()
+        self._strict = True  # the time runs whatever comes: a comment is no first token
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -182,7 +182,8 @@ class Response:
     # Called by the connection
 
     def arrived(self) -> None:
-        self._heard = self._loop.time()
+        if not self._strict:
+            self._heard = self._loop.time()
         if self._buffered > HIGH_WATER and not self._paused:
             self._paused = True
             self._connection.transport.pause_reading()
@@ -209,18 +210,22 @@ class Response:
     # One lazy timer an exchange: hearing something only notes the time.
 
     def _watch_time(self) -> None:
-        if self._waiter is None:  # the reader is busy: the silence is ours, not the engine's
+        if self._waiter is None and not self._strict:
+            # The reader is busy: the silence is ours, not the engine's.
             self._heard = self._loop.time()
         left = self._heard + self._idle_s - self._loop.time()
         if left <= 0:
-            self.fail(TimedOut(f"nothing came for {self._idle_s:g} s"))
+            missed = "no answer" if self._strict else "nothing"
+            self.fail(TimedOut(f"{missed} came for {self._idle_s:g} s"))
             self._connection.abort()
         else:
             self._timer = self._loop.call_later(left, self._watch_time)
 
     def allow_silence(self, seconds: float) -> None:
-        """How long the engine may say nothing from now on."""
+        """How long the engine may say nothing from now on; until then all of it counts."""
         self._idle_s = seconds
+        self._strict = False
+        self._heard = self._loop.time()
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(seconds, self._watch_time)
@@ -234,7 +239,7 @@ class Response:
 
     async def head(self) -> None:
         """Return when the status is known; raises `HttpError`."""
-        self.allow_silence(self._idle_s)
+        self._timer = self._loop.call_later(self._idle_s, self._watch_time)
         while not self.status and self._error is None:
             await self._wait()
         if self._error is not None:
@@ -334,9 +339,15 @@ class _Pool:
 
 
 class Client:
-    """Connections to any number of engines. Make one a process, close it at the end."""
+    """Connections to any number of engines. Make one a process, close it at the end.
 
-    def __init__(self) -> None:
+    Args:
+        resolve: The address of a host, asked for each connection, so that a name may move;
+            raises OSError where it has none. As it is, the system's resolver does it.
+    """
+
+    def __init__(self, resolve: Callable[[str], str] = str) -> None:
+        self._resolve = resolve
         self._pools: dict[Origin, _Pool] = {}
         self._tls = ssl.create_default_context()
 
@@ -364,8 +375,8 @@ class Client:
     ) -> Response:
         """Send a request and return its answer once the head is there.
 
-        `head_s` bounds the silence before the head and, until `allow_silence` says
-        otherwise, every silence after it.
+        `head_s` bounds the time to the whole answer, or, once `allow_silence` was called,
+        the time until then.
 
         Raises:
             HttpError: `ConnectFailed` where nothing was sent.
@@ -382,8 +393,9 @@ class Client:
         ]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+        kept = pool.take()
         while True:
-            connection = pool.take() or await self._connect(origin, loop, connect_s)
+            connection = kept or await self._connect(origin, loop, connect_s)
             response = Response(connection, pool, head_s)
             connection.begin(response)
             connection.transport.write(head + body)
@@ -391,13 +403,13 @@ class Client:
                 await response.head()
             except Disconnected:
                 response.close(reuse=False)
-                if connection.used:
-                    continue  # the engine had closed it while it was idle: take another
+                if kept is not None:
+                    kept = None  # the engine had closed it while it was idle: make another
+                    continue
                 raise
             except BaseException:
                 response.close(reuse=False)
                 raise
-            connection.used = True
             return response
 
     async def _connect(
@@ -407,9 +419,10 @@ class Client:
             async with asyncio.timeout(connect_s):
                 _, connection = await loop.create_connection(
                     lambda: _Connection(loop),
-                    origin.host,
+                    self._resolve(origin.host),
                     origin.port,
                     ssl=self._tls if origin.tls else None,
+                    server_hostname=origin.host if origin.tls else None,
                 )
         except TimeoutError as exc:
             raise ConnectFailed(f"no connection within {connect_s:g} s") from exc

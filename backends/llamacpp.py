@@ -63,7 +63,7 @@ class LlamaCpp(Engine):
             return Readiness.DOWN
 
     async def capabilities(self, model: str) -> Capabilities:
-        props = msgspec.json.decode(await self.get("/props"), type=_Props)
+        props = await self.told("/props", _Props)
         generation, modalities = props.default_generation_settings, props.modalities
         return Capabilities(
             context=generation.n_ctx if generation else None,

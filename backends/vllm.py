@@ -11,6 +11,7 @@ from backends import base
 from backends.base import (
     Activity,
     Bridged,
+    Broken,
     Call,
     Capabilities,
     Engine,
@@ -56,14 +57,13 @@ class VLLM(Engine):
     async def asleep(self) -> bool:
         """Whether it sleeps; False where it has no dev mode, so cannot. Raises `BackendError`."""
         try:
-            body = await self.get("/is_sleeping")
-        except Refused:
+            return (await self.told("/is_sleeping", _Sleeping)).is_sleeping
+        except (Refused, Broken):  # not there, or not for us
             return False
-        return msgspec.json.decode(body, type=_Sleeping).is_sleeping
 
     async def capabilities(self, model: str) -> Capabilities:
         listed = {entry.id: entry for entry in await self.listed()}
-        routes = msgspec.json.decode(await self.get("/openapi.json"), type=_Routes).paths
+        routes = (await self.told("/openapi.json", _Routes)).paths
         chat = base.CHAT in routes
         return Capabilities(
             context=listed[model].max_model_len if model in listed else None,

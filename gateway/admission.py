@@ -88,7 +88,7 @@ class Admission:
         """A replica gave a good answer."""
         breaker = self.servers[replica].breaker
         if breaker.failures or breaker.ramp < breaker.slots:
-            breaker.answered()
+            breaker.answered(_now())
             self._refresh(replica)
 
     def failed(self, replica: Replica, error: BackendError) -> None:

@@ -48,16 +48,23 @@ class Gateway:
     Args:
         read: The settings.
         ports: Where engines are looked for if the settings name none.
+        client: What talks to the engines; closed at the end.
 
     Raises (on entering):
         SettingsError: There is nothing to serve, or a profile cannot be used.
     """
 
-    def __init__(self, read: Settings, ports: discovery.Ports = discovery.USUAL) -> None:
+    def __init__(
+        self,
+        read: Settings,
+        ports: discovery.Ports = discovery.USUAL,
+        *,
+        client: http.Client | None = None,
+    ) -> None:
         self._settings = read
         self._ports = ports
         self._limits = read.limits
-        self._client = http.Client()
+        self._client = client or http.Client()
         self._engines: dict[tuple[Kind, str], Engine] = {}
         self._urls: dict[Kind, tuple[str, ...]] = {k: e.urls for k, e in read.engines.items()}
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}  # by model

@@ -36,6 +36,8 @@ class Breaker:
     Ejected after `FAILURES` in a row, then one request is let through on trial. If that
     fails too, or the next ones do, it is out for twice as long. A replica that came back
     is given one request at a time at first, and twice as many after each good answer.
+    While it is out, what was sent before and ends now counts neither way: one crash that
+    ends sixteen streams is one fault.
     """
 
     slots: int
@@ -55,8 +57,10 @@ class Breaker:
             self.ramp = min(self.ramp, 1)
         self.readiness = readiness
 
-    def answered(self) -> None:
+    def answered(self, now: float) -> None:
         """A good answer came."""
+        if now < self.out_until:
+            return
         self.failures = 0
         self.ramp = min(self.slots, max(1, self.ramp * 2))
 
@@ -67,9 +71,11 @@ class Breaker:
             return
         if not error.blame:
             return
-        self.failures += 1
         if isinstance(error, Unreachable):
             self.readiness = Readiness.DOWN
+        if now < self.out_until:
+            return
+        self.failures += 1
         if self.failures >= FAILURES:
             if now - self.out_until > LONGEST_EJECTION_S:
                 self.ejections = 0  # the last time is long ago

@@ -137,7 +137,7 @@ class Scheduler:
         """A request wants a slot; `again` if it had one and its replica failed."""
         if self._choose(ticket) is None:
             return [Refuse(ticket, self._no_lane(ticket))]
-        ticket.arrived = ticket.arrived or now
+        ticket.arrived = now
         self._enter(ticket, front=again)
         actions = self._assign(now)
         # The policy may just have moved the queue: only what is left now can be too much.
