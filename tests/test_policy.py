@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.policy import OVERLAP_S, Policy
+from gateway.policy import OVERLAP, Policy
 from gateway.profile import ASSUMED, Lane, Profile
 
 LANES = ("ollama", "vllm")
@@ -139,7 +139,7 @@ def test_the_price_is_what_still_runs_on_the_lane_that_would_be_left() -> None:
 
     policy.observe(0.0, 4, {"ollama": 3, "vllm": 7})
 
-    assert policy.price == 3 * OVERLAP_S
+    assert policy.price == 3 * OVERLAP * 4.0  # a request takes four seconds there
     assert policy.lane == "ollama"
 
 
@@ -153,13 +153,13 @@ def test_nothing_running_there_makes_the_move_free() -> None:
 
 
 def test_it_moves_once_the_rent_has_paid_the_price() -> None:
-    # Nine here lose 9 * (1 - 3/9) = 6 request-seconds a second; two running cost two.
+    # Nine here lose 9 * (1 - 3/9) = 6 request-seconds a second; half of two takes nine.
     policy = Policy(LANES, CROSSING)
     policy.observe(10.0, 9, on("ollama", 2))
 
-    assert policy.due() == pytest.approx(10.0 + 2 / 6)
-    assert not policy.observe(10.33, 9, on("ollama", 2))
-    assert policy.observe(10.34, 9, on("ollama", 2))
+    assert policy.due() == pytest.approx(10.0 + 9 / 6)
+    assert not policy.observe(11.49, 9, on("ollama", 2))
+    assert policy.observe(11.51, 9, on("ollama", 2))
     assert (policy.lane, policy.regret, policy.moves) == ("vllm", 0.0, 1)
 
 
@@ -203,11 +203,11 @@ def test_it_does_not_swing_back_before_that_pays_too() -> None:
     policy.observe(0.0, 4, NOTHING)
     moved = policy.lane
 
-    policy.observe(1.0, 2, on("vllm", 2))  # loses 2 * (1 - 2/3) a second, and costs two
+    policy.observe(1.0, 2, on("vllm", 2))  # loses 2 * (1 - 2/3) a second; half of two takes three
 
     assert (moved, policy.lane) == ("vllm", "vllm")
-    assert policy.due() == pytest.approx(1.0 + 2 / (2 / 3))
-    assert policy.observe(4.01, 2, on("vllm", 2))
+    assert policy.due() == pytest.approx(1.0 + 3 / (2 / 3))
+    assert policy.observe(5.51, 2, on("vllm", 2))
     assert policy.lane == "ollama"
 
 
@@ -286,16 +286,16 @@ def test_it_never_moves_to_a_slower_lane_and_owes_nothing_after_a_move(
 @pytest.mark.parametrize(
     ("busy_s", "calm_s", "moves"),
     [
-        pytest.param(0.6, 5.5, 0, id="shorter than either move pays"),
-        pytest.param(0.8, 5.5, 1, id="long enough to go, too short to come back"),
-        pytest.param(0.8, 6.5, 20, id="long enough for both"),
+        pytest.param(0.9, 8.5, 0, id="shorter than either move pays"),
+        pytest.param(3.2, 8.5, 1, id="long enough to go, too short to come back"),
+        pytest.param(3.2, 9.5, 20, id="long enough for both"),
     ],
 )
 def test_a_swing_of_demand_is_followed_only_where_it_lasts_long_enough(
     busy_s: float, calm_s: float, moves: int
 ) -> None:
-    # Four run on the lane it is on, whichever that is: a move costs four request-seconds.
-    # Nine at once lose six a second on Ollama, one alone loses 2/3 a second on vLLM.
+    # Four run on the lane it is on, whichever that is. Nine at once lose six a second on
+    # Ollama, where half of four takes 18; one alone loses 2/3 on vLLM, where it takes 6.
     policy = Policy(LANES, CROSSING)
 
     now = 0.0
@@ -327,5 +327,5 @@ def test_the_reason_says_what_a_move_waits_for() -> None:
     policy.observe(0.5, 9, on("ollama", 4))
 
     assert policy.reason == (
-        "a move to vllm does not pay yet: regret 3.0 of 4.0 request-seconds at demand 9"
+        "a move to vllm does not pay yet: regret 3.0 of 18.0 request-seconds at demand 9"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ START_S = 30.0
 
 def main() -> int:
     """Run the day with the arguments of `loadtests.day`, the targets filled in."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     with rig.ollama() as ollama, rig.vllm() as vllm:
         port = rig.free_port()
         environment = os.environ | {

@@ -140,7 +140,9 @@ def install() -> None:
     """
     ENGINES.mkdir(exist_ok=True)
     with (ENGINES / "install.lock").open("w") as lock:
-        # Two shells may well run `make engines` in one checkout.
+        # Two shells may well run `make engines` in one checkout. What we start holds the lock
+        # too, so that the uv of an installation that was killed is not joined by another.
+        os.set_inheritable(lock.fileno(), True)
         fcntl.flock(lock, fcntl.LOCK_EX)
         for part in parts():
             part.install()
@@ -245,6 +247,7 @@ def do(command: list[str], environment: Mapping[str, str] | None = None) -> None
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
+        close_fds=False,  # see `install` about its lock
     )
     if result.returncode:
         raise RigError(f"{' '.join(command)} failed:\n{result.stdout[-4000:]}")
