@@ -59,7 +59,8 @@ class Origin:
     def of(cls, url: str) -> Origin:
         """The origin of a base URL; raises ValueError on anything that is none."""
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        more = parts.query or parts.fragment or parts.username  # would be lost on the way
+        if parts.scheme not in ("http", "https") or not parts.hostname or more:
             msg = f"{url!r} is no base URL: write http://HOST:PORT"
             raise ValueError(msg)
         tls = parts.scheme == "https"

@@ -124,9 +124,11 @@ class Ollama(Engine):
             if name not in known or (name == "n" and bytes(value) != b"1")
         )
         changes: dict[str, msgspec.Raw | None] = dict.fromkeys(dropped)
-        if limit := call.body.get("max_completion_tokens"):
+        limit = call.body.get("max_completion_tokens")
+        if limit is not None:
             changes["max_completion_tokens"] = None
-            changes["max_tokens"] = limit
+            if bytes(limit) != b"null":
+                changes["max_tokens"] = limit
         if call.path == base.COMPLETIONS:
             changes["prompt"] = _one_prompt(call.body)
         return Bridged(base.renamed(call, model, **changes), dropped)

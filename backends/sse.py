@@ -4,8 +4,9 @@
 content, usage, finish, error) and hands the event on as it came. Only whole events go
 out, so that an answer which breaks off in the middle of one can still be ended with an
 event that every client understands. Two things are changed on the way, because real
-clients break on them: events without data are left out, and what the client did not ask
-for (usage) or would miss (the other name of `reasoning`) is taken out or put in.
+clients break on them: what is no data is left out (comments, and an `id`, which sticks
+and makes openai-python crash at our next comment), and what the client did not ask for
+(usage) or would miss (the other name of `reasoning`) is taken out or put in.
 """
 
 from __future__ import annotations
@@ -145,22 +146,26 @@ class Watch:
             data = data[:-1]
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
-    def _pass(self, event: bytes) -> bytes:  # noqa: C901, PLR0911 - one look, all there is to see
+    def _pass(self, event: bytes) -> bytes:  # noqa: C901, PLR0911, PLR0912 - one look, all to be seen
         """One event as it is to be relayed; empty where it is to be left out."""
         data = data_of(event)
         if not data or data.isspace():
             return b""  # comments, id, retry: blocks without data crash real clients
+        if len(event) != len(data) + 8 or not event.startswith(b"data: "):
+            event = _event(data)
         if data.startswith(b"[DONE]"):
             self.done = True  # enough for a good end: Ollama may stop without a finish reason
             return event
         try:
+            if not data.isascii():
+                data.decode()
             seen = _decode(data)
         except msgspec.ValidationError:
             if data.lstrip()[:1] == b"{":
                 return event  # an object of another shape: the client's business
             self.fault = "an event that is no object"
             return b""
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             self.fault = "an event that is no valid JSON"
             return b""
         if truthy(seen.error):
@@ -170,7 +175,9 @@ class Watch:
         if seen.choices:
             self._look(seen.choices)
             if b'"reasoning' in data:
-                event = _event(both_reasoning_names(data, "delta"))
+                both = both_reasoning_names(data, "delta")
+                if both is not data:
+                    event = _event(both)
         if seen.usage is not None:
             if seen.usage:
                 self.usage = seen.usage
@@ -197,7 +204,7 @@ class Watch:
 
 
 def _event(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"
+    return b"data: " + data.replace(b"\n", b"\ndata: ") + b"\n\n"
 
 
 def _without_usage(event: bytes) -> bytes:

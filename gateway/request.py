@@ -6,6 +6,7 @@ must be looked into (the messages, for what they ask of an engine) is looked int
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,15 @@ from backends import base
 from backends.base import Body, Call
 from gateway.errors import BadRequest, ClientGone, TooLarge
 
+MAX_FIELDS = 1_000
 MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000
 MAX_NAME = 256
+#: Commas in a body, those in its texts included: what bounds its values costs nothing to
+#: count, and a million small values would hold up everybody else while they are read.
+MAX_COMMAS = 1_000_000
+#: Bytes of a field that is a name, a number or a few options.
+MAX_SMALL = 4096
 #: Bytes of text a token, for sizes before any tokenizer has seen them. Assumed.
 BYTES_A_TOKEN = 4
 
@@ -43,21 +51,50 @@ class _Key(str):
     __slots__ = ()
 
 
+class _Role(str):
+    """A message's role; counted for the messages."""
+
+    __slots__ = ()
+
+
+class _Type(str):
+    """The type of a part of a message's content; counted for the parts."""
+
+    __slots__ = ()
+
+
+class _Count:
+    """Counts values of a type while they are read, and ends the reading when it is enough."""
+
+    def __init__(self, limit: int, what: str, param: str | None = None) -> None:
+        self.seen = 0
+        self._limit = limit
+        self._what = what
+        self._param = param
+
+    def __call__(self, kind: type[str], value: str) -> str:
+        self.seen += 1
+        if self.seen > self._limit:
+            raise BadRequest(
+                f"A request holds up to {self._limit} {self._what}.", param=self._param
+            )
+        return kind(value)
+
+
 class _Address(msgspec.Struct):
     url: str = ""
 
 
 class _Part(msgspec.Struct):
-    type: str = ""
+    type: _Type
     image_url: _Address | str | None = None
+    audio_url: _Address | str | None = None
+    video_url: _Address | str | None = None
 
 
 class _Message(msgspec.Struct):
-    role: str
+    role: _Role
     content: msgspec.Raw = msgspec.Raw()
-
-
-_decode_messages = msgspec.json.Decoder(list[_Message]).decode
 
 
 @dataclass(slots=True)
@@ -140,7 +177,8 @@ def parse(path: str, body: bytes, headers: Mapping[bytes, bytes]) -> Request:
         tokens=len(body) // BYTES_A_TOKEN
         + max(numbers.get("max_tokens", 0), numbers.get("max_completion_tokens", 0)),
     )
-    background = b"x-task" in headers
+    # Open WebUI sends the header with every request, empty where it asks for no task.
+    background = bool(headers.get(b"x-task", b"").strip())
     if path == base.CHAT:
         messages = _messages(fields)
         needs.chat = True
@@ -176,16 +214,12 @@ def _filled_list(raw: msgspec.Raw | None) -> bool:
 
 
 def _top_level(body: bytes) -> Body:
-    names = 0
-
-    def count(_: type, name: str) -> _Key:
-        nonlocal names
-        names += 1
-        return _Key(name)
-
+    if len(body) > MAX_COMMAS and body.count(b",") > MAX_COMMAS:
+        raise BadRequest("The body holds too many values.")
+    count = _Count(MAX_FIELDS, "fields")
     try:
         if not body.isascii():
-            body.decode()
+            _check_utf8(body)
         fields = msgspec.json.decode(body, type=dict[_Key, msgspec.Raw], dec_hook=count)
     except msgspec.ValidationError:
         raise BadRequest("The body must be a JSON object.") from None
@@ -195,32 +229,38 @@ def _top_level(body: bytes) -> Body:
         raise BadRequest(f"The body is not valid JSON: {exc}.") from None
     except RecursionError:
         raise BadRequest("The body is nested too deeply.") from None
-    if names != len(fields):
+    if count.seen != len(fields):
         raise BadRequest("The body names a field twice.")
     return {str(name): value for name, value in fields.items()}
+
+
+def _check_utf8(body: bytes) -> None:
+    """Raise UnicodeDecodeError where it is no UTF-8. In pieces: nobody wants the text itself."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    for start in range(0, len(body), 65536):
+        decode(body[start : start + 65536])
+    decode(b"", final=True)
 
 
 def _typed(fields: Body, name: str, kind: type[Any]) -> Any:
     raw = fields.get(name)
     if raw is None:
         return None
+    if len(raw) > MAX_SMALL:
+        raise BadRequest(f"`{name}` is over {MAX_SMALL} bytes.", param=name)
     try:
         return msgspec.json.decode(raw, type=kind | None)
     except (msgspec.DecodeError, RecursionError):
-        said = {str: "a string", bool: "true or false", dict: "an object"}[kind]
+        said = {
+            str: "a string", bool: "true or false", dict: "an object", int: "a whole number",
+        }[kind]  # fmt: skip
         raise BadRequest(f"`{name}` must be {said}.", param=name) from None
 
 
 def _numbers(fields: Body) -> dict[str, int]:
     numbers = {}
     for name, (low, high) in BOUNDS.items():
-        raw = fields.get(name)
-        if raw is None:
-            continue
-        try:
-            value = msgspec.json.decode(raw, type=int | None)
-        except msgspec.DecodeError:
-            raise BadRequest(f"`{name}` must be a whole number.", param=name) from None
+        value = _typed(fields, name, int)
         if value is None:
             continue
         if not low <= value <= high:
@@ -246,11 +286,9 @@ def _messages(fields: Body) -> list[_Message]:
     raw = fields.get("messages")
     if raw is None or _begin(raw, 1) != b"[":
         raise BadRequest("`messages` must be a list.", param="messages")
-    # Counted before they are taken apart, so that a million of them cost nothing.
-    if bytes(raw).count(b'"role"') > MAX_MESSAGES:
-        raise BadRequest(f"`messages` holds over {MAX_MESSAGES} messages.", param="messages")
+    count = _Count(MAX_MESSAGES, "messages", "messages")
     try:
-        messages = _decode_messages(raw)
+        messages = msgspec.json.decode(raw, type=list[_Message], dec_hook=count)
     except (msgspec.DecodeError, RecursionError) as exc:
         raise BadRequest(
             f"`messages` is not a list of messages: {exc}.", param="messages"
@@ -264,26 +302,28 @@ def _images(messages: list[_Message]) -> bool:
     """Whether any message carries an image.
 
     Raises:
-        BadRequest: An image that the engine would have to fetch: it must not be made
-            to call addresses of the client's choice.
+        BadRequest: An image (or sound, or film) that the engine would have to fetch: it
+            must not be made to call addresses of the client's choice.
     """
     seen = False
+    count = _Count(MAX_PARTS, "parts of content", "messages")
     for message in messages:
         if _begin(message.content, 1) != b"[":
             continue
         try:
-            parts = msgspec.json.decode(message.content, type=list[_Part])
-        except msgspec.DecodeError:
+            parts = msgspec.json.decode(message.content, type=list[_Part], dec_hook=count)
+        except (msgspec.DecodeError, RecursionError):
             raise BadRequest("A message's `content` is malformed.", param="messages") from None
         for part in parts:
-            if part.type != "image_url":
-                continue
-            seen = True
-            url = part.image_url.url if isinstance(part.image_url, _Address) else part.image_url
-            if not (url or "").startswith("data:"):
-                raise BadRequest(
-                    "Send images as data: URLs; this gateway fetches nothing.", param="messages"
-                )
+            seen = seen or part.type == "image_url" or part.image_url is not None
+            # Whatever its type says: vLLM looks at all of them in a part that has a `uuid`.
+            for said in (part.image_url, part.audio_url, part.video_url):
+                url = said.url if isinstance(said, _Address) else said
+                if url is not None and not url.startswith("data:"):
+                    raise BadRequest(
+                        "Send images as data: URLs; this gateway fetches nothing.",
+                        param="messages",
+                    )
     return seen
 
 

@@ -17,6 +17,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -56,9 +57,15 @@ def _base_url(url: str) -> str:
 
 
 BaseURL = Annotated[str, AfterValidator(_base_url)]
+Name = Annotated[str, Field(min_length=1)]
 
 
-class _Part(BaseModel, frozen=True, extra="forbid"):
+def _off(value: object) -> object:
+    """YAML reads the word off as false."""
+    return "off" if value is False else value
+
+
+class _Part(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """A part of the settings: frozen, and no name but its own."""
 
 
@@ -158,12 +165,14 @@ class Settings(BaseSettings):
     models: dict[str, Model] = Field(
         {}, description="Models to serve; without any, all that the engines have."
     )
-    pair: dict[str, dict[Kind, str]] = Field(
+    pair: dict[str, Annotated[dict[Kind, Name], Field(min_length=1)]] = Field(
         {}, description="Public name to the model's name on each engine (`--pair`)."
     )
     embedded: Embedded = Embedded()
     limits: Limits = Limits()
-    log: Literal["json", "off"] = Field("json", description="One line a request, on stderr.")
+    log: Annotated[Literal["json", "off"], BeforeValidator(_off)] = Field(
+        "json", description="One line a request, on stderr."
+    )
 
     @model_validator(mode="after")
     def _lanes_have_engines(self) -> Settings:
@@ -174,6 +183,14 @@ class Settings(BaseSettings):
                         f"models.{name}.lanes.{kind}: no engine is configured for it; "
                         f"add engines.{kind}.urls"
                     )
+        if self.engines or self.models:  # else engines are looked for
+            for name, lanes in self.pair.items():
+                for kind in lanes:
+                    if kind not in self.engines:
+                        raise ValueError(
+                            f"pair.{name}.{kind}: no engine is configured for it; "
+                            f"add engines.{kind}.urls"
+                        )
         return self
 
     def keys(self) -> tuple[str, ...]:
@@ -188,7 +205,7 @@ class Settings(BaseSettings):
                 lines = self.api_keys_file.read_text().splitlines()
             except (OSError, UnicodeDecodeError) as exc:
                 raise SettingsError(f"api_keys_file: {self.api_keys_file}: {exc}") from None
-            listed = [line.strip() for line in lines if line.strip() and line[0] != "#"]
+            listed = [key for line in lines if (key := line.strip()) and key[0] != "#"]
             if not listed:
                 raise SettingsError(f"api_keys_file: {self.api_keys_file} holds no key")
             keys += listed

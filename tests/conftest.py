@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import httpx
 import pytest
 
+from backends import http
 from gateway import discovery, settings
 from gateway.app import Gateway
 from gateway.cli import GracefulServer, listen
@@ -42,14 +43,17 @@ StartGateway: TypeAlias = Callable[..., AbstractAsyncContextManager[Running]]
 
 @asynccontextmanager
 async def run_gateway(
-    *, ports: discovery.Ports | None = None, **overrides: Any
+    *,
+    ports: discovery.Ports | None = None,
+    upstream: http.Client | None = None,
+    **overrides: Any,
 ) -> AsyncIterator[Running]:
     """A gateway with these settings, as `twolane serve` runs it, in this event loop.
 
     Engines are looked for on `ports` only: what a contributor's machine runs is not ours.
     """
     read = settings.load(None, {"port": 0, "log": "off", **overrides}, {})
-    async with Gateway(read, ports or {}) as gateway:
+    async with Gateway(read, ports or {}, client=upstream) as gateway:
         listener = listen(read)
         server = GracefulServer(gateway, read)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
