@@ -142,7 +142,7 @@ class Admission:
             lane = self.scheduler.lanes.get(self.scheduler.lane_for(ticket) or "")
             raise WaitedTooLong(
                 f"No slot came free within {self._max_wait_s:g} s. Try again later.",
-                retry_after=self.scheduler.wait_s(lane) if lane else None,
+                retry_after=self.scheduler.wait_s(lane) if lane else 5,
             ) from None
         finally:
             del self._waiting[ticket]

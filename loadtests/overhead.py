@@ -34,7 +34,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Self, TypeAlias, cast
 
 import httptools
 import msgspec
@@ -406,7 +406,7 @@ class _Metronome:
     every stream that runs. Each is still a chunk and a write of its own, and a proxy
     reads and writes it alone; only its waking up is shared by the step. That makes it the
     load to compare proxies with. Spread evenly, a proxy wakes for nearly every chunk, and
-    what that costs, in the kernel and the same for all, hides what they differ in (here a
+    what that costs, in the kernel and the same for all, hides what they differ in (a bare
     relay in Python came to 0.8 of nginx, and to 0.5 in steps); besides, it then matters
     how busy the machine is with other things. A load as fast as it goes was no choice
     either: chunks pile up in the sockets and are relayed by the dozen.
@@ -651,7 +651,6 @@ class Streamed(msgspec.Struct, tag=True):
     events: int
     reads: int
     elapsed_s: float
-    client_cpu_s: float
     cpu_s: float = 0.0
     wakes: int = 0
     peak_rss_mb: float = 0.0
@@ -662,7 +661,6 @@ class Answered(msgspec.Struct, tag=True):
 
     requests: int
     elapsed_s: float
-    client_cpu_s: float
     cpu_s: float = 0.0
     asked: int = 0  # the warm-up included
 
@@ -775,10 +773,10 @@ async def load_streams(job: Streams) -> Streamed:
         for answer in warm:
             read_stream(answer, hello)
         cpu_s, wakes = (0.0, 0) if meter is None else (meter.cpu_s(), meter.wakes())
-        began, own_s = time.monotonic(), time.process_time()
+        began = time.monotonic()
         asked = zip(connections, requests, strict=True)
         answers = await asyncio.gather(*(c.ask(request) for c, request in asked))
-        result = Streamed(0, 0, time.monotonic() - began, time.process_time() - own_s)
+        result = Streamed(0, 0, time.monotonic() - began)
         if meter is not None:
             result.cpu_s, result.wakes = meter.cpu_s() - cpu_s, meter.wakes() - wakes
             result.peak_rss_mb = meter.peak_mb()
@@ -809,9 +807,9 @@ async def load_jsons(job: Jsons) -> Answered:
         users = asyncio.gather(*(user(connection) for connection in connections))
         await asyncio.sleep(min(0.5, job.seconds / 4))  # until the pools of both are warm
         cpu_s = 0.0 if meter is None else meter.cpu_s()
-        began, own_s, before = time.monotonic(), time.process_time(), answered
+        began, before = time.monotonic(), answered
         await asyncio.sleep(job.seconds)
-        result = Answered(answered - before, time.monotonic() - began, time.process_time() - own_s)
+        result = Answered(answered - before, time.monotonic() - began)
         if meter is not None:
             result.cpu_s = meter.cpu_s() - cpu_s
         over = True
@@ -1090,6 +1088,12 @@ class Caller:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=5)
         self._socket.sendall(request)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close()
+
     def hear(self, events: int) -> None:
         """Return when so many events have come; raises `BenchError` where they do not."""
         heard = b""
@@ -1116,6 +1120,7 @@ class HangUps:
         self._way = way
         self._engine = engine
         self._markers = (f"{way.name}-{time.monotonic_ns()}-{n}" for n in itertools.count())
+        self._leavers: set[str] = set()
 
     def time_ms(self, case: str) -> float:
         """Milliseconds from the client's close, in one of `CASES`."""
@@ -1127,11 +1132,11 @@ class HangUps:
             tokens=3 if case == "mid-stream" else 0, hold=True, marker=next(self._markers)
         )
         request = chat_request(script, stream=case != "non-stream")
-        caller = Caller(self._way.port, request)
-        self._until_it_came(script.marker)
-        if case == "mid-stream":
-            caller.hear(4)  # the role and three words
-        closed_at = caller.hang_up()
+        with Caller(self._way.port, request) as caller:
+            self._until_one_came(script.marker)
+            if case == "mid-stream":
+                caller.hear(4)  # the role and three words
+            closed_at = caller.hang_up()
         with suppress(BenchError):
             until(lambda: self._lost_at(script.marker) is not None, case, NEVER_MS / 1000)
         lost_at = self._lost_at(script.marker)
@@ -1143,24 +1148,28 @@ class HangUps:
         holder, leaver, behind = (
             Script(tokens=1, hold=True, marker=next(self._markers)) for _ in range(3)
         )
-        port = self._way.port
-        holding = Caller(port, chat_request(holder, model=NARROW))
-        holding.hear(1)
-        leaving = Caller(port, chat_request(leaver, model=NARROW))
-        until(lambda: self._waiting() == 1, "a request that waits for the only slot")
-        staying = Caller(port, chat_request(behind, model=NARROW))
-        until(lambda: self._waiting() == 2, "a second request that waits for the only slot")
-        closed_at = leaving.hang_up()
-        with suppress(BenchError):
-            until(lambda: self._waiting() == 1, "the queue to be shorter", NEVER_MS / 1000)
-        dropped_ms = min(NEVER_MS, (time.monotonic() - closed_at) * 1000)
-        holding.hang_up()
-        self._until_it_came(behind.marker)
-        staying.hear(1)
-        sent_anyway = leaver.marker in self._notes()
-        staying.hang_up()
-        if sent_anyway:
-            raise BrokenAnswer("a request whose client hung up in the queue was sent all the same")
+        waits = "a request that waits for the only slot"
+        with ExitStack() as calls:
+
+            def call(script: Script) -> Caller:
+                request = chat_request(script, model=NARROW)
+                return calls.enter_context(Caller(self._way.port, request))
+
+            holding = call(holder)
+            holding.hear(1)
+            leaving = call(leaver)
+            until(lambda: self._waiting() == 1, waits)
+            call(behind)
+            until(lambda: self._waiting() == 2, f"{waits}, behind another")
+            closed_at = leaving.hang_up()
+            with suppress(BenchError):
+                until(lambda: self._waiting() == 1, "the queue to be shorter", NEVER_MS / 1000)
+            dropped_ms = min(NEVER_MS, (time.monotonic() - closed_at) * 1000)
+            holding.hang_up()
+            self._until_one_came(behind.marker, leaver.marker)
+            self._leavers.add(leaver.marker)  # with those of earlier tries: not later either
+            if not self._notes().keys().isdisjoint(self._leavers):
+                raise BrokenAnswer("a request was sent whose client had hung up in the queue")
         return dropped_ms
 
     def _notes(self) -> dict[str, Note]:
@@ -1169,8 +1178,8 @@ class HangUps:
     def _lost_at(self, marker: str) -> float | None:
         return self._notes()[marker].lost_at
 
-    def _until_it_came(self, marker: str) -> None:
-        until(lambda: marker in self._notes(), "a request that reaches the engine")
+    def _until_one_came(self, *markers: str) -> None:
+        until(lambda: not self._notes().keys().isdisjoint(markers), "a request at the engine")
 
     def _waiting(self) -> int:
         status, body = fetch(self._way.port, "/status")
@@ -1338,9 +1347,9 @@ class Bench:
         kept_up = wanted.tokens * wanted.period_ms / 1000 / got.elapsed_s
         if kept_up < 0.9:
             slow = f"{way.name} took {1 / kept_up:.2f} times as long as the tokens were spread over"
-            if way.name == DIRECT:
+            if way.name == DIRECT and kept_up < 0.5:
                 raise BenchError(f"{slow}: this machine is too slow for the load, lower --rate")
-            self.remark(f"{slow}: it fell behind, and read several chunks at once")
+            self.remark(f"{slow}: it fell behind, or the machine had other things to do")
 
     def _jsons(self, way: Way) -> None:
         wanted = self.settings
