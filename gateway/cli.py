@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -170,6 +171,9 @@ async def _run(read: Settings, listener: socket.socket) -> None:
         url = f"http://{read.host}:{listener.getsockname()[1]}"
         server = GracefulServer(gateway, read)
         _welcome(gateway, url, keyed=bool(read.keys()))
+        # What was made up to here stays: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         await server.serve(sockets=[listener])
 
 

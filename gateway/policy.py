@@ -87,6 +87,8 @@ class Policy:
             demand: Foreground requests that run or wait.
             running: Of all requests, how many run on each lane.
         """
+        if len(self._lanes) == 1:
+            return False
         self.regret = max(0.0, self.regret + self._rent() * (now - self._at))
         self._at = now
         self._demand = demand

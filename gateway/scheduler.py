@@ -68,7 +68,10 @@ class Lane:
 
     def usable(self, without: set[Replica]) -> bool:
         """Whether any replica would take a request, now or when a slot comes free."""
-        return any(r.room > 0 and r not in without for r in self.replicas)
+        for replica in self.replicas:  # a loop: `any` of a generator costs five times as much
+            if replica.room > 0 and replica not in without:
+                return True
+        return False
 
 
 @dataclass(eq=False, slots=True)
@@ -249,9 +252,11 @@ class Scheduler:
         """Start whoever can start now, in turn."""
         running = {name: lane.running for name, lane in self.lanes.items()}
         self.policy.observe(now, self.demand, running)
-        free = sum(max(0, r.room - r.running) for la in self.lanes.values() for r in la.replicas)
         actions: list[Action] = []
-        if not free or not self.waiting:
+        if not self._foreground and not self._background:
+            return actions
+        free = sum(max(0, r.room - r.running) for la in self.lanes.values() for r in la.replicas)
+        if not free:
             return actions
         for ticket in self._in_turn():
             lane = self._choose(ticket)

@@ -8,8 +8,8 @@ each of a stream's chunks.
 from __future__ import annotations
 
 import logging
+import os
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -77,7 +77,7 @@ class Edge:
             line.cut(Draining("The gateway is shutting down; the answer is not complete."))
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        exchange = Exchange(f"req_{uuid.uuid4().hex}", scope["path"])
+        exchange = Exchange(f"req_{os.urandom(16).hex()}", scope["path"])
         exchange.began = time.monotonic()
         if scope["path"] in GENERATING:
             await self._generate(scope, receive, Reply(send, exchange), exchange)
