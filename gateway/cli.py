@@ -170,6 +170,7 @@ async def _run(read: Settings, listener: socket.socket) -> None:
     async with Gateway(read) as gateway:
         url = f"http://{read.host}:{listener.getsockname()[1]}"
         server = GracefulServer(gateway, read)
+        listener.listen()  # who reads the welcome may come at once
         _welcome(gateway, url, keyed=bool(read.keys()))
         # What was made up to here stays: the collector need not look at it again and again.
         gc.collect()

@@ -16,9 +16,15 @@ from gateway.profile import Profile
 
 #: What a request still running on the lane that is left costs a move in a shared
 #: placement, as a share of what it takes there: both engines then compute on the same
-#: cards, and on average half of it is still to come. Assumed; on two CPU cores llama.cpp
-#: was seen to all but stop beside a busy vLLM.
-OVERLAP = 0.5
+#: cards. Assumed; on two CPU cores llama.cpp was seen to take ten times as long beside a
+#: busy vLLM, and to slow that by half.
+OVERLAP = 1.0
+#: The least a move costs, as a share of what a request takes alone on the lane that is
+#: left: a crowd that asks in waves has moments of nobody, and must not be led away and
+#: back by the first of each wave. Assumed.
+LEAST = 0.25
+#: After so many seconds of nobody the crowd is gone, and a move costs nothing. Assumed.
+FORGOTTEN_S = 10.0
 
 #: Request-seconds that are none: so far may floating-point sums be off, after which
 #: what is due at a moment must still happen at that moment.
@@ -33,8 +39,9 @@ class Policy:
         profile: What the choice is made by.
 
     In a shared placement a move delays nobody but those it overlaps with, so its price
-    is what the requests still running on the lane it leaves have before them. With none
-    of them it is zero, and the rule is simply the faster lane at this demand.
+    is that of the requests still running on the lane it leaves. With none of them it is
+    near zero: a part of one request's time, which one person alone has paid after one.
+    When nobody has been there for a while it is zero: the faster lane at this demand.
     """
 
     def __init__(self, lanes: Sequence[str], profile: Profile) -> None:
@@ -46,6 +53,8 @@ class Policy:
         self._demand = 0
         self._running: dict[str, int] = dict.fromkeys(lanes, 0)
         self._at = 0.0
+        self._busy_at = -math.inf  # when somebody was last there
+        self._forgotten = True
 
     def __repr__(self) -> str:
         return f"<Policy {self.lane}, {self.reason}>"
@@ -58,8 +67,11 @@ class Policy:
     @property
     def price(self) -> float:
         """What leaving this lane costs now, request-seconds."""
-        here = self._seconds(self.lane, self._demand)
-        return 0.0 if here is None else OVERLAP * here * self._running[self.lane]
+        alone, here = self._seconds(self.lane, 1), self._seconds(self.lane, self._demand)
+        if alone is None or here is None:
+            return 0.0
+        least = 0.0 if self._forgotten else LEAST * alone
+        return max(least, OVERLAP * here * self._running[self.lane])
 
     @property
     def reason(self) -> str:
@@ -89,6 +101,9 @@ class Policy:
         """
         if len(self._lanes) == 1:
             return False
+        if self._demand:
+            self._busy_at = now
+        self._forgotten = now - self._busy_at > FORGOTTEN_S
         self.regret = max(0.0, self.regret + self._rent() * (now - self._at))
         self._at = now
         self._demand = demand

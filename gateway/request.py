@@ -333,4 +333,4 @@ def _forced(choice: msgspec.Raw | None) -> bool:
 
 def _is_task(messages: list[_Message]) -> bool:
     """Whether this is Open WebUI asking for a title, tags or follow-ups."""
-    return any(m.role == "user" and b"### Task:" in _begin(m.content, 64) for m in messages)
+    return any(m.role == "user" and _begin(m.content, 10) == b'"### Task:' for m in messages)

@@ -142,7 +142,7 @@ async def run(day: Day, target: Target, console: Console) -> list[Asked]:
             seen = await ask(client, target, day.prompt(phase, number, turn), day.tokens)
             asked.append(Asked(target.label, phase, people, number, turn, seen))
             turn += 1
-            await asyncio.sleep(day.think_s)
+            await asyncio.sleep(day.think_s * dice.uniform(0.5, 1.5))
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
@@ -223,7 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--people", type=people_of, default=(1, 12, 2, 24, 1), metavar="N,N,…")
     parser.add_argument("--phase-s", type=float, default=60.0, help="seconds a phase (60)")
-    parser.add_argument("--think-s", type=float, default=3.0, help="seconds of thought (3)")
+    parser.add_argument(
+        "--think-s", type=float, default=3.0, help="mean seconds of thought, give or take half (3)"
+    )
     parser.add_argument("--tokens", type=int, default=64, help="most tokens an answer (64)")
     parser.add_argument("--within", type=float, default=1.15, help="allowed ratio (1.15)")
     parser.add_argument("--json", type=Path, help="write every request and the table here")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.policy import OVERLAP, Policy
+from gateway.policy import FORGOTTEN_S, LEAST, OVERLAP, Policy
 from gateway.profile import ASSUMED, Lane, Profile
 
 LANES = ("ollama", "vllm")
@@ -34,11 +34,13 @@ def on(lane: str, running: int) -> dict[str, int]:
 
 
 def lane_at(policy: Policy, demands: list[int]) -> list[str]:
-    """Where it is after each of these demands, with nothing running, a second apart."""
+    """Where it is at each of these demands, with nothing running, long after the one before."""
     lanes = []
-    for second, demand in enumerate(demands):
-        policy.observe(float(second), demand, NOTHING)
+    for number, demand in enumerate(demands):
+        now = number * 3 * FORGOTTEN_S
+        policy.observe(now, demand, NOTHING)
         lanes.append(policy.lane)
+        policy.observe(now + 0.1, 0, NOTHING)
     return lanes
 
 
@@ -50,7 +52,7 @@ def test_it_begins_with_the_first_lane_before_anybody_has_asked() -> None:
     assert Policy(LANES, CROSSING).due() == math.inf
 
 
-def test_with_nothing_running_it_is_always_the_faster_lane() -> None:
+def test_after_a_pause_it_is_always_the_faster_lane() -> None:
     policy = Policy(LANES, CROSSING)
 
     lanes = lane_at(policy, [1, 2, 4, 9, 2, 1, 5])
@@ -143,23 +145,51 @@ def test_the_price_is_what_still_runs_on_the_lane_that_would_be_left() -> None:
     assert policy.lane == "ollama"
 
 
-def test_nothing_running_there_makes_the_move_free() -> None:
+def test_with_nothing_running_there_a_move_costs_a_part_of_one_request() -> None:
     policy = Policy(LANES, CROSSING)
-    policy.observe(0.0, 4, on("ollama", 1))
+    policy.observe(0.0, 4, on("ollama", 1))  # earns one a second
 
-    assert policy.lane == "ollama"
-    assert policy.observe(0.0, 4, on("vllm", 5))
+    assert not policy.observe(0.2, 4, on("vllm", 5))
+    assert policy.price == LEAST * 1.0
+    assert policy.observe(0.26, 4, on("vllm", 5))
     assert policy.lane == "vllm"
 
 
+def test_the_first_of_a_wave_does_not_lead_the_crowd_away() -> None:
+    policy = Policy(LANES, CROSSING)
+    policy.observe(0.0, 9, NOTHING)
+
+    for wave in range(10):
+        now = 1.0 + 6 * wave
+        policy.observe(now, 9, on("vllm", 9))
+        policy.observe(now + 2, 0, NOTHING)  # all think
+        policy.observe(now + 5, 1, NOTHING)  # the first is back, the others half a second later
+        policy.observe(now + 5.5, 5, on("vllm", 1))
+
+    assert (policy.lane, policy.moves) == ("vllm", 1)
+
+
+def test_one_person_who_stays_behind_is_back_on_the_faster_lane_after_an_answer() -> None:
+    policy = Policy(LANES, CROSSING)
+    policy.observe(0.0, 9, NOTHING)
+    policy.observe(1.0, 0, NOTHING)
+
+    policy.observe(3.0, 1, NOTHING)
+    first = policy.lane
+    policy.observe(6.0, 0, NOTHING)  # three seconds, as vLLM takes
+    policy.observe(8.0, 1, NOTHING)
+
+    assert (first, policy.lane) == ("vllm", "ollama")
+
+
 def test_it_moves_once_the_rent_has_paid_the_price() -> None:
-    # Nine here lose 9 * (1 - 3/9) = 6 request-seconds a second; half of two takes nine.
+    # Nine here lose 9 * (1 - 3/9) = 6 request-seconds a second; two take 18.
     policy = Policy(LANES, CROSSING)
     policy.observe(10.0, 9, on("ollama", 2))
 
-    assert policy.due() == pytest.approx(10.0 + 9 / 6)
-    assert not policy.observe(11.49, 9, on("ollama", 2))
-    assert policy.observe(11.51, 9, on("ollama", 2))
+    assert policy.due() == pytest.approx(10.0 + 18 / 6)
+    assert not policy.observe(12.99, 9, on("ollama", 2))
+    assert policy.observe(13.01, 9, on("ollama", 2))
     assert (policy.lane, policy.regret, policy.moves) == ("vllm", 0.0, 1)
 
 
@@ -203,11 +233,11 @@ def test_it_does_not_swing_back_before_that_pays_too() -> None:
     policy.observe(0.0, 4, NOTHING)
     moved = policy.lane
 
-    policy.observe(1.0, 2, on("vllm", 2))  # loses 2 * (1 - 2/3) a second; half of two takes three
+    policy.observe(1.0, 2, on("vllm", 2))  # loses 2 * (1 - 2/3) a second; two take six
 
     assert (moved, policy.lane) == ("vllm", "vllm")
-    assert policy.due() == pytest.approx(1.0 + 3 / (2 / 3))
-    assert policy.observe(5.51, 2, on("vllm", 2))
+    assert policy.due() == pytest.approx(1.0 + 6 / (2 / 3))
+    assert policy.observe(10.01, 2, on("vllm", 2))
     assert policy.lane == "ollama"
 
 
@@ -294,18 +324,18 @@ def test_it_never_moves_to_a_slower_lane_and_owes_nothing_after_a_move(
 def test_a_swing_of_demand_is_followed_only_where_it_lasts_long_enough(
     busy_s: float, calm_s: float, moves: int
 ) -> None:
-    # Four run on the lane it is on, whichever that is. Nine at once lose six a second on
-    # Ollama, where half of four takes 18; one alone loses 2/3 on vLLM, where it takes 6.
+    # Two run on the lane it is on, whichever that is. Nine at once lose six a second on
+    # Ollama, where two take 18; one alone loses 2/3 on vLLM, where they take 6.
     policy = Policy(LANES, CROSSING)
 
     now = 0.0
     for _ in range(10):
         for demand, lasts in ((9, busy_s), (1, calm_s)):
-            policy.observe(now, demand, on(policy.lane, 4))
+            policy.observe(now, demand, on(policy.lane, 2))
             if policy.due() < now + lasts:
-                policy.observe(policy.due(), demand, on(policy.lane, 4))
+                policy.observe(policy.due(), demand, on(policy.lane, 2))
             now += lasts
-            policy.observe(now, demand, on(policy.lane, 4))
+            policy.observe(now, demand, on(policy.lane, 2))
     assert policy.moves == moves
 
 
@@ -327,5 +357,5 @@ def test_the_reason_says_what_a_move_waits_for() -> None:
     policy.observe(0.5, 9, on("ollama", 4))
 
     assert policy.reason == (
-        "a move to vllm does not pay yet: regret 3.0 of 18.0 request-seconds at demand 9"
+        "a move to vllm does not pay yet: regret 3.0 of 36.0 request-seconds at demand 9"
     )

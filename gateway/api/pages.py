@@ -94,7 +94,7 @@ def build(  # noqa: C901 - a table of routes
     }
     app = FastAPI(
         title="twolane", description=DESCRIPTION, version=version, redoc_url=None,
-        responses=failures,
+        responses=failures, redirect_slashes=False,  # to the address that a Host header names
     )  # fmt: skip
 
     @app.get("/v1/models", tags=["models"])
