@@ -16,40 +16,31 @@ from typing import Any
 import msgspec
 import pytest
 
-from loadtests import overhead
+from loadtests import fast_client, fast_engine, overhead, ways
+from loadtests.fast_client import Meter, Streams
+from loadtests.fast_engine import Answer, BrokenAnswer, Script
 from loadtests.overhead import (
     ADDED_TTFT,
-    CASES,
-    DIRECT,
     FLOORS,
-    GATEWAY,
     HANG_UP,
     JSON_COST,
     JSON_SHARE,
-    NGINX,
     STREAM_COST,
     STREAM_RATE,
     STREAM_SHARE,
     TTFT,
-    Answer,
-    BrokenAnswer,
-    Caller,
     Floor,
-    HangUps,
     Measures,
-    Meter,
-    Script,
     Settings,
-    Streams,
-    Way,
 )
+from loadtests.ways import CASES, DIRECT, GATEWAY, NGINX, Caller, HangUps, Way
 
 
 @pytest.fixture(scope="module")
 def nginx() -> str:
     try:
-        return overhead.find_nginx()
-    except overhead.BenchError as exc:
+        return ways.find_nginx()
+    except fast_engine.BenchError as exc:
         if os.environ.get("CI") == "true":
             pytest.fail(str(exc))
         pytest.skip(str(exc))
@@ -57,7 +48,7 @@ def nginx() -> str:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[int]:
-    with overhead.engine_running() as (port, _):
+    with ways.engine_running() as (port, _):
         yield port
 
 
@@ -131,7 +122,7 @@ def test_without_nginx_there_is_no_share() -> None:
 
 
 def test_each_way_goes_first_in_turn() -> None:
-    firsts = [overhead.rotated((DIRECT, NGINX, GATEWAY), turn)[0] for turn in range(4)]
+    firsts = [fast_client.rotated((DIRECT, NGINX, GATEWAY), turn)[0] for turn in range(4)]
 
     assert firsts == [DIRECT, NGINX, GATEWAY, DIRECT]
 
@@ -174,8 +165,8 @@ def test_a_run_without_a_result_ends_the_command_with_2(
 
 
 def test_without_nginx_it_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(overhead.BenchError, match="apt-get install nginx"):
-        overhead.find_nginx(str(tmp_path))
+    with pytest.raises(fast_engine.BenchError, match="apt-get install nginx"):
+        ways.find_nginx(str(tmp_path))
 
 
 # --- what a whole stream is ---------------------------------------------------------------
@@ -195,20 +186,20 @@ def whole(script: Script = SCRIPT) -> list[bytes]:
     """A good stream, event by event."""
     return [
         told({"role": "assistant", "content": ""}),
-        *(told({"content": word}) for word in overhead.WORDS[script.first :][: script.tokens]),
+        *(told({"content": word}) for word in fast_engine.WORDS[script.first :][: script.tokens]),
         told({}, "stop"),
         event({"choices": [], "usage": {"completion_tokens": script.tokens}}),
         b"data: [DONE]\n\n",
     ]
 
 
-def read(*events: bytes, status: int = 200) -> overhead.Stream:
+def read(*events: bytes, status: int = 200) -> fast_engine.Stream:
     pieces = [(float(at), piece) for at, piece in enumerate(events)]
-    return overhead.read_stream(Answer(0.0, status, pieces), SCRIPT)
+    return fast_engine.read_stream(Answer(0.0, status, pieces), SCRIPT)
 
 
 def test_a_whole_stream_counts_its_events_and_times_its_first_word() -> None:
-    assert read(*whole()) == overhead.Stream(events=9, first_word_at=1.0)
+    assert read(*whole()) == fast_engine.Stream(events=9, first_word_at=1.0)
 
 
 def test_a_stream_may_be_cut_anywhere_and_carry_heartbeats() -> None:
@@ -260,7 +251,7 @@ def test_a_stream_with_another_status_is_refused() -> None:
 )
 def test_a_spoilt_json_answer_is_refused(body: bytes) -> None:
     with pytest.raises(BrokenAnswer):
-        overhead.check_json(Answer(0.0, 200, [(0.0, body)]))
+        fast_engine.check_json(Answer(0.0, 200, [(0.0, body)]))
 
 
 # --- real sockets -------------------------------------------------------------------------
@@ -296,15 +287,15 @@ def relaying(engine: int, spoil: bytes = b"") -> Iterator[int]:
             each.close()
 
 
-def do(job: overhead.Job) -> overhead.Result:
-    return asyncio.run(overhead.do(job))
+def do(job: fast_client.Job) -> fast_client.Result:
+    return asyncio.run(fast_client.do(job))
 
 
 @pytest.mark.parametrize("spread", [False, True])
 def test_the_engine_sends_each_token_by_itself_and_in_time(engine: int, *, spread: bool) -> None:
     result = do(Streams(engine, None, streams=8, tokens=25, period_ms=20, spread=spread))
 
-    assert isinstance(result, overhead.Streamed)
+    assert isinstance(result, fast_client.Streamed)
     assert result.events == 8 * (25 + 4)
     # Of a stream's 29 events the first two and the last three come in one go.
     assert result.events / result.reads < 1.5
@@ -312,9 +303,9 @@ def test_the_engine_sends_each_token_by_itself_and_in_time(engine: int, *, sprea
 
 
 def test_a_proxy_that_loses_a_chunk_has_no_result(engine: int) -> None:
-    lost = next(word for word in overhead.WORD_EVENTS if b" w07" in word)
-    with relaying(engine, spoil=lost) as port, overhead.client_running() as load:
-        assert isinstance(load(Streams(port, None, 2, 3, 10)), overhead.Streamed)
+    lost = next(word for word in fast_engine.WORD_EVENTS if b" w07" in word)
+    with relaying(engine, spoil=lost) as port, ways.client_running() as load:
+        assert isinstance(load(Streams(port, None, 2, 3, 10)), fast_client.Streamed)
 
         with pytest.raises(BrokenAnswer, match="said something else"):
             load(Streams(port, None, streams=2, tokens=12, period_ms=10))
@@ -328,29 +319,29 @@ def test_a_proxy_that_never_ends_a_stream_has_no_result(engine: int) -> None:
     with relaying(engine, spoil=b"0\r\n\r\n") as port:
         result = do(Hasty(port, None, streams=1, tokens=3, period_ms=10))
 
-    assert isinstance(result, overhead.Failed)
+    assert isinstance(result, fast_client.Failed)
     assert result.why.startswith("no end after 0.3 s")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "queued"])
 def test_a_hang_up_is_seen_by_the_engine_at_once(engine: int, case: str) -> None:
-    assert 0 < HangUps(Way(DIRECT, engine), engine).time_ms(case) < overhead.NEVER_MS / 2
+    assert 0 < HangUps(Way(DIRECT, engine), engine).time_ms(case) < ways.NEVER_MS / 2
 
 
 def test_a_proxy_that_does_not_pass_a_hang_up_on_misses_the_floor(engine: int) -> None:
     with relaying(engine) as port:
         took = HangUps(Way(GATEWAY, port), engine).time_ms("mid-stream")
 
-    assert took == overhead.NEVER_MS
+    assert took == ways.NEVER_MS
     assert not Floor(HANG_UP["mid-stream"], 50, goal=50).holds(took)
 
 
 def test_a_stream_that_goes_silent_is_not_waited_for_for_ever(engine: int) -> None:
-    with Caller(engine, overhead.chat_request(Script(tokens=1, hold=True))) as caller:
+    with Caller(engine, fast_engine.chat_request(Script(tokens=1, hold=True))) as caller:
         caller.hear(2)
 
         caller._socket.settimeout(0.1)
-        with pytest.raises(overhead.BenchError, match="went silent"):
+        with pytest.raises(fast_engine.BenchError, match="went silent"):
             caller.hear(3)
 
 
@@ -364,7 +355,7 @@ def test_cpu_seconds_of_children_count_also_when_they_have_ended() -> None:
         "sys.stdin.readline()\n"
     )
     command = [sys.executable, "-c", parent]
-    with overhead.running(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with ways.running(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         meter = Meter(process.pid)
@@ -401,5 +392,5 @@ def test_a_short_run_of_direct_against_nginx(nginx: str, tmp_path: Path) -> None
 def test_the_gateway_drops_a_queued_request_whose_client_hung_up(
     engine: int, tmp_path: Path
 ) -> None:
-    with overhead.gateway_running(engine, tmp_path) as way:
-        assert 0 < HangUps(way, engine).time_ms("queued") < overhead.NEVER_MS / 2
+    with ways.gateway_running(engine, tmp_path) as way:
+        assert 0 < HangUps(way, engine).time_ms("queued") < ways.NEVER_MS / 2

@@ -1,0 +1,493 @@
+"""The fast fake engine, and the check that what it said arrived whole.
+
+The script of a stream travels inside its request, and the stream is checked against it
+word by word: a fast proxy that breaks answers has no result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import httptools
+import msgspec
+
+
+class BenchError(Exception):
+    """There is no result; the message says why, and what to do where that is known."""
+
+
+class BrokenAnswer(BenchError):
+    """An answer was not what the engine said: a fast proxy that breaks answers is not fast."""
+
+
+# --- the exchange, and what makes it whole ------------------------------------------------
+
+MODEL = "bench"
+API_KEY = "bench-key-0123456789"
+CHAT = "/v1/chat/completions"
+
+# No two neighbours are alike, and each stream begins at another one: a token that is lost,
+# doubled, swapped or taken from the stream next door shows in the text.
+WORDS = tuple(f" w{n:02d}" for n in range(97))
+JSON_TEXT = "It is done: " + "".join(WORDS[:12])
+
+
+class Script(msgspec.Struct, omit_defaults=True):
+    """What the fake engine is to do; it travels as the user's message, which no proxy touches.
+
+    `spread`: the streams of this period take turns within it; else they all step at once.
+    `hold`: after `tokens` tokens say nothing more until the client is gone; with none of
+    them not even the head. `marker`: keep a note of when this came and when it was cut.
+    """
+
+    tokens: int = 0
+    period_ms: int = 1
+    spread: bool = False
+    first: int = 0
+    hold: bool = False
+    marker: str = ""
+
+    def text(self) -> str:
+        """All that a whole answer says."""
+        words = itertools.islice(itertools.cycle(WORDS), self.first, self.first + self.tokens)
+        return "".join(words)
+
+
+# About what a chat page sends in front of a first question.
+SYSTEM = (
+    "You are a helpful assistant. Answer in the language of the question, briefly and "
+    "to the point. Where you are not certain, say so. Use lists only where they help, and "
+    "put code into fenced blocks that name the language. Do not repeat the question. "
+)
+
+
+def chat_request(script: Script, *, stream: bool = True, model: str = MODEL) -> bytes:
+    """A whole HTTP request for a chat, head and body, as an OpenAI client writes it."""
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": msgspec.json.encode(script).decode()},
+        ],
+        "max_tokens": script.tokens or 16,
+        "temperature": 0.7,
+    }
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    content = msgspec.json.encode(body)
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\n"
+        f"content-type: application/json\r\nuser-agent: overhead\r\n"
+        f"authorization: Bearer {API_KEY}\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Said(msgspec.Struct):
+    delta: _Delta = msgspec.field(default_factory=_Delta)
+    message: _Delta = msgspec.field(default_factory=_Delta)
+    finish_reason: str | None = None
+
+
+class _Tokens(msgspec.Struct):
+    completion_tokens: int = 0
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Said] = []
+    usage: _Tokens | None = None
+    error: msgspec.Raw = msgspec.Raw()
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer as it came: when it was asked for, and each piece of its body with its time."""
+
+    asked_at: float
+    status: int
+    pieces: Sequence[tuple[float, bytes]]
+
+    def body(self) -> bytes:
+        """The whole body."""
+        return b"".join(piece for _, piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A whole stream: how many events it had, and when the first word was there."""
+
+    events: int
+    first_word_at: float
+
+
+def read_stream(answer: Answer, script: Script) -> Stream:
+    """Check a stream from its first byte to its last.
+
+    Raises:
+        BrokenAnswer: A word is missing, doubled or foreign, or the finish reason, the
+            token count or [DONE] is not where it must be.
+    """
+    if answer.status != 200:
+        raise BrokenAnswer(f"status {answer.status}: {answer.body()[:300]!r}")
+    events = 0
+    first_word_at = 0.0
+    words: list[str] = []
+    finish: str | None = None
+    usage: _Tokens | None = None
+    done = False
+    for at, data in _events(answer.pieces):
+        if done:
+            raise BrokenAnswer(f"an event after [DONE]: {data[:200]!r}")
+        events += 1
+        if data == b"[DONE]":
+            done = True
+            continue
+        chunk = _read_chunk(data)
+        usage = chunk.usage or usage
+        for said in chunk.choices:
+            finish = said.finish_reason or finish
+            if said.delta.content:
+                words.append(said.delta.content)
+                first_word_at = first_word_at or at
+    if not done:
+        raise BrokenAnswer(f"a stream ended without [DONE], after {events} events")
+    if "".join(words) != script.text():
+        raise BrokenAnswer(
+            f"a stream of {script.tokens} tokens said something else, in {len(words)} of them"
+        )
+    if finish != "stop" or usage is None or usage.completion_tokens != script.tokens:
+        raise BrokenAnswer(f"a stream ended with finish reason {finish!r} and usage {usage}")
+    return Stream(events, first_word_at)
+
+
+def _events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """The data of each event, and when the last of it came."""
+    rest = b""
+    for at, piece in pieces:
+        *whole, rest = (rest + piece).split(b"\n\n")
+        for event in whole:
+            if event.startswith(b"data: "):
+                yield at, event[6:]
+            elif not event.startswith(b":"):  # a comment is a heartbeat: allowed, but no chunk
+                raise BrokenAnswer(f"not an event that belongs here: {event[:200]!r}")
+    if rest:
+        raise BrokenAnswer(f"a stream ended within an event: {rest[:200]!r}")
+
+
+def _read_chunk(data: bytes) -> _Chunk:
+    try:
+        chunk = _decode_chunk(data)
+    except msgspec.DecodeError as exc:
+        raise BrokenAnswer(f"not a chunk ({exc}): {data[:200]!r}") from exc
+    if chunk.error:
+        raise BrokenAnswer(f"an error: {data[:300]!r}")
+    return chunk
+
+
+def check_json(answer: Answer) -> None:
+    """Check an answer that was not streamed; raises `BrokenAnswer`."""
+    body = answer.body()
+    if answer.status != 200:
+        raise BrokenAnswer(f"status {answer.status}: {body[:300]!r}")
+    chat = _read_chunk(body)
+    if [said.message.content for said in chat.choices] != [JSON_TEXT] or chat.usage is None:
+        raise BrokenAnswer(f"an answer that says something else: {body[:300]!r}")
+
+
+# --- the engine ---------------------------------------------------------------------------
+
+
+def _http(status: str, body: object, kind: str = "application/json") -> bytes:
+    content = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    head = f"HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+def _framed(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def _event(
+    choices: list[dict[str, Any]], usage: dict[str, int] | None = None, **extra: object
+) -> bytes:
+    chunk: dict[str, Any] = {
+        "id": "chatcmpl-8f1d5c52b0a94e57a1c64e1f9f7d3b6a",
+        "object": "chat.completion.chunk",
+        "created": 1758000000,
+        "model": MODEL,
+        "choices": choices,
+        **extra,
+    }
+    if usage is not None:
+        chunk["usage"] = usage
+    return _framed(b"data: " + msgspec.json.encode(chunk) + b"\n\n")
+
+
+def _choice(delta: dict[str, str], finish: str | None = None) -> list[dict[str, Any]]:
+    return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+
+
+def _usage(tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": 80, "total_tokens": 80 + tokens, "completion_tokens": tokens}
+
+
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+    b"transfer-encoding: chunked\r\n\r\n"
+)
+ROLE_EVENT = _event(_choice({"role": "assistant", "content": ""}))
+WORD_EVENTS = tuple(_event(_choice({"content": word})) for word in WORDS)
+FINISH_EVENT = _event(_choice({}, "stop"))
+STREAM_END = _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+JSON_ANSWER = _http(
+    "200 OK",
+    {
+        "id": "chatcmpl-8f1d5c52b0a94e57a1c64e1f9f7d3b6a",
+        "object": "chat.completion",
+        "created": 1758000000,
+        "model": MODEL,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": JSON_TEXT},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": _usage(26),
+    },
+)
+PAGES = {
+    b"/health": _http("200 OK", b""),
+    b"/version": _http("200 OK", {"version": "0.32.0"}),
+    b"/v1/models": _http(
+        "200 OK",
+        {
+            "object": "list",
+            "data": [{"id": MODEL, "object": "model", "owned_by": "vllm", "max_model_len": 32768}],
+        },
+    ),
+    b"/openapi.json": _http("200 OK", {"paths": {CHAT: {}, "/v1/completions": {}}}),
+    b"/metrics": _http(
+        "200 OK",
+        b'vllm:num_requests_running{model_name="bench"} 0.0\n'
+        b'vllm:num_requests_waiting{model_name="bench"} 0.0\n'
+        b'vllm:kv_cache_usage_perc{model_name="bench"} 0.0\n',
+        "text/plain; version=0.0.4",
+    ),
+}
+NOT_FOUND = _http("404 Not Found", {"detail": "Not Found"})
+SEEN = "/bench/seen"
+
+
+class Note(msgspec.Struct):
+    """When the engine had a marked request in hand, and when its connection was gone.
+
+    Both on CLOCK_MONOTONIC, which all processes of a Linux machine share.
+    """
+
+    came_at: float
+    lost_at: float | None = None
+
+
+class Seen(msgspec.Struct):
+    """What the engine has seen: connections made to it, and marked requests by marker."""
+
+    connections: int
+    notes: dict[str, Note]
+
+
+class _Ask(msgspec.Struct):
+    messages: list[_Delta]
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+
+
+_decode_ask = msgspec.json.Decoder(_Ask).decode
+_decode_script = msgspec.json.Decoder(Script).decode
+
+
+class _Metronome:
+    """Gives every stream a token each period: all of them at once, or spread over it.
+
+    At once is how an engine that batches sends them: a step of vLLM makes a token for
+    every stream that runs, each a chunk and a write of its own. Spread evenly, a proxy
+    wakes for nearly every chunk, and what that costs in the kernel, the same for all, hides
+    what proxies differ in (a bare relay in Python came to 0.8 of nginx, and to 0.5 in
+    steps). As fast as it goes, chunks pile up in the sockets and are relayed by the dozen.
+
+    Event loops count in milliseconds, and spread tokens are closer, so the beats come from
+    the kernel (`timerfd`).
+    """
+
+    BEAT_US = 100  # when spread; a stream gets one of these in the period and keeps it
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, period_ms: int, *, spread: bool) -> None:
+        beats = period_ms * 1000 // self.BEAT_US if spread else 1
+        self._beat_ns = period_ms * 1_000_000 // beats
+        self._beats: list[dict[_Exchange, None]] = [{} for _ in range(beats)]
+        self._next = 0
+        self._last_given = 0
+        self._streams = 0
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._timer = self._libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK)
+        if self._timer < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create")
+        loop.add_reader(self._timer, self._tick)
+
+    def add(self, exchange: _Exchange) -> None:
+        self._last_given = (self._last_given + 1) % len(self._beats)
+        self._beats[self._last_given][exchange] = None
+        self._streams += 1
+        if self._streams == 1:
+            self._beat_every(self._beat_ns)
+
+    def _beat_every(self, nanoseconds: int) -> None:
+        # struct itimerspec: interval and first time, each in seconds and nanoseconds.
+        times = (ctypes.c_long * 4)(0, nanoseconds, 0, nanoseconds)
+        if self._libc.timerfd_settime(self._timer, 0, times, None) < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_settime")
+
+    def _tick(self) -> None:
+        try:
+            beats = int.from_bytes(os.read(self._timer, 8), sys.byteorder)
+        except BlockingIOError:
+            return  # it was set anew in the meantime
+        # Late or not, a stream gets one token in a go: two would be read as one. The load
+        # sees that it was late, by the time that the streams took.
+        for _ in range(min(beats, len(self._beats))):
+            beat = self._beats[self._next]
+            for exchange in tuple(beat):
+                if not exchange.token():
+                    del beat[exchange]
+                    self._streams -= 1
+            self._next = (self._next + 1) % len(self._beats)
+        if not self._streams:
+            self._beat_every(0)
+
+
+class _Exchange(asyncio.Protocol):
+    """A connection of the engine's; where it streams, the stream."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self._engine = engine
+        self._parser = httptools.HttpRequestParser(self)
+        self._url = b""
+        self._body = b""
+        self._script = Script()
+        self._sent = 0
+        self._wants_usage = False
+        self._gone = False
+        self._note: Note | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._engine.seen.connections += 1
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gone = True
+        if self._note is not None:
+            self._note.lost_at = time.monotonic()
+
+    # Called by the parser
+
+    def on_message_begin(self) -> None:
+        self._url = self._body = b""
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        if self._url != CHAT.encode():
+            if self._url == SEEN.encode():
+                self._transport.write(_http("200 OK", self._engine.seen))
+            else:
+                self._transport.write(PAGES.get(self._url, NOT_FOUND))
+            return
+        ask = _decode_ask(self._body)
+        said = ask.messages[-1].content or "{}"
+        self._script = _decode_script(said) if said.startswith("{") else Script(tokens=1)
+        self._note = None
+        if self._script.marker:
+            self._note = self._engine.seen.notes[self._script.marker] = Note(time.monotonic())
+        if self._script.hold and not self._script.tokens:
+            return
+        if ask.stream:
+            self._begin(ask)
+        elif not self._script.hold:
+            self._transport.write(JSON_ANSWER)
+
+    # A stream
+
+    def _begin(self, ask: _Ask) -> None:
+        self._sent = 0
+        self._wants_usage = (ask.stream_options or {}).get("include_usage") is True
+        self._transport.write(STREAM_HEAD + ROLE_EVENT)
+        # The first word goes at once: a TTFT through a proxy is then all the proxy's.
+        if self.token():
+            self._engine.metronome(self._script).add(self)
+
+    def token(self) -> bool:
+        """Send what is next; whether anything is after it."""
+        if self._gone:
+            return False
+        script = self._script
+        if self._sent < script.tokens:
+            word = WORD_EVENTS[(script.first + self._sent) % len(WORD_EVENTS)]
+            self._transport.write(word)
+            self._sent += 1
+            return True
+        if not script.hold:
+            usage = _event([], _usage(script.tokens)) if self._wants_usage else b""
+            self._transport.write(FINISH_EVENT + usage + STREAM_END)
+        return False
+
+
+class _Engine:
+    """What the connections share: what was seen, and who keeps the time."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.seen = Seen(0, {})
+        self._loop = loop
+        self._metronomes: dict[tuple[int, bool], _Metronome] = {}
+
+    def metronome(self, script: Script) -> _Metronome:
+        key = (script.period_ms, script.spread)
+        if key not in self._metronomes:
+            self._metronomes[key] = _Metronome(self._loop, script.period_ms, spread=script.spread)
+        return self._metronomes[key]
+
+
+async def serve_engine() -> None:
+    """Be the engine, say the port on stdout, and end with stdin: no orphan is left."""
+    loop = asyncio.get_running_loop()
+    engine = _Engine(loop)
+    server = await loop.create_server(lambda: _Exchange(engine), "127.0.0.1", 0, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    over = asyncio.Event()
+    loop.add_reader(sys.stdin.fileno(), over.set)
+    await over.wait()
