@@ -279,7 +279,8 @@ class Gateway:
         """Wait a moment for a word of every engine, so that the first request is served."""
         heard = [event.wait() for event in self._heard]
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FIRST_LOOK_S):
+            # Our own engine is there, however busy the machine: it is worth waiting for.
+            async with asyncio.timeout(EMBEDDED_START_S if self._embedded else FIRST_LOOK_S):
                 await asyncio.gather(*heard)
 
     # Ending

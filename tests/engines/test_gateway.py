@@ -65,7 +65,9 @@ async def test_one_user_is_on_ollama_sixteen_move_to_vllm_and_one_comes_back(
     alone = [(await ask(running, number=i)).headers["x-gateway-lane"] for i in range(3)]
 
     crowd = asyncio.gather(*(ask(running, number=100 + i) for i in range(16)))
-    await asyncio.sleep(1)
+    await running.until(
+        lambda gateway: gateway.catalogue.models["smollm2"].admission.scheduler.policy.moves
+    )
     crowded = await running.status("smollm2")
     lanes = Counter(answer.headers["x-gateway-lane"] for answer in await crowd)
 
@@ -75,7 +77,7 @@ async def test_one_user_is_on_ollama_sixteen_move_to_vllm_and_one_comes_back(
     assert alone == ["ollama"] * 3
     assert crowded["lane"] == "vllm"
     assert crowded["demand"] > 8
-    assert crowded["lanes"]["vllm"]["running"] > 8
+    assert crowded["lanes"]["vllm"]["running"] > 8  # the queue went along
     assert lanes["vllm"] >= 14  # one may have begun on Ollama before the others came
     assert after.headers["x-gateway-lane"] == "ollama"
     assert "faster at demand 1" in after.headers["x-gateway-reason"]
@@ -125,8 +127,8 @@ async def test_a_hang_up_frees_the_engine_at_once(
     await running.until(lambda _: running.gateway.edge.in_flight == 0, within_s=1)
     await ask(running, number=300, model=f"smollm2@{lane}", max_tokens=2)
 
-    # 1500 tokens would take several seconds on either; Ollama's one slot would be taken.
-    assert time.monotonic() - began < 3
+    # 1500 tokens take 20 s or more on either; Ollama's one slot would be taken so long.
+    assert time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize("lane", LANES)
