@@ -71,7 +71,7 @@ async def test_one_user_is_on_ollama_sixteen_move_to_vllm_and_one_comes_back(
     crowded = await running.status("smollm2")
     lanes = Counter(answer.headers["x-gateway-lane"] for answer in await crowd)
 
-    after = await ask(running, number=200)
+    after = [await ask(running, number=200 + i) for i in range(5)]
     calm = await running.status("smollm2")
 
     assert alone == ["ollama"] * 3
@@ -79,8 +79,9 @@ async def test_one_user_is_on_ollama_sixteen_move_to_vllm_and_one_comes_back(
     assert crowded["demand"] > 8
     assert crowded["lanes"]["vllm"]["running"] > 8  # the queue went along
     assert lanes["vllm"] >= 14  # one may have begun on Ollama before the others came
-    assert after.headers["x-gateway-lane"] == "ollama"
-    assert "faster at demand 1" in after.headers["x-gateway-reason"]
+    # The first may still be on vLLM: the way back has to pay, too.
+    assert after[-1].headers["x-gateway-lane"] == "ollama"
+    assert "faster at demand 1" in after[-1].headers["x-gateway-reason"]
     assert calm["lane"] == "ollama"
     assert calm["moves"] == 2
     assert calm["decisions"][-1]["lane"] == "ollama"
