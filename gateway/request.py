@@ -21,9 +21,9 @@ MAX_FIELDS = 1_000
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000
 MAX_NAME = 256
-#: Commas in a body, those in its texts included: what bounds its values costs nothing to
-#: count, and a million small values would hold up everybody else while they are read.
-MAX_COMMAS = 1_000_000
+#: Commas in a body, those in its texts included. Each is a token to whatever model, so this
+#: is more than fits; and to read millions of small values would hold up everybody else.
+MAX_COMMAS = 500_000
 #: Bytes of a field that is a name, a number or a few options.
 MAX_SMALL = 4096
 #: Bytes of text a token, for sizes before any tokenizer has seen them. Assumed.

@@ -9,17 +9,17 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import httpx
 import openai
 import pytest
 
 from backends.fake import DONE, FakeEngine, Pause, Serve, Silence, status
-from tests.clients import node, sdk
+from tests.clients import needs_node, node, sdk
 from tests.conftest import Running, StartGateway
 from tests.faults.conftest import alone, chat, ollama, pair, vllm
 
@@ -52,6 +52,21 @@ def failure(answer: httpx.Response, code: int, name: str) -> dict[str, Any]:
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["code"] == name
     return error
+
+
+Logged: TypeAlias = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def logged(capsys: pytest.CaptureFixture[str]) -> Logged:
+    """The log lines of the exchanges that are over; the gateway needs `log="json"`."""
+    written: list[str] = []
+
+    def lines() -> list[dict[str, Any]]:
+        written.extend(capsys.readouterr().err.splitlines())
+        return [json.loads(line) for line in written if line.startswith("{")]
+
+    return lines
 
 
 # Keys
@@ -341,10 +356,10 @@ async def test_a_stream_that_waits_for_its_first_token_gets_comments(
 
         body = (await ask(running, stream=True)).content
 
-    pings = body.count(PING)
-    assert 3 <= pings <= 8
-    assert body.startswith(PING * pings + b"data: ")
-    assert body.endswith(DONE)
+    before, _, after = body.partition(b"data: ")
+    assert before == PING * before.count(PING)
+    assert 3 <= before.count(PING) <= 20
+    assert after.endswith(DONE)
 
 
 async def test_a_pause_in_a_stream_is_filled_with_comments_between_events(
@@ -365,8 +380,8 @@ async def test_a_pause_in_a_stream_is_filled_with_comments_between_events(
 async def test_a_stream_that_flows_and_an_answer_in_one_piece_get_no_comments(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    async with start_gateway(**alone(vllm), limits={"heartbeat_s": 0.2}) as running:
-        vllm.tokens, vllm.gap_s = 30, 0.01
+    async with start_gateway(**alone(vllm), limits={"heartbeat_s": 0.4}) as running:
+        vllm.tokens, vllm.gap_s = 30, 0.02
         flows = await ask(running, stream=True)
         vllm.ttft_s = 0.5
         whole = await ask(running)
@@ -462,15 +477,15 @@ async def test_a_background_call_waits_behind_everyone_and_is_no_demand(
 async def test_a_chat_is_no_background_call(
     vllm: FakeEngine,
     start_gateway: StartGateway,
-    capsys: pytest.CaptureFixture[str],
+    logged: Logged,
     headers: dict[str, str],
     fields: dict[str, Any],
 ) -> None:
     async with start_gateway(**alone(vllm), log="json") as running:
         assert (await ask(running, headers, **fields)).status_code == 200
 
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
-    assert json.loads(line)["background"] is False
+    [line] = logged()
+    assert line["background"] is False
 
 
 # Lanes
@@ -663,12 +678,16 @@ async def test_several_answers_at_once_come_from_vllm(
 
 @asynccontextmanager
 async def occupied(running: Running, engine: FakeEngine) -> AsyncIterator[None]:
-    """The engine's only slot is taken for a while."""
-    engine.ttft_s = 0.6
-    async with asyncio.TaskGroup() as group:
-        group.create_task(ask(running))
-        await engine.until(lambda engine: engine.running == 1)
+    """The engine's only slot is taken for as long as the context is open."""
+    engine.script(Silence())
+    before = len(engine.generations)
+    holder = asyncio.create_task(ask(running))
+    await engine.until(lambda engine: len(engine.generations) > before)
+    try:
         yield
+    finally:
+        holder.cancel()
+        await asyncio.gather(holder, return_exceptions=True)
 
 
 FULL: dict[str, Any] = {
@@ -677,29 +696,46 @@ FULL: dict[str, Any] = {
 }
 
 
+async def told_by_python(url: str) -> str:
+    async with sdk(url, max_retries=2) as client:
+        said = await client.chat.completions.create(**chat())
+    return said.choices[0].message.content or ""
+
+
+async def told_by_node(url: str) -> str:
+    seen = await node(url, chat(), maxRetries=2)
+    assert seen["error"] is None
+    return str(seen["text"])
+
+
 @pytest.mark.parametrize("code", FULL)
+@pytest.mark.parametrize("told", [told_by_python, told_by_node], ids=["python", "node"])
 async def test_the_sdks_try_again_when_told_and_are_served_at_the_second_try(
-    vllm: FakeEngine, start_gateway: StartGateway, code: str
+    vllm: FakeEngine,
+    start_gateway: StartGateway,
+    logged: Logged,
+    code: str,
+    told: Callable[[str], Awaitable[str]],
 ) -> None:
+    def outcomes() -> list[str]:
+        return [line["outcome"] for line in logged() if line["outcome"] != "cancelled"]
+
+    if told is told_by_node:
+        needs_node()
     how = FULL[code]
-    async with (
-        start_gateway(**alone(vllm, **how["lane"]), limits=how["limits"]) as running,
-        sdk(running.url, max_retries=2) as client,
-    ):
+    async with start_gateway(
+        **alone(vllm, **how["lane"]), limits=how["limits"], log="json"
+    ) as running:
         async with occupied(running, vllm):
             refused = await ask(running)
-            began = time.monotonic()
-            raw = await client.chat.completions.with_raw_response.create(**chat())
-            took = time.monotonic() - began
-        async with occupied(running, vllm):
-            seen = await node(running.url, chat(), maxRetries=2)
+            telling = asyncio.ensure_future(told(running.url))
+            await running.until(lambda _: outcomes() == [code, code], within_s=15)
+        text = await telling
 
     failure(refused, 429 if code == "queue_full" else 503, code)
     assert refused.headers["retry-after"] == "1"
-    assert raw.parse().choices[0].message.content == FIVE
-    assert raw.retries_taken == 1
-    assert 1 <= took < 3
-    assert (seen["text"], seen["error"]) == (FIVE, None)
+    assert text == FIVE
+    assert outcomes() == [code, code, "ok"]
 
 
 async def test_a_busy_engine_is_tried_again_by_the_sdk(

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -80,13 +81,15 @@ BAD = {
 }
 #: The same, as large as they may come: they must not hold up anybody else. Made when needed.
 LARGE: dict[str, tuple[Callable[[], bytes], str]] = {
-    "1 M messages": (partial(filled, START, b'{"role":""}', b"]}", 10**6), "10000 messages"),
-    "messages": (partial(filled, START, b'{"role":"a"}', b"]}"), "too many values"),
-    "escaped messages": (partial(filled, START, b'{"r\\u006fle":""}', b"]}"), "10000 messages"),
+    "1 M messages": (partial(filled, START, b'{"role":""}', b"]}", 10**6), "too many values"),
+    "messages": (partial(filled, START, b'{"role":"a"}', b"]}", FULL), "10000 messages"),
+    "escaped messages": (
+        partial(filled, START, b'{"r\\u006fle":""}', b"]}", FULL), "10000 messages",
+    ),
     "empty messages": (partial(filled, START, b"{}", b"]}"), "too many values"),
-    "1 M parts": (partial(filled, CONTENT, b'{"type":"a"}', b"]}]}", FULL), "10000 parts"),
+    "parts to be read": (partial(filled, CONTENT, b'{"type":"a"}', b"]}]}", FULL), "10000 parts"),
     "parts": (partial(filled, CONTENT, b"{}", b"]}]}"), "too many values"),
-    "1 M fields": (partial(numbered, b"{", FULL, b"}"), "1000 fields"),
+    "fields to be read": (partial(numbered, b"{", FULL, b"}"), "1000 fields"),
     "the same field": (partial(filled, b"{", b'"a":0', b"}", FULL), "1000 fields"),
     "fields": (partial(numbered, b"{", 1_500_000, b"}"), "too many values"),
     "options": (partial(numbered, ASKED + b'"stream_options":{', FULL, b"}}"), "over 4096 bytes"),
@@ -221,7 +224,7 @@ async def test_33_a_large_bad_body_holds_up_nobody(both: tuple[Running, Engines]
     stalls: dict[str, float] = {}
     for name, (made, fault) in LARGE.items():
         body = made()
-        assert 2_000_000 < len(body) <= LARGEST, name
+        assert 1_000_000 < len(body) <= LARGEST, name
         for _ in range(5):  # the best of five: what else this machine does is not ours
             async with ticking() as gaps:
                 answer = await asyncio.to_thread(sent_by_itself, running.url, body)
@@ -241,12 +244,12 @@ async def ticking() -> AsyncIterator[list[float]]:
     gaps = [0.0]
 
     async def tick() -> None:
-        last = time.perf_counter()
+        last, waited = time.perf_counter(), without_cpu()
         while True:
             await asyncio.sleep(0.001)
-            now = time.perf_counter()
-            gaps.append(now - last)
-            last = now
+            now, waits = time.perf_counter(), without_cpu()
+            gaps.append(now - last - (waits - waited))
+            last, waited = now, waits
 
     gc.collect()
     gc.freeze()  # what the tests have piled up is not the gateway's to look through
@@ -258,6 +261,14 @@ async def ticking() -> AsyncIterator[list[float]]:
         await asyncio.sleep(0.005)
         ticker.cancel()
         gc.unfreeze()
+
+
+def without_cpu() -> float:
+    """Seconds for which this thread could have run, but other programs did."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0  # a kernel that does not tell
 
 
 def sent_by_itself(url: str, body: bytes) -> bytes:
