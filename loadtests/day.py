@@ -4,11 +4,12 @@ r"""A mixed day in small: people come and go, and each engine alone is the yards
         --target vllm=http://127.0.0.1:8001=SmolLM2-135M \
         --target gateway=http://127.0.0.1:8000=smollm2
 
-Every target is given the same day: so many people in each phase, each asking, reading
-for a while, and asking again. One target at a time, since they share the machine. The
-mean response time (from send to last byte) of each phase is printed beside the better
-lane's; a phase begins when the last answer of the one before has come, and what that
-left behind in the gateway (which lane it was on) is part of the measurement.
+So many people in each phase, each asking, reading for a while, and asking again. One
+target at a time, since they share the machine, and phase by phase, so that what the
+machine does over the minutes falls on all of them alike. Before a phase some seconds of
+the one before are lived through without being counted: what that leaves behind in the
+gateway (which lane it was on) is part of the measurement. The mean response time (from
+send to last byte) of each phase is printed beside that of the lane it should match.
 """
 
 from __future__ import annotations
@@ -90,16 +91,21 @@ class Day:
 
     people: Sequence[int] = (1, 12, 2, 24, 1)
     phase_s: float = 60.0
+    lead_in_s: float = 10.0
     think_s: float = 3.0
     tokens: int = 64
     seed: int = field(default=7)
 
-    def prompt(self, phase: int, person: int, turn: int) -> str:
-        """About 80 tokens that no engine has seen: the same for every target."""
-        dice = random.Random(f"{self.seed}/{phase}/{person}/{turn}")
+    def prompt(self, target: str, asked: str) -> str:
+        """About 80 tokens: the same words for every target, after a number of its own.
+
+        The gateway's engines are those of the other targets, and would have them cached.
+        """
+        number = random.Random(f"{self.seed}/{target}/{asked}").randrange(10**6)
+        dice = random.Random(f"{self.seed}/{asked}")
         words = " ".join(dice.choices(WORDS, k=45))
         return (
-            f"{dice.randrange(10**6)}. Write a long story about the {dice.choice(TOPICS)}, "
+            f"{number}. Write a long story about the {dice.choice(TOPICS)}, "
             f"and use these words: {words}."
         )
 
@@ -130,31 +136,56 @@ async def ask(client: httpx.AsyncClient, target: Target, prompt: str, tokens: in
     return seen
 
 
-async def run(day: Day, target: Target, console: Console) -> list[Asked]:
-    """One target's whole day."""
+async def run(day: Day, targets: Sequence[Target], console: Console) -> list[Asked]:
+    """The whole day on every target."""
     asked: list[Asked] = []
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
+        for target in targets:
+            await ask(client, target, "Say hello.", 4)  # loads what is to be loaded
+        for phase, people in enumerate(day.people):
+            turn = phase % len(targets)  # who is first, gains or loses: each is first in turn
+            for target in (*targets[turn:], *targets[:turn]):
+                if phase:
+                    before = Phase(phase, day.people[phase - 1], day.lead_in_s, counts=False)
+                    await live(day, target, before, client)
+                seen = await live(day, target, Phase(phase, people, day.phase_s), client)
+                asked += seen
+                console.print(
+                    f"  {people:3d} people on {target.label}: {len(seen):3d} answers, "
+                    f"mean {statistics.mean(one.seen.e2e_s for one in seen):.2f} s"
+                )
+    return asked
 
-    async def person(number: int, phase: int, people: int, ends: float) -> None:
-        dice = random.Random(f"{day.seed}/{phase}/{number}")
+
+@dataclass(frozen=True)
+class Phase:
+    """So many people for so long; those of a lead-in are not counted."""
+
+    number: int
+    people: int
+    seconds: float
+    counts: bool = True
+
+
+async def live(day: Day, target: Target, phase: Phase, client: httpx.AsyncClient) -> list[Asked]:
+    """One phase on one target, to its last answer."""
+    asked: list[Asked] = []
+    ends = time.perf_counter() + phase.seconds
+
+    async def person(number: int) -> None:
+        who = f"{phase.number}/{phase.counts}/{number}"
+        dice = random.Random(f"{day.seed}/{who}")
         await asyncio.sleep(dice.uniform(0, day.think_s))
         turn = 0
         while time.perf_counter() < ends:
-            seen = await ask(client, target, day.prompt(phase, number, turn), day.tokens)
-            asked.append(Asked(target.label, phase, people, number, turn, seen))
+            prompt = day.prompt(target.label, f"{who}/{turn}")
+            seen = await ask(client, target, prompt, day.tokens)
+            asked.append(Asked(target.label, phase.number, phase.people, number, turn, seen))
             turn += 1
             await asyncio.sleep(day.think_s * dice.uniform(0.5, 1.5))
 
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
-        await ask(client, target, "Say hello.", 4)  # loads what is to be loaded
-        for phase, people in enumerate(day.people):
-            ends = time.perf_counter() + day.phase_s
-            await asyncio.gather(*(person(i, phase, people, ends) for i in range(people)))
-            times = [a.seen.e2e_s for a in asked if a.phase == phase]
-            console.print(
-                f"  {target.label}: {people:3d} people, {len(times):3d} answers, "
-                f"mean {statistics.mean(times):.2f} s"
-            )
+    await asyncio.gather(*(person(number) for number in range(phase.people)))
     return asked
 
 
@@ -224,18 +255,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--people", type=people_of, default=(1, 12, 2, 24, 1), metavar="N,N,…")
     parser.add_argument("--phase-s", type=float, default=60.0, help="seconds a phase (60)")
     parser.add_argument(
+        "--lead-in-s", type=float, default=10.0,
+        help="seconds of the phase before, which are not counted (10)",
+    )  # fmt: skip
+    parser.add_argument(
         "--think-s", type=float, default=3.0, help="mean seconds of thought, give or take half (3)"
     )
     parser.add_argument("--tokens", type=int, default=64, help="most tokens an answer (64)")
     parser.add_argument("--within", type=float, default=1.15, help="allowed ratio (1.15)")
     parser.add_argument("--json", type=Path, help="write every request and the table here")
     args = parser.parse_args(arguments)
-    day = Day(args.people, args.phase_s, args.think_s, args.tokens)
+    day = Day(args.people, args.phase_s, args.lead_in_s, args.think_s, args.tokens)
     console = Console()
-    asked: list[Asked] = []
     for target in args.target:
         console.print(f"[bold]{target.label}[/] {target.url} {target.model}")
-        asked += asyncio.run(run(day, target, console))
+    asked = asyncio.run(run(day, args.target, console))
     labels = [target.label for target in args.target]
     table = rows(day, asked, labels)
     show(console, table, labels)

@@ -1,53 +1,108 @@
 """The mixed day on the real engines of the rig: `make day`.
 
-Starts the real Ollama and the real vLLM on this machine's CPU and a gateway before
-them, runs `loadtests.day` against each of the three, and stops them again.
+Starts the real Ollama and the real vLLM on this machine's CPU, measures a profile of
+them, starts a gateway that decides by it, and has `loadtests.day` live through a day on
+each of the three.
 """
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 
+import httpx
+import msgspec
+from rich.console import Console
+
+from gateway.profile import VERSION, Lane, Profile
 from loadtests import day
 from tests.engines import rig
 
 START_S = 30.0
+#: Requests at once that the profile is measured at, and for how long each.
+LEVELS = (1, 2, 4, 8, 16, 24)
+LEVEL_S = 8.0
 
 
 def main() -> int:
     """Run the day with the arguments of `loadtests.day`, the targets filled in."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
-    with rig.ollama() as ollama, rig.vllm() as vllm:
-        port = rig.free_port()
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False)
+    parser.add_argument("--assumed", action="store_true", help="measure no profile first")
+    own, arguments = parser.parse_known_args()
+    with rig.ollama() as ollama, rig.vllm() as vllm, tempfile.TemporaryDirectory() as scratch:
+        lanes = [
+            day.Target("ollama", ollama.url, ollama.model),
+            day.Target("vllm", vllm.url, vllm.model),
+        ]
+        model: dict[str, object] = {
+            "lanes": {lane.label: {"model": lane.model} for lane in lanes},
+        }
+        if not own.assumed:
+            path = Path(scratch, "profile.json")
+            path.write_bytes(msgspec.json.encode(asyncio.run(measured(lanes, Console()))))
+            model["profile"] = str(path)
         environment = os.environ | {
             "TWOLANE_ENGINES__OLLAMA__URLS": json.dumps([ollama.url]),
             "TWOLANE_ENGINES__VLLM__URLS": json.dumps([vllm.url]),
+            "TWOLANE_MODELS": json.dumps({"smollm2": model}),
             "TWOLANE_LOG": "off",
         }
-        pair = f"smollm2=ollama:{ollama.model},vllm:{vllm.model}"
-        gateway = subprocess.Popen(
-            [sys.executable, "-m", "gateway", "serve", "--port", str(port), "--pair", pair],
-            env=environment,
-        )
-        try:
-            wait_until_ready(f"http://127.0.0.1:{port}/ready")
-            targets = [
-                f"ollama={ollama.url}={ollama.model}",
-                f"vllm={vllm.url}={vllm.model}",
-                f"gateway=http://127.0.0.1:{port}=smollm2",
-            ]
-            flags = [part for target in targets for part in ("--target", target)]
-            return day.main([*flags, *sys.argv[1:]])
-        finally:
-            gateway.terminate()
-            gateway.wait(60)
+        with gateway(environment) as url:
+            targets = [*lanes, day.Target("gateway", url, "smollm2")]
+            flags = [f"--target={one.label}={one.url}={one.model}" for one in targets]
+            return day.main([*flags, *arguments])
+
+
+async def measured(lanes: Sequence[day.Target], console: Console) -> Profile:
+    """Both lanes at every level, asked without a pause."""
+    steady = day.Day(think_s=0.0, seed=1)
+    times: dict[str, list[float]] = {lane.label: [] for lane in lanes}
+    async with httpx.AsyncClient(timeout=600, trust_env=False) as client:
+        for level in LEVELS:
+            for lane in lanes:
+                warm_up = day.Phase(level, level, 1.0, counts=False)
+                await day.live(steady, lane, warm_up, client)
+                seen = await day.live(steady, lane, day.Phase(level, level, LEVEL_S), client)
+                mean_s = statistics.mean(one.seen.e2e_s for one in seen)
+                times[lane.label].append(mean_s)
+                console.print(f"  {level:3d} at once on {lane.label}: {mean_s:.2f} s")
+    return Profile(
+        version=VERSION,
+        source="measured",
+        lanes={label: Lane(LEVELS, tuple(seconds)) for label, seconds in times.items()},
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+@contextmanager
+def gateway(environment: dict[str, str]) -> Iterator[str]:
+    """A gateway with these variables; its URL."""
+    port = rig.free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gateway", "serve", "--port", str(port)], env=environment
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(f"{url}/ready")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def wait_until_ready(url: str) -> None:
