@@ -5,6 +5,7 @@ event loop; demos and load tests as a program, `python -m backends.fake --help`.
 """
 
 from backends.fake.engine import FakeEngine
+from backends.fake.gpu import GIB, FakeGpu, NoRoom
 from backends.fake.kinds import Name
 from backends.fake.script import (
     DONE,
@@ -12,6 +13,7 @@ from backends.fake.script import (
     Close,
     Cut,
     Head,
+    Kill,
     Pause,
     Repeat,
     Reset,
@@ -30,12 +32,16 @@ from backends.fake.wire import Received
 
 __all__ = [
     "DONE",
+    "GIB",
     "Answer",
     "Close",
     "Cut",
     "FakeEngine",
+    "FakeGpu",
     "Head",
+    "Kill",
     "Name",
+    "NoRoom",
     "Pause",
     "Received",
     "Repeat",

@@ -31,7 +31,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--context", type=int, default=8192, help="context length, tokens (8192)")
     add("--tools", action="store_true", help="takes tools")
     add("--dev-mode", action="store_true", help="vllm: has /sleep and /wake_up")
-    add("--sleep", type=float, default=0.0, help="vllm: to fall asleep, and to wake, s (0)")
+    add("--sleep", type=float, default=0.0, help="vllm: to fall asleep, s (0)")
+    add("--wake", type=float, help="vllm: to wake, s (as long)")
     add("--load", type=float, default=0.0, help="ollama: to load a model, s (0)")
     add("--unload", type=float, default=0.0, help="ollama: to let it go, s (0)")
     add("--loading", type=float, default=0.0, help="llamacpp: says 503 for so long, s (0)")
@@ -55,6 +56,7 @@ async def serve(options: argparse.Namespace) -> None:
         tools=options.tools,
         dev_mode=options.dev_mode,
         sleep_s=options.sleep,
+        wake_s=options.wake,
         load_s=options.load,
         unload_s=options.unload,
         loading=options.loading > 0,

@@ -4,9 +4,10 @@
     POST /script    an answer for the next generating request: a list of steps
     DELETE /script  normal service again
     POST /down      refuse connections, reset those there are
-    POST /up        listen again
+    POST /kill      end its process as `kill -9` does: its memory is free
+    POST /up        listen again; started anew if it has died
 
-Steps are written as `"reset"`, `"close"`, `"silence"`, `"serve"`, or as an object:
+Steps are written as `"reset"`, `"close"`, `"kill"`, `"silence"`, `"serve"`, or as an object:
 `{"serve": {"tokens": 3}}`, `{"pause": 0.5}`, `{"event": {…}}`, `{"send": "text", "split": 1}`,
 `{"head": {"status": 200, "headers": {…}, "length": 5}}`, `{"cut": 1000, "answer": […]}`,
 `{"repeat": […], "times": 3}`, `{"status": 503, "message": "…", "retry_after": 2}`.
@@ -22,11 +23,13 @@ from typing import Any, Self
 import msgspec
 
 from backends.fake.engine import FakeEngine
+from backends.fake.gpu import NoRoom
 from backends.fake.script import (
     Answer,
     Close,
     Cut,
     Head,
+    Kill,
     Pause,
     Repeat,
     Reset,
@@ -43,6 +46,7 @@ from backends.fake.wire import Received, Reply, Server
 WORDS: dict[str, Step] = {
     "reset": Reset(),
     "close": Close(),
+    "kill": Kill(),
     "silence": Silence(),
     "serve": Serve(),
 }
@@ -126,8 +130,13 @@ class Control:
                 self._engine.heal()
             case "POST", "/down":
                 self._engine.down()
+            case "POST", "/kill":
+                self._engine.kill()
             case "POST", "/up":
-                await self._engine.up()
+                try:
+                    await self._engine.up()
+                except NoRoom as exc:
+                    code, body = 409, {"error": str(exc)}
             case _:
                 code, body = 404, {"error": "no such thing to control"}
         headers = {"content-type": "application/json"}
@@ -146,6 +155,7 @@ class Control:
         engine = self._engine
         return {
             "url": engine.url,
+            "alive": engine.alive,
             "up": engine.listening,
             "received": engine.arrived,
             "running": engine.running,
@@ -155,4 +165,5 @@ class Control:
             "connections": engine.connections,
             "asleep": engine.asleep,
             "resident": engine.resident,
+            "memory": engine.memory,
         }

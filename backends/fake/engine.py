@@ -11,13 +11,14 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
+from backends.fake.gpu import FakeGpu, NoRoom, Taken
 from backends.fake.kinds import GENERATING, Job, Kind, Name, Refusal, Told
 from backends.fake.llamacpp import LlamaCpp
 from backends.fake.ollama import Ollama
@@ -26,6 +27,7 @@ from backends.fake.script import (
     Close,
     Cut,
     Head,
+    Kill,
     Pause,
     Repeat,
     Reset,
@@ -39,6 +41,9 @@ from backends.fake.vllm import VLLM
 from backends.fake.wire import Received, Reply, Server, Spent
 
 KINDS: dict[Name, type[Kind]] = {"ollama": Ollama, "vllm": VLLM, "llamacpp": LlamaCpp}
+
+#: What a vLLM has of the GPU: this much at any time, and this while it is awake.
+_ASLEEP, _AWAKE = "asleep", "awake"
 
 
 @dataclass(slots=True)
@@ -68,8 +73,13 @@ class FakeEngine:
         dev_mode: Whether vLLM has its sleep endpoints.
         load_s: How long Ollama takes to load a model (none is loaded at the start).
         unload_s: … and how long the model stays after it was told to go.
-        sleep_s: How long vLLM takes to fall asleep, once idle, and to wake.
-        on_gpu: Which part of a model Ollama says is in GPU memory.
+        sleep_s: How long vLLM takes to fall asleep, once idle …
+        wake_s: … and to wake; None is the same.
+        settle_s: How long memory that was let go still counts as taken.
+        asleep: Whether vLLM begins asleep.
+        gpu: The GPU it shares with others; None is one of its own, without limit.
+        size: Bytes of it that a model takes, or a vLLM that is awake in all.
+        on_gpu: Which part of a model Ollama puts there at most.
         loading: Whether llama.cpp still reads its model; set it to False later.
         keep_alive_s: Idle connections are closed after so long; None is the kind's own.
         remember: How many requests `received` keeps; None is all.
@@ -91,6 +101,11 @@ class FakeEngine:
         load_s: float = 0.0,
         unload_s: float = 0.0,
         sleep_s: float = 0.0,
+        wake_s: float | None = None,
+        settle_s: float = 0.0,
+        asleep: bool = False,
+        gpu: FakeGpu | None = None,
+        size: int = 98_000_000,
         on_gpu: float = 1.0,
         loading: bool = False,
         keep_alive_s: float | None = None,
@@ -109,6 +124,10 @@ class FakeEngine:
         self.load_s = load_s
         self.unload_s = unload_s
         self.sleep_s = sleep_s
+        self.wake_s = sleep_s if wake_s is None else wake_s
+        self.settle_s = settle_s
+        self.gpu = gpu or FakeGpu(1 << 60)
+        self.size = size
         self.on_gpu = on_gpu
         self.loading = loading
 
@@ -117,7 +136,18 @@ class FakeEngine:
         self.arrived = 0
         self.running = 0
         self.peak_running = 0
-        self.asleep = False
+        #: Whether the process runs; what the rest of it says is then true.
+        self.alive = False
+        self.pid = 0
+        #: Starts no request: it was told to sleep, and has not been woken.
+        self.paused = False
+        #: Has let go of its memory.
+        self.asleep = asleep
+        #: Accepts all and generates nothing until it is started anew.
+        self.stuck = False
+        #: Set it: the next time it wakes it is stuck.
+        self.wakes_stuck = False
+        #: The models that are loaded.
         self.resident: list[str] = []
 
         self.kind = kind
@@ -134,11 +164,13 @@ class FakeEngine:
         self._watchers: list[tuple[Callable[[FakeEngine], object], asyncio.Future[None]]] = []
         self._loads: dict[str, asyncio.Lock] = {}
         self._chores: set[asyncio.Task[None]] = set()
-        self._paused = False
+        self._taken: dict[str, Taken] = {}
+        self._dozing = asyncio.Lock()
         self._abortions = 0
 
     def __repr__(self) -> str:
-        state = "asleep" if self.asleep else "up" if self.listening else "down"
+        state = "up" if self.listening else "down"
+        state = "asleep" if self.asleep else state if self.alive else "dead"
         return (
             f"<FakeEngine {self._kind.name} {self.url} {state} running={self.running}/{self.slots}"
             f" waiting={self.waiting} arrived={self.arrived} hang_ups={len(self.hang_ups)}>"
@@ -158,6 +190,7 @@ class FakeEngine:
         for chore in chores:
             chore.cancel()
         await asyncio.gather(*chores, return_exceptions=True)
+        self._lose_memory()
         await self._server.close()
         if exc is None and self._server.mistakes:
             raise self._server.mistakes[0]
@@ -220,14 +253,19 @@ class FakeEngine:
         finally:
             self._watchers.remove(watcher)
 
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes it has of the GPU, by model; a vLLM has them in two parts."""
+        return {owner: taken.size for owner, taken in self._taken.items()}
+
     # What can be done to it
 
     def script(self, *answers: Answer, then: Answer | None = None, path: str | None = None) -> None:
         """Answer the next requests like this, and all after them as `then` says.
 
         Without `then` normal service follows. It is for requests that generate, unless a
-        `path` is given, such as "/health". A scripted answer waits for no slot but holds
-        one while it lasts.
+        `path` is given, such as "/health". Of "/api/generate" Ollama has two: "load" and
+        "unload". A scripted answer waits for no slot but holds one while it lasts.
         """
         script = self._scripts.setdefault(path, _Script())
         script.answers += answers
@@ -247,16 +285,47 @@ class FakeEngine:
         self._server.deaf()
 
     async def up(self) -> None:
-        """Listen (again), on the same port."""
+        """Listen (again), on the same port; a process that has died is started anew.
+
+        Raises:
+            NoRoom: A new process found the memory taken that it wants.
+        """
+        if not self.alive:
+            self._begin()
         await self._server.up()
+
+    def kill(self) -> None:
+        """End its process as `kill -9` does: its memory is free at once, what it did is lost."""
+        self.alive = False
+        self._server.down()
+        for chore in self._chores:
+            chore.cancel()
+        self._lose_memory()
+        self._loads.clear()
+        self._dozing = asyncio.Lock()
+        self.asleep = self.paused = self.stuck = False
+        self.changed()
 
     # Its memory: what its kind may ask for
 
     async def load(self, model: str) -> None:
-        """Return when the model is in memory; given up if the caller is cancelled."""
+        """Return when the model is in memory; given up if the caller is cancelled.
+
+        Where there is no room for all of it, the rest goes to the CPU.
+        """
         async with self._loads.setdefault(model, asyncio.Lock()):
-            if model not in self.resident:
+            if model in self.resident:
+                return
+            taken = self.gpu.take(self.pid, min(int(self.size * self.on_gpu), self.gpu.free()))
+            self._taken[model] = taken
+            self.changed()
+            try:
                 await asyncio.sleep(self.load_s)
+            except asyncio.CancelledError:
+                if self._has(model, taken):
+                    self._let_go(model)
+                raise
+            if self._has(model, taken):
                 self.resident.append(model)
                 self.changed()
 
@@ -269,27 +338,98 @@ class FakeEngine:
                 await asyncio.sleep(self.unload_s)
                 if model in self.resident:
                     self.resident.remove(model)
-                self.changed()
+                    self._let_go(model)
 
-        chore = asyncio.get_running_loop().create_task(leave())
-        self._chores.add(chore)
-        chore.add_done_callback(self._chores.discard)
+        self._chore(leave())
 
     async def fall_asleep(self, *, abort: bool) -> None:
-        """Start nothing more, end what runs (at once, if told to), then sleep."""
-        self._paused = True
+        """Start nothing more, end what runs (at once, if told to), then sleep.
+
+        It sleeps whether the caller waits for it or not, and even if woken before it did.
+        """
+        self.paused = True
         if abort:
             self._abortions += 1
-        await self._idle()
-        await asyncio.sleep(self.sleep_s)
-        self.asleep = True
         self.changed()
 
+        async def doze_off() -> None:
+            await self._idle()
+            async with self._dozing:
+                if not self.asleep:
+                    await asyncio.sleep(self.sleep_s)
+                    self.asleep = True
+                    self._let_go(_AWAKE)
+
+        await asyncio.shield(self._chore(doze_off()))
+
     async def wake(self) -> None:
-        """Start again what waits."""
-        await asyncio.sleep(self.sleep_s)
-        self.asleep = self._paused = False
+        """Start again what waits. It does not survive if others have its memory."""
+
+        async def wake_up() -> None:
+            async with self._dozing:
+                if self.asleep:
+                    try:
+                        self._take(_AWAKE)
+                    except NoRoom:
+                        self.kill()
+                        await _forever()
+                    await asyncio.sleep(self.wake_s)
+                    self.stuck = self.stuck or self.wakes_stuck
+                self.asleep = self.paused = False
+                self.changed()
+
+        await asyncio.shield(self._chore(wake_up()))
+
+    def _begin(self) -> None:
+        """A new process, with the memory that it wants from the start; raises `NoRoom`."""
+        self.pid = self.gpu.new_pid()
+        if not self._kind.loads_when_asked:
+            try:
+                self._take(_ASLEEP)
+                if not self.asleep:
+                    self._take(_AWAKE)
+            except NoRoom:
+                self._lose_memory()
+                raise
+        self.paused = self.asleep
+        self.alive = True
+
+    def _take(self, part: str) -> None:
+        """Take one of the two parts of what a vLLM has; raises `NoRoom`."""
+        kept = min(self.size, self.gpu.remainder * self.gpu.cards)
+        size = kept if part == _ASLEEP else self.size - kept
+        self._taken[part] = self.gpu.take(self.pid, size)
+
+    def _has(self, owner: str, taken: Taken) -> bool:
+        """Whether these are the bytes of this owner, which is over when the process has died."""
+        return self._taken.get(owner) is taken
+
+    def _let_go(self, owner: str) -> None:
+        """Give back what this part has, to be free after a while."""
+        taken = self._taken.pop(owner)
+
+        async def settle() -> None:
+            await asyncio.sleep(self.settle_s)
+            self.gpu.give(taken)
+            self.changed()
+
+        if self.settle_s:
+            self._chore(settle())
+        else:
+            self.gpu.give(taken)
         self.changed()
+
+    def _lose_memory(self) -> None:
+        self.gpu.ended(self.pid)
+        self._taken.clear()
+        self.resident.clear()
+
+    def _chore(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Something that the process goes on with, whoever waits for it."""
+        chore = asyncio.get_running_loop().create_task(work)
+        self._chores.add(chore)
+        chore.add_done_callback(self._chores.discard)
+        return chore
 
     async def _idle(self) -> None:
         await self.until(lambda engine: not engine.running, within_s=3600.0)
@@ -298,7 +438,10 @@ class FakeEngine:
 
     def changed(self) -> None:
         """Give out the slots that are free, and tell those who watch."""
-        while self._queue and self.running < self.slots and not self._paused:
+        while self._queue and self.running < self.slots and self._starts:
+            if self.asleep:  # woken before it slept, it runs on memory that it has not
+                self.kill()
+                break
             self._start(self._queue.popleft())
         for happened, told in self._watchers:
             try:
@@ -306,6 +449,10 @@ class FakeEngine:
                     told.set_result(None)
             except Exception as exc:  # noqa: BLE001 - the watcher's own, to be raised there
                 told.set_exception(exc)
+
+    @property
+    def _starts(self) -> bool:
+        return self.alive and not (self.paused or self.stuck)
 
     def _start(self, turn: asyncio.Future[None]) -> None:
         self.running += 1
@@ -344,7 +491,7 @@ class FakeEngine:
             del self.received[: -self._remember]
         self.changed()
 
-        script = self._scripts.get(request.path)
+        script = self._scripts.get(self._kind.deed(request)) or self._scripts.get(request.path)
         generates = request.path in GENERATING
         if script is None and generates:
             script = self._scripts.get(None)
@@ -368,7 +515,7 @@ class FakeEngine:
             if reply.over:
                 return
 
-    async def _step(  # noqa: C901 - one arm a step
+    async def _step(  # noqa: C901, PLR0912 - one arm a step
         self, step: Step, request: Received, reply: Reply
     ) -> None:
         match step:
@@ -380,6 +527,9 @@ class FakeEngine:
             case Pause():
                 await asyncio.sleep(step.seconds)
             case Silence():
+                await _forever()
+            case Kill():
+                self.kill()
                 await _forever()
             case Reset():
                 reply.reset()

@@ -100,6 +100,8 @@ class Kind(ABC):
     name: ClassVar[Name]
     #: Whether a stream's head comes at once, before there is a slot, or with its first token.
     head_first: ClassVar[bool] = False
+    #: Whether a model takes memory when somebody asks for it, and not when the process starts.
+    loads_when_asked: ClassVar[bool] = False
     closes_after_stream: ClassVar[bool] = False
     closes_after_error: ClassVar[bool] = False
     #: After so long it closes idle connections; None: never.
@@ -130,6 +132,10 @@ class Kind(ABC):
 
     def admit(self, request: Received) -> None:  # noqa: B027 - most take any
         """Let this request in, whatever it asks for, or raise `Refusal`."""
+
+    def deed(self, request: Received) -> str:
+        """What this asks for where one path stands for several things, else nothing."""
+        return ""
 
     @abstractmethod
     async def control(self, request: Received) -> Told:

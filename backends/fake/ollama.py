@@ -21,7 +21,6 @@ from backends.fake.script import DONE, event, usage
 from backends.fake.wire import Received
 
 VERSION = "0.24.0"
-SIZE = 98_000_000
 DETAILS = {
     "parent_model": "",
     "format": "gguf",
@@ -45,6 +44,7 @@ class Ollama(Kind):
     """Loads models when they are asked for. Its names have a tag, `latest` if none is given."""
 
     name = "ollama"
+    loads_when_asked = True
 
     def refuse(
         self, status: int, message: str, kind: str = "", param: str | None = None
@@ -61,6 +61,11 @@ class Ollama(Kind):
         if not own and not host.replace(".", "").isdecimal() and ":" not in host:
             raise Refusal(Told(b"", 403))
 
+    def deed(self, request: Received) -> str:
+        if request.path != "/api/generate" or not isinstance(request.body, dict):
+            return ""
+        return "unload" if request.body.get("keep_alive") in (0, "0", "0s") else "load"
+
     # Besides generating
 
     async def control(self, request: Received) -> Told:  # noqa: PLR0911 - a table
@@ -72,7 +77,7 @@ class Ollama(Kind):
             case "GET", "/api/tags":
                 return Told({"models": [self._tag(name) for name in self.names()]})
             case "GET", "/api/ps":
-                return Told({"models": [self._loaded(name) for name in self.engine.resident]})
+                return Told({"models": [self._loaded(name) for name in self.engine.memory]})
             case "POST", "/api/show":
                 return Told(self._shown(self._known(self._asked(request))))
             case "POST", "/api/generate":
@@ -89,13 +94,11 @@ class Ollama(Kind):
     async def _keep(self, request: Received) -> Told:
         """Load a model or let it go, which is what a generate without a prompt does."""
         model = self._known(self._asked(request))
-        keep = request.body.get("keep_alive")
-        if keep in (0, "0", "0s"):
+        reason = self.deed(request)
+        if reason == "unload":
             self.engine.unload(model)
-            reason = "unload"
         else:
             await self.engine.load(model)
-            reason = "load"
         return Told(
             {
                 "model": request.body["model"],
@@ -128,7 +131,7 @@ class Ollama(Kind):
             "name": name,
             "model": name,
             "modified_at": _moment(0),
-            "size": SIZE,
+            "size": self.engine.size,
             "digest": "0" * 64,
             "details": DETAILS,
         }
@@ -137,11 +140,11 @@ class Ollama(Kind):
         return {
             "name": name,
             "model": name,
-            "size": SIZE,
+            "size": self.engine.size,
             "digest": "0" * 64,
             "details": DETAILS,
             "expires_at": _moment(300),
-            "size_vram": int(SIZE * self.engine.on_gpu),
+            "size_vram": self.engine.memory[name],
             "context_length": self.engine.context,
         }
 

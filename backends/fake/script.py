@@ -7,6 +7,7 @@ An answer is a step or a list of steps, played in order on the wire:
     [Serve(tokens=3), Close()]                  … then the end of the connection
     Serve(tokens=3)                             … then a proper end of the body, but no [DONE]
     [Cut(1000), Reset()]                        the first 1000 bytes as usual, then reset
+    [Serve(tokens=3), Kill()]                   three tokens, then the engine is dead
     status(503, retry_after=2)                  an error with a JSON body
     stream(chunk("Hi"), chunk(finish="stop"), DONE)    a stream of one's own making
 
@@ -72,6 +73,11 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class Kill:
+    """The engine dies here, as by `kill -9`, and with it all it does for anybody."""
+
+
+@dataclass(frozen=True, slots=True)
 class Serve:
     """What the engine would have answered.
 
@@ -99,7 +105,7 @@ class Repeat:
     times: int | None = None
 
 
-Step: TypeAlias = Head | Send | Pause | Silence | Reset | Close | Serve | Cut | Repeat
+Step: TypeAlias = Head | Send | Pause | Silence | Reset | Close | Kill | Serve | Cut | Repeat
 Answer: TypeAlias = Step | Sequence[Step]
 
 

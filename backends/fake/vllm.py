@@ -68,12 +68,13 @@ class VLLM(Kind):
             case "POST", "/sleep":
                 # Unless told to wait, it breaks off what runs.
                 await self.engine.fall_asleep(abort=request.query.get("mode", "abort") == "abort")
-                return Told(b"")
+                return Told({"status": "sleeping", "level": int(request.query.get("level", 1))})
             case "POST", "/wake_up":
                 await self.engine.wake()
-                return Told(b"")
+                return Told({"status": "awake", "tags": None})
             case "GET", "/is_sleeping":
-                return Told({"is_sleeping": self.engine.asleep})
+                # It says so as soon as it is told to, whatever still runs.
+                return Told({"is_sleeping": self.engine.paused or self.engine.asleep})
         return None
 
     def _paths(self) -> list[str]:

@@ -25,6 +25,7 @@ from backends.fake import (
     Cut,
     FakeEngine,
     Head,
+    Kill,
     Name,
     Pause,
     Repeat,
@@ -933,6 +934,7 @@ def test_every_step_can_be_written_as_json() -> None:
         {"cut": 10, "answer": "serve"},
         {"repeat": ["silence"], "times": 2},
         "close",
+        "kill",
         "reset",
     ]
 
@@ -945,6 +947,7 @@ def test_every_step_can_be_written_as_json() -> None:
         Cut(10, Serve()),
         Repeat([Silence()], times=2),
         Close(),
+        Kill(),
         Reset(),
     ]
 
