@@ -343,11 +343,26 @@ class Engine(ABC):
 
     @abstractmethod
     async def load(self, model: str) -> None:
-        """Return when the model is in memory; raises `BackendError`."""
+        """Return when the model has been seen in memory; raises `BackendError`.
+
+        It takes what the disk and the engine take: bound it with `asyncio.timeout`. Cancelled,
+        it leaves no connection behind; Ollama then gives the load up, vLLM wakes all the same.
+        """
 
     @abstractmethod
     async def unload(self, model: str) -> None:
-        """Return when the model has left the memory; raises `BackendError`."""
+        """Return when the model has been seen to be gone; raises `BackendError`.
+
+        It waits for requests that run: bound it with `asyncio.timeout`. Cancelled, it may
+        have told the engine already. The memory itself may be free a little later.
+        """
+
+    async def resident(self) -> list[str]:
+        """The models in memory; raises `BackendError`.
+
+        One that is being loaded is among them, and one that is to go until it is gone.
+        """
+        return await self.models()  # what serves one model all its life has it there
 
     @abstractmethod
     async def activity(self, model: str) -> Activity:

@@ -19,6 +19,7 @@ from backends.base import (
     Activity,
     Body,
     Bridged,
+    Broken,
     Call,
     Capabilities,
     Engine,
@@ -30,6 +31,9 @@ from backends.base import (
 )
 
 T = TypeVar("T")
+
+#: How often it is looked at while it lets a model go.
+GONE_LOOK_S = 0.1
 
 #: What /v1 of Ollama reads. It ignores everything else without a word, so the rest is
 #: taken out here and named to the client instead.
@@ -97,21 +101,36 @@ class Ollama(Engine):
 
     async def load(self, model: str) -> None:
         await self._asked(self._patient.generate(model=model, keep_alive=-1))
+        if model not in await self.resident():
+            raise Broken(f"{self} said that it has loaded {model}, and does not have it")
 
     async def unload(self, model: str) -> None:
         # The answer comes at once, the memory later: only /api/ps tells when.
         await self._asked(self._manage.generate(model=model, keep_alive=0))
         while model in await self.resident():  # noqa: ASYNC110 - Ollama has no event for it
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(GONE_LOOK_S)
 
     async def close(self) -> None:
         for client in (self._manage, self._patient):
             await client.close()  # type: ignore[no-untyped-call]  # ollama has no types there
 
     async def resident(self) -> list[str]:
-        """The models in memory now; raises `BackendError`."""
         running = await self._asked(self._manage.ps())
         return [loaded.model for loaded in running.models if loaded.model]
+
+    async def on_gpu(self, model: str) -> float | None:
+        """Which part of the model is in GPU memory, from 0.0 to 1.0; None: it is not loaded.
+
+        Where memory was short when it was loaded the rest is on the CPU, and slow.
+
+        Raises:
+            BackendError: It did not tell.
+        """
+        running = await self._asked(self._manage.ps())
+        for loaded in running.models:
+            if loaded.model == model:
+                return (loaded.size_vram or 0) / loaded.size if loaded.size else 0.0
+        return None
 
     async def activity(self, model: str) -> Activity:
         return Activity()  # Ollama has no metrics: nobody but us counts
@@ -142,10 +161,12 @@ class Ollama(Engine):
             if 400 <= exc.status_code < 500:
                 raise Refused(exc.error, status=exc.status_code) from exc
             raise Sick(said) from exc
+        except (ConnectionError, httpx.ConnectTimeout) as exc:
+            raise Unreachable(f"{self}: {str(exc) or 'no connection in time'}") from exc
         except httpx.TimeoutException as exc:
             raise Silent(f"{self}: {str(exc) or 'no answer in time'}") from exc
-        except (ConnectionError, httpx.HTTPError, ValueError) as exc:
-            raise Unreachable(f"{self}: {exc}") from exc
+        except (httpx.HTTPError, ValueError) as exc:
+            raise Broken(f"{self}: {str(exc) or type(exc).__name__}") from exc
 
 
 def _one_prompt(body: Body) -> msgspec.Raw | None:

@@ -5,6 +5,8 @@ Read in vLLM 0.32, seen in 0.32 on CPU.
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 
 from backends import base
@@ -24,6 +26,8 @@ from backends.base import (
 #: First sleep of a 70B is about 8 s, a wake 2-4 s; these are the deadlines.
 SLEEP_S = 120.0
 WAKE_S = 60.0
+#: How often it is looked at while it ends what runs.
+IDLE_LOOK_S = 0.05
 
 
 class _Routes(msgspec.Struct):
@@ -90,21 +94,46 @@ class VLLM(Engine):
             return False
         return True
 
+    async def sleeps(self) -> bool:
+        """Whether it has its sleep endpoints, which dev mode gives it; raises `BackendError`.
+
+        That it frees memory when it sleeps takes `--enable-sleep-mode` as well: nothing
+        tells but the memory.
+        """
+        try:
+            await self.told("/is_sleeping", _Sleeping)
+        except Refused:
+            return False
+        return True
+
+    async def resident(self) -> list[str]:
+        # It counts as asleep from the moment it was told to, whatever it still ends.
+        return [] if await self.asleep() else await self.models()
+
     async def load(self, model: str) -> None:
-        await self._dev("/wake_up", WAKE_S)
+        if not await self.sleeps():
+            if model not in await self.models():
+                raise Unsupported(f"{self} has one model for its life, and it is not {model!r}")
+            return  # it is in memory as long as the process runs
+        await self.post("/wake_up", timeout_s=WAKE_S)
+        if await self.asleep():
+            raise Broken(f"{self} said that it is awake, and sleeps")
 
     async def unload(self, model: str) -> None:
-        # The default mode, abort, kills running requests; level 2 has open correctness bugs.
-        await self._dev("/sleep?level=1&mode=wait", SLEEP_S)
-
-    async def _dev(self, path: str, timeout_s: float) -> None:
-        try:
-            await self.post(path, timeout_s=timeout_s)
-        except Refused as exc:
+        if not await self.sleeps():
             raise Unsupported(
-                f"{self} has no {path.partition('?')[0]}: start it with VLLM_SERVER_DEV_MODE=1 "
+                f"{self} has no /sleep: start it with VLLM_SERVER_DEV_MODE=1 "
                 "and --enable-sleep-mode"
-            ) from exc
+            )
+        # A sleep that waits for requests cannot be called off: woken before they end, it
+        # serves on, and falls asleep all the same as soon as it is idle, under the feet of
+        # the next ones. So it is told only when nothing runs.
+        while (await self.activity(model)).running:  # noqa: ASYNC110 - vLLM has no event for it
+            await asyncio.sleep(IDLE_LOOK_S)
+        # The default mode, abort, kills running requests; level 2 has open correctness bugs.
+        await self.post("/sleep?level=1&mode=wait", timeout_s=SLEEP_S)
+        if not await self.asleep():
+            raise Broken(f"{self} said that it sleeps, and does not")
 
     async def activity(self, model: str) -> Activity:
         metrics = Metrics.of((await self.get("/metrics")).decode("utf-8", "replace"))

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from backends import base, sse
-from backends.base import Answer, BackendError, Call, Engine, Readiness, Refused, Whole
+from backends.base import Answer, Call, Engine, Readiness, Refused, Unsupported, Whole
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,24 @@ class Contract:
         activity = await subject.engine.activity(subject.model)
         assert activity.running in (None, 0)
 
-    async def test_it_loads_and_stays_ready(self, subject: Subject) -> None:
-        try:
-            await subject.engine.load(subject.model)
-        except BackendError as exc:
-            assert isinstance(exc, base.Unsupported)  # noqa: PT017 - vLLM without dev mode
+    async def test_what_it_has_loaded_is_resident_and_ready(self, subject: Subject) -> None:
+        await subject.engine.load(subject.model)
 
+        assert subject.model in await subject.engine.resident()
         assert await subject.engine.ready(subject.model) is Readiness.READY
+
+    async def test_it_leaves_memory_and_comes_back_or_says_that_it_cannot(
+        self, subject: Subject
+    ) -> None:
+        engine, model = subject.engine, subject.model
+        await engine.load(model)
+        try:
+            await engine.unload(model)
+        except Unsupported:
+            assert model in await engine.resident()
+        else:
+            assert model not in await engine.resident()
+            await engine.load(model)
+
+        events, _ = await subject.stream(max_tokens=2)
+        assert text(events)

@@ -20,11 +20,11 @@ from tests.backends.contract import Contract, Subject
 class TestFake(Contract):
     """What the other tests rely on when they use a fake."""
 
-    @pytest.fixture(params=["ollama", "vllm", "llamacpp"])
+    @pytest.fixture(params=["ollama", "vllm", "vllm that sleeps", "llamacpp"])
     async def subject(self, request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
-        kind: Kind = request.param
+        kind: Kind = request.param.split()[0]
         async with (
-            FakeEngine(kind, ["sea:1b"], tokens=20) as fake,
+            FakeEngine(kind, ["sea:1b"], tokens=20, dev_mode="sleeps" in request.param) as fake,
             http.Client() as client,
         ):
             engine = CLASSES[kind](fake.url, client)

@@ -1,0 +1,506 @@
+"""Loading and unloading: what engines do with a GPU they share, and what can go wrong in it.
+
+Real sockets, fake engines. Where something is to take for ever it does; nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from backends import base, http
+from backends.base import (
+    BackendError,
+    Broken,
+    BrokeOff,
+    Call,
+    Readiness,
+    Sick,
+    Unreachable,
+    Unsupported,
+)
+from backends.fake import (
+    GIB,
+    Answer,
+    FakeEngine,
+    FakeGpu,
+    Kill,
+    NoRoom,
+    Serve,
+    Silence,
+    status,
+)
+from backends.fake.control import Control
+from backends.ollama import Ollama
+from backends.vllm import VLLM
+
+#: How the fake Ollama calls the model `m`.
+M = "m:latest"
+#: Whoever else is at the GPU.
+STRANGER = 1
+
+
+@asynccontextmanager
+async def ollama_at(fake: FakeEngine) -> AsyncIterator[Ollama]:
+    """The engine as the gateway has it; closed, it has left no connection behind."""
+    async with http.Client() as client:
+        engine = Ollama(fake.url, client)
+        yield engine
+        await engine.close()
+    await fake.until(lambda fake: not fake.connections)
+
+
+@asynccontextmanager
+async def vllm_at(fake: FakeEngine) -> AsyncIterator[VLLM]:
+    async with http.Client() as client:
+        yield VLLM(fake.url, client)
+    await fake.until(lambda fake: not fake.connections)
+
+
+def chat(**fields: object) -> Call:
+    asked = {"messages": [{"role": "user", "content": "Hi"}], **fields}
+    raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in asked.items()}
+    return Call(base.CHAT, raw, stream=bool(fields.get("stream")))
+
+
+async def rest_of(answer: base.Answer) -> None:
+    while await answer.read():
+        pass
+
+
+def asked_for(fake: FakeEngine, path: str) -> int:
+    """How many requests for this path there were."""
+    return sum(request.path == path for request in fake.received)
+
+
+async def given_up(work: asyncio.Task[None]) -> None:
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+
+
+# The GPU
+
+
+def test_what_is_taken_is_not_free_until_it_is_given_back() -> None:
+    gpu = FakeGpu(10 * GIB, cards=2)
+    first, second = gpu.take(1, 6 * GIB), gpu.take(2, 2 * GIB)
+    with pytest.raises(NoRoom, match="GiB wanted"):
+        gpu.take(2, 3 * GIB)
+    gpu.take(2, 1 * GIB)
+    full = (gpu.free(), gpu.least(), gpu.who())
+    gpu.give(first)
+    gpu.give(first)
+    gpu.ended(2)
+    gpu.give(second)
+
+    assert full == (1 * GIB, GIB // 2, [(1, 6 * GIB), (2, 3 * GIB)])
+    assert (gpu.free(), gpu.peak) == (10 * GIB, 9 * GIB)
+
+
+async def test_gpu_goes_from_one_engine_to_the_other_and_back() -> None:
+    gpu = FakeGpu(24 * GIB)
+    async with (
+        FakeEngine("vllm", gpu=gpu, size=22 * GIB, dev_mode=True) as fake_vllm,
+        FakeEngine("ollama", gpu=gpu, size=20 * GIB) as fake_ollama,
+        vllm_at(fake_vllm) as vllm,
+        ollama_at(fake_ollama) as ollama,
+    ):
+        free = [gpu.free()]
+        await vllm.unload("m")
+        free.append(gpu.free())
+        await ollama.load(M)
+        free.append(gpu.free())
+        on_gpu = await ollama.on_gpu(M)
+        await ollama.unload(M)
+        await vllm.load("m")
+        free.append(gpu.free())
+
+    kept = gpu.remainder
+    assert free == [2 * GIB, 24 * GIB - kept, 4 * GIB - kept, 2 * GIB]
+    assert on_gpu == 1.0
+    assert gpu.free() == gpu.total()  # and who ends has nothing
+
+
+async def test_engine_that_does_not_unload_has_its_memory_while_it_runs() -> None:
+    gpu = FakeGpu(24 * GIB)
+    async with FakeEngine("llamacpp", gpu=gpu, size=5 * GIB) as fake:
+        running = gpu.who()
+        pid = fake.pid
+        fake.kill()
+
+        assert running == [(pid, 5 * GIB)]
+        assert gpu.free() == 24 * GIB
+
+
+async def test_vllm_may_begin_asleep_with_what_it_keeps() -> None:
+    gpu = FakeGpu(48 * GIB, cards=2)
+    async with (
+        FakeEngine("vllm", gpu=gpu, size=44 * GIB, dev_mode=True, asleep=True) as fake,
+        vllm_at(fake) as vllm,
+    ):
+        assert await vllm.ready("m") is Readiness.ASLEEP
+        assert await vllm.resident() == []
+        assert gpu.free() == 48 * GIB - 2 * gpu.remainder
+        await vllm.load("m")
+        assert await vllm.resident() == ["m"]
+        assert gpu.free() == 4 * GIB
+
+
+async def test_vllm_does_not_start_without_room() -> None:
+    gpu = FakeGpu(24 * GIB)
+    other = gpu.take(STRANGER, 10 * GIB)
+    fake = FakeEngine("vllm", gpu=gpu, size=22 * GIB)
+    with pytest.raises(NoRoom):
+        await fake.up()
+    assert (fake.alive, fake.listening, gpu.who()) == (False, False, [(STRANGER, 10 * GIB)])
+    gpu.give(other)
+
+    async with fake, vllm_at(fake) as vllm:
+        assert await vllm.ready("m") is Readiness.READY
+
+
+# Ollama
+
+
+async def test_model_without_room_is_partly_on_the_cpu() -> None:
+    gpu = FakeGpu(24 * GIB)
+    gpu.take(STRANGER, 14 * GIB)
+    async with FakeEngine("ollama", gpu=gpu, size=20 * GIB) as fake, ollama_at(fake) as ollama:
+        before = await ollama.on_gpu(M)
+        await ollama.load(M)
+
+        assert before is None
+        assert await ollama.on_gpu(M) == 0.5
+        assert gpu.free() == 0
+
+
+async def test_ollama_is_given_time_until_the_model_has_gone() -> None:
+    async with FakeEngine("ollama", unload_s=0.25) as fake, ollama_at(fake) as ollama:
+        await ollama.load(M)
+        loaded = await ollama.resident()
+        await ollama.unload(M)
+
+        assert loaded == [M]
+        assert fake.memory == {}
+        assert asked_for(fake, "/api/ps") >= 3
+
+
+async def test_model_that_never_goes_is_waited_for_until_the_caller_gives_up() -> None:
+    async with FakeEngine("ollama", unload_s=math.inf) as fake, ollama_at(fake) as ollama:
+        await ollama.load(M)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await ollama.unload(M)
+
+        assert await ollama.resident() == [M]
+
+
+async def test_memory_may_be_taken_when_the_model_has_gone() -> None:
+    gpu = FakeGpu(24 * GIB)
+    async with (
+        FakeEngine("ollama", gpu=gpu, size=20 * GIB, settle_s=math.inf) as fake,
+        ollama_at(fake) as ollama,
+    ):
+        await ollama.load(M)
+        await ollama.unload(M)
+        gone = await ollama.resident()
+        free = gpu.free()
+        fake.kill()
+
+        assert (gone, free) == ([], 4 * GIB)
+        assert gpu.free() == 24 * GIB
+
+
+async def test_memory_that_settles_is_free_in_the_end() -> None:
+    gpu = FakeGpu(24 * GIB)
+    async with (
+        FakeEngine("ollama", gpu=gpu, size=20 * GIB, settle_s=0.05) as fake,
+        ollama_at(fake) as ollama,
+    ):
+        await ollama.load(M)
+        await ollama.unload(M)
+        await fake.until(lambda _: gpu.free() == 24 * GIB)
+
+
+async def test_load_that_is_given_up_ends_in_the_engine() -> None:
+    async with FakeEngine("ollama", load_s=math.inf) as fake, ollama_at(fake) as ollama:
+        load = asyncio.create_task(ollama.load(M))
+        await fake.until(lambda fake: fake.memory)
+        while_loading = await ollama.resident()
+        await given_up(load)
+        await fake.until(lambda fake: not fake.memory)
+
+        assert while_loading == [M]
+        assert await ollama.resident() == []
+        assert fake.resident == []
+
+
+async def test_model_is_unloaded_after_a_load_that_was_under_way() -> None:
+    async with FakeEngine("ollama", load_s=0.1) as fake, ollama_at(fake) as ollama:
+        load = asyncio.create_task(ollama.load(M))
+        await fake.until(lambda fake: fake.memory)
+        await ollama.unload(M)
+
+        assert fake.memory == {}
+        await asyncio.gather(load, return_exceptions=True)  # whether it saw it is chance
+
+
+# vLLM
+
+
+async def test_only_vllm_in_dev_mode_sleeps() -> None:
+    async with (
+        FakeEngine("vllm") as awake,
+        FakeEngine("vllm", dev_mode=True) as able,
+        vllm_at(awake) as never,
+        vllm_at(able) as vllm,
+    ):
+        assert await vllm.sleeps()
+        assert not await never.sleeps()
+        await never.load("m")
+        assert await never.resident() == ["m"]
+        with pytest.raises(Unsupported, match="VLLM_SERVER_DEV_MODE=1"):
+            await never.unload("m")
+        with pytest.raises(Unsupported, match="one model"):
+            await never.load("other")
+        able.down()
+        with pytest.raises(Unreachable):
+            await vllm.sleeps()
+
+
+async def test_vllm_is_told_to_sleep_when_nothing_runs() -> None:
+    async with FakeEngine("vllm", dev_mode=True, gap_s=60.0) as fake, vllm_at(fake) as vllm:
+        answer = await vllm.open(chat(stream=True), "m")
+        unload = asyncio.create_task(vllm.unload("m"))
+        await fake.until(lambda fake: asked_for(fake, "/metrics") >= 3)
+        while_running = (fake.paused, asked_for(fake, "/sleep"))
+        answer.close()
+        await unload
+
+        assert while_running == (False, 0)
+        assert fake.asleep
+        assert await vllm.ready("m") is Readiness.ASLEEP
+
+
+async def test_unload_that_is_given_up_while_requests_run_changes_nothing() -> None:
+    async with FakeEngine("vllm", dev_mode=True, gap_s=60.0) as fake, vllm_at(fake) as vllm:
+        answer = await vllm.open(chat(stream=True), "m")
+        unload = asyncio.create_task(vllm.unload("m"))
+        await fake.until(lambda fake: asked_for(fake, "/metrics") >= 3)
+        await given_up(unload)
+        other = await vllm.ask(chat(max_tokens=1), "m")
+        answer.close()
+
+        assert other.finish == "length"
+        assert asked_for(fake, "/sleep") == 0
+
+
+async def test_vllm_sleeps_and_wakes_whether_its_client_waits_or_not() -> None:
+    async with (
+        FakeEngine("vllm", dev_mode=True, sleep_s=0.05) as fake,
+        vllm_at(fake) as vllm,
+    ):
+        unload = asyncio.create_task(vllm.unload("m"))
+        await fake.until(lambda fake: fake.paused)
+        await given_up(unload)
+        await fake.until(lambda fake: fake.asleep)
+        load = asyncio.create_task(vllm.load("m"))
+        await fake.until(lambda fake: asked_for(fake, "/wake_up"))
+        await given_up(load)
+        await fake.until(lambda fake: not fake.asleep)
+
+        assert await vllm.ready("m") is Readiness.READY
+
+
+async def test_vllm_woken_without_room_dies_of_it() -> None:
+    gpu = FakeGpu(24 * GIB)
+    other = gpu.take(STRANGER, 10 * GIB)
+    async with (
+        FakeEngine("vllm", gpu=gpu, size=22 * GIB, dev_mode=True, asleep=True) as fake,
+        vllm_at(fake) as vllm,
+    ):
+        url = fake.url
+        with pytest.raises((Broken, Unreachable)):
+            await vllm.load("m")
+        dead = (fake.alive, await vllm.ready("m"), gpu.free())
+        with pytest.raises(NoRoom):
+            await fake.up()
+        gpu.give(other)
+        await fake.up()
+
+        assert dead == (False, Readiness.DOWN, 14 * GIB)
+        assert fake.url == url
+        assert await vllm.ready("m") is Readiness.READY
+        assert gpu.free() == 2 * GIB
+
+
+async def test_vllm_woken_before_it_slept_sleeps_later_and_dies_of_the_next_request() -> None:
+    # Seen in vLLM's engine core: a wake resumes the scheduler, and the sleep that waits for
+    # it to be idle stays. It is why `unload` waits for that first.
+    async with (
+        FakeEngine("vllm", dev_mode=True, gap_s=60.0) as fake,
+        vllm_at(fake) as vllm,
+        httpx.AsyncClient(base_url=fake.url, trust_env=False) as client,
+    ):
+        answer = await vllm.open(chat(stream=True), "m")
+        sleep = asyncio.create_task(client.post("/sleep?level=1&mode=wait"))
+        await fake.until(lambda fake: fake.paused)
+        told = await vllm.asleep()
+        await client.post("/wake_up")
+        woken = await vllm.asleep()
+        answer.close()
+        await sleep
+        asleep = (fake.asleep, await vllm.asleep())
+        with pytest.raises(BackendError):
+            await vllm.ask(chat(), "m")
+
+        assert (told, woken, asleep) == (True, False, (True, True))
+        assert not fake.alive
+
+
+async def test_vllm_may_wake_and_never_generate_until_it_is_started_anew() -> None:
+    async with FakeEngine("vllm", dev_mode=True, asleep=True) as fake, vllm_at(fake) as vllm:
+        fake.wakes_stuck = True
+        await vllm.load("m")
+        ready = await vllm.ready("m")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await vllm.ask(chat(), "m")
+        fake.kill()
+        await fake.up()
+
+        assert ready is Readiness.READY
+        assert (await vllm.ask(chat(), "m")).finish == "stop"
+
+
+# Faults, each at each step
+
+Work = Callable[[], Coroutine[Any, Any, None]]
+#: What a script for each is for.
+STEPS = {"load": "load", "unload": "unload", "wake": "/wake_up", "sleep": "/sleep"}
+
+
+@asynccontextmanager
+async def at_step(step: str) -> AsyncIterator[tuple[FakeEngine, Work]]:
+    """An engine on which this step is next, and what takes it."""
+    if step in ("load", "unload"):
+        async with FakeEngine("ollama") as fake, ollama_at(fake) as ollama:
+            if step == "unload":
+                await ollama.load(M)
+            yield fake, lambda: ollama.load(M) if step == "load" else ollama.unload(M)
+    else:
+        async with (
+            FakeEngine("vllm", dev_mode=True, asleep=step == "wake") as fake,
+            vllm_at(fake) as vllm,
+        ):
+            yield fake, lambda: vllm.load("m") if step == "wake" else vllm.unload("m")
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_step_that_fails_says_so_and_may_be_tried_again(step: str) -> None:
+    async with at_step(step) as (fake, work):
+        fake.script(status(500, "no luck"), path=STEPS[step])
+        with pytest.raises(Sick, match="no luck"):
+            await work()
+        await work()
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_step_that_is_never_answered_can_be_given_up(step: str) -> None:
+    async with at_step(step) as (fake, work):
+        fake.script(Silence(), path=STEPS[step])
+        doing = asyncio.create_task(work())
+        path = STEPS[step] if step in ("wake", "sleep") else "/api/generate"
+        await fake.until(lambda fake: fake.received and fake.received[-1].path == path)
+        await given_up(doing)
+        await fake.until(lambda fake: len(fake.hang_ups) == 1)
+        await work()
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("answer", [Kill(), [Serve(), Kill()]])
+async def test_engine_that_dies_at_a_step_is_started_anew(step: str, answer: Answer) -> None:
+    async with at_step(step) as (fake, work):
+        fake.script(answer, path=STEPS[step])
+        with pytest.raises((Broken, Unreachable)):
+            await work()
+        died = (fake.alive, fake.memory)
+        await fake.up()
+        await work()
+
+        assert died == (False, {})
+
+
+@pytest.mark.parametrize(
+    ("step", "claim"),
+    [
+        ("load", {"model": M, "done": True, "done_reason": "load"}),
+        ("wake", {"status": "awake", "tags": None}),
+        ("sleep", {"status": "sleeping", "level": 1}),
+    ],
+)
+async def test_engine_that_only_says_so_is_not_believed(step: str, claim: object) -> None:
+    async with at_step(step) as (fake, work):
+        fake.script(status(200, body=claim), path=STEPS[step])
+        with pytest.raises(Broken, match="said that it"):
+            await work()
+
+
+async def test_engine_killed_while_it_loads_has_nothing_of_it_left() -> None:
+    gpu = FakeGpu(24 * GIB)
+    async with (
+        FakeEngine("ollama", gpu=gpu, size=20 * GIB, load_s=math.inf) as fake,
+        ollama_at(fake) as ollama,
+    ):
+        load = asyncio.create_task(ollama.load(M))
+        await fake.until(lambda fake: fake.memory)
+        fake.kill()
+        with pytest.raises(Broken):
+            await load
+        with pytest.raises(Unreachable):
+            await ollama.resident()
+        await fake.up()
+
+        assert gpu.free() == 24 * GIB
+        assert await ollama.resident() == []
+
+
+async def test_engine_killed_in_the_middle_of_an_answer_breaks_it_off() -> None:
+    async with FakeEngine("vllm") as fake, vllm_at(fake) as vllm:
+        fake.script([Serve(tokens=2), Kill()])
+        answer = await vllm.open(chat(stream=True), "m")
+        with pytest.raises(BrokeOff):
+            await rest_of(answer)
+        answer.close()
+        await fake.until(lambda fake: not fake.running)
+
+        assert not fake.alive
+
+
+async def test_control_port_kills_and_starts_anew() -> None:
+    gpu = FakeGpu(24 * GIB)
+    async with (
+        FakeEngine("vllm", gpu=gpu, size=22 * GIB) as fake,
+        Control(fake) as control,
+        httpx.AsyncClient(base_url=control.url, trust_env=False) as remote,
+    ):
+        before = (await remote.get("/")).json()
+        await remote.post("/kill")
+        dead = (await remote.get("/")).json()
+        other = gpu.take(STRANGER, 10 * GIB)
+        refused = await remote.post("/up")
+        gpu.give(other)
+        up = (await remote.post("/up")).status_code
+        after = (await remote.get("/")).json()
+
+    assert (before["alive"], sum(before["memory"].values())) == (True, 22 * GIB)
+    assert (dead["alive"], dead["up"], dead["memory"]) == (False, False, {})
+    assert (refused.status_code, up, after["alive"]) == (409, 200, True)
