@@ -10,27 +10,28 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
 from backends.base import Activity, BackendError, Engine, Readiness
 from gateway.errors import WaitedTooLong
-from gateway.health import Breaker
-from gateway.scheduler import Action, Refuse, Replica, Scheduler, Start, Ticket
+from gateway.handover import Gpu
+from gateway.health import Breaker, Prober
+from gateway.scheduler import Action, Move, Refuse, Replica, Scheduler, Start, Ticket
 
 
 @dataclass(slots=True, eq=False)
 class Server:
     """What stands behind a replica: the engine, its name of the model, its standing.
 
-    `doubt` makes it be looked at again at once; `activity` is what it last said of itself.
+    `activity` is what it last said of itself.
     """
 
     engine: Engine
     model: str
     breaker: Breaker
-    doubt: Callable[[], None]
+    prober: Prober
     activity: Activity = field(default_factory=Activity)
 
 
@@ -50,11 +51,17 @@ class Admission:
     Args:
         scheduler: Decides who is next.
         servers: What each of its replicas stands for.
-        max_wait_s: The longest time in the queue.
+        max_wait_s: The longest time in the queue, hand-overs not counted.
+        gpu: What its lanes share in an exclusive placement.
     """
 
     def __init__(
-        self, scheduler: Scheduler, servers: Mapping[Replica, Server], *, max_wait_s: float
+        self,
+        scheduler: Scheduler,
+        servers: Mapping[Replica, Server],
+        *,
+        max_wait_s: float,
+        gpu: Gpu | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.servers = servers
@@ -63,6 +70,14 @@ class Admission:
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._tick: asyncio.TimerHandle | None = None
         self._breaker_ticks: dict[Replica, asyncio.TimerHandle] = {}
+        self._gpu = gpu
+        if gpu is not None:
+            gpu.join(self)
+
+    @property
+    def moving(self) -> bool:
+        """Whether who waits here waits for a hand-over, not for a slot."""
+        return self._gpu is not None and self._gpu.moving
 
     def slot(self, ticket: Ticket, *, again: bool = False) -> Slot:
         """Hold a slot of one of the model's replicas for as long as the context is open.
@@ -76,6 +91,43 @@ class Admission:
             NoLane: No engine can answer now.
         """
         return Slot(self, ticket, again=again)
+
+    # What the GPU sees of it, and says to it
+
+    @property
+    def demand(self) -> int:
+        """Foreground requests that run or wait."""
+        return self.scheduler.demand
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue, background calls included."""
+        return self.scheduler.waiting
+
+    def running(self, lane: str) -> int:
+        """Requests that run on a lane."""
+        known = self.scheduler.lanes.get(lane)
+        return known.running if known is not None else 0
+
+    def hold(self, lane: str | None, *, barred: str = "") -> None:
+        """The GPU is this lane's from now on; see `handover.Tenant`."""
+        now = _now()
+        held_before = [one for one in self.scheduler.lanes.values() if one.holds]
+        self.scheduler.hold(lane, barred)
+        for one in self.scheduler.lanes.values():
+            for replica in one.replicas:
+                server = self.servers[replica]
+                server.breaker.dormant = not one.holds
+                if one.holds and one not in held_before:
+                    server.breaker.woke()
+                    server.prober.disregard()
+                self._look(replica, now)
+        self._act(self.scheduler.changed(now))
+
+    def pin(self, lane: str | None) -> None:
+        """The operator keeps this model at a lane, or (None) leaves it to the policy."""
+        self.scheduler.policy.pin = lane
+        self._act(self.scheduler.changed(_now()))
 
     # What is learned of the replicas
 
@@ -96,11 +148,16 @@ class Admission:
         server = self.servers[replica]
         server.breaker.failed(error, _now())
         if error.blame:
-            server.doubt()
+            server.prober.doubt()
         self._refresh(replica)
 
     def _refresh(self, replica: Replica) -> None:
         now = _now()
+        if self._look(replica, now):
+            self._act(self.scheduler.changed(now))
+
+    def _look(self, replica: Replica, now: float) -> bool:
+        """Take over what the breaker says; True where the replica's room has changed."""
         breaker = self.servers[replica].breaker
         if (tick := self._breaker_ticks.pop(replica, None)) is not None:
             tick.cancel()
@@ -112,9 +169,9 @@ class Admission:
         replica.back_s = due - now if due is not None else 5.0
         room = breaker.room(now)
         replica.trouble = breaker.trouble(now)
-        if room != replica.room:
-            replica.room = room
-            self._act(self.scheduler.changed(now))
+        changed = room != replica.room
+        replica.room = room
+        return changed
 
     # Deciding and acting
 
@@ -135,26 +192,40 @@ class Admission:
 
     async def wait(self, ticket: Ticket, future: asyncio.Future[None]) -> None:
         """Return when the ticket has its slot; raises `GatewayError`."""
+        ends = self._queue_clock() + self._max_wait_s
         try:
-            async with asyncio.timeout(self._max_wait_s - (_now() - ticket.arrived)):
-                await future
-        except TimeoutError:
-            lane = self.scheduler.lanes.get(self.scheduler.lane_for(ticket) or "")
-            raise WaitedTooLong(
-                f"No slot came free within {self._max_wait_s:g} s. Try again later.",
-                retry_after=self.scheduler.wait_s(lane) if lane else 5,
-            ) from None
+            while not future.done():
+                left_s = ends - self._queue_clock()
+                if left_s <= 0:
+                    raise self._waited_too_long(ticket)
+                await asyncio.wait((future,), timeout=left_s)
+            future.result()
         finally:
             del self._waiting[ticket]
+
+    def _queue_clock(self) -> float:
+        """Seconds; stands still during a hand-over, whose steps have deadlines of their own."""
+        return _now() - (self._gpu.moving_s() if self._gpu is not None else 0.0)
+
+    def _waited_too_long(self, ticket: Ticket) -> WaitedTooLong:
+        lane = self.scheduler.lanes.get(self.scheduler.lane_for(ticket) or "")
+        return WaitedTooLong(
+            f"No slot came free within {self._max_wait_s:g} s. Try again later.",
+            retry_after=self.scheduler.wait_s(lane) if lane else 5,
+        )
 
     def leave(self, ticket: Ticket) -> None:
         """Give back whatever the ticket holds: its slot, or its place in the queue."""
         self._act(self.scheduler.left(ticket, _now()))
 
-    def _act(self, actions: list[Action]) -> list[Action]:
+    def _act(self, actions: list[Action]) -> list[Start | Refuse]:
         """Wake who waits; return the actions that concern nobody who waits yet."""
-        fresh: list[Action] = []
+        fresh: list[Start | Refuse] = []
+        hand_over = False
         for action in actions:
+            if isinstance(action, Move):
+                hand_over = True
+                continue
             if isinstance(action, Start):
                 self._note(action.ticket)
             future = self._waiting.get(action.ticket)
@@ -165,6 +236,8 @@ class Admission:
                     future.set_result(None)
                 else:
                     future.set_exception(action.error)
+        if hand_over and self._gpu is not None:
+            self._gpu.wanted()
         self._plan_tick()
         return fresh
 
@@ -175,11 +248,14 @@ class Admission:
         )
 
     def _plan_tick(self) -> None:
-        """Look again when the rent reaches the price, if anybody waits for that."""
+        """Look again when the rent reaches the price, if anybody waits for that.
+
+        A GPU is handed over for the sake of those who run, too.
+        """
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
-        if not self._waiting:
+        if not self._waiting and self._gpu is None:
             return
         due = self.scheduler.policy.due()
         if due < math.inf:

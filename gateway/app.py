@@ -9,7 +9,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,15 +17,20 @@ from typing import Any, Self
 
 from backends import http
 from backends.base import BackendError, Capabilities, Engine, Readiness, Timeouts
+from backends import process as processes
 from backends.process import Process
+from backends.vllm import VLLM
 from gateway import discovery, profile, settings, telemetry
 from gateway.admission import Admission, Server
 from gateway.api.edge import Edge
 from gateway.api.pages import build
 from gateway.auth import Keys
 from gateway.catalogue import Catalogue, Model
+from gateway.errors import BadRequest
+from gateway.gpu import Budget, Memory, MemoryUnknown, Nvml
+from gateway.handover import Deadlines, Gpu, Occupant
 from gateway.health import Breaker, Prober
-from gateway.policy import Policy
+from gateway.policy import HandOver, Overlap, Policy, Served
 from gateway.relay import Relay
 from gateway.scheduler import Lane, Replica, Scheduler
 from gateway.settings import SLOTS, Kind, Settings, SettingsError
@@ -37,6 +42,7 @@ FIRST_LOOK_S = 2.0
 #: How often engines are asked which models they have, where none are configured.
 RELIST_S = 10.0
 EMBEDDED_START_S = 120.0
+GIB = 2**30
 
 
 class Gateway:
@@ -49,6 +55,7 @@ class Gateway:
         read: The settings.
         ports: Where engines are looked for if the settings name none.
         client: What talks to the engines; closed at the end.
+        memory: What the GPU's is read from, in place of its driver.
 
     Raises (on entering):
         SettingsError: There is nothing to serve, or a profile cannot be used.
@@ -60,17 +67,22 @@ class Gateway:
         ports: discovery.Ports = discovery.USUAL,
         *,
         client: http.Client | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._settings = read
         self._ports = ports
         self._limits = read.limits
         self._client = client or http.Client()
+        self._memory = memory
         self._engines: dict[tuple[Kind, str], Engine] = {}
         self._urls: dict[Kind, tuple[str, ...]] = {k: e.urls for k, e in read.engines.items()}
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}  # by model
         self._relisting: asyncio.Task[None] | None = None
         self._heard: list[asyncio.Event] = []  # of each replica, when it has been looked at
         self._embedded: Process | None = None
+        self._lease: Any = None
+        self.gpu: Gpu | None = None
+        self._owning: asyncio.Task[None] | None = None
         self._began = time.time()
         self.catalogue = Catalogue()
         self.edge = Edge(
@@ -79,9 +91,12 @@ class Gateway:
                 self.catalogue,
                 ready=self.ready,
                 status=self.status,
+                pin=self.pin,
+                release=self.release,
                 version=importlib.metadata.version("twolane"),
             ),
             Keys(read.keys()),
+            Keys([key.get_secret_value() for key in read.admin_keys] or read.keys()),
             telemetry.Log() if read.log == "json" else telemetry.Silence(),
             max_body=int(read.limits.max_body_mb * 1024 * 1024),
         )
@@ -109,12 +124,86 @@ class Gateway:
                     self._urls.setdefault(kind, (discovery.usual_url(kind),))
             if not self._urls:
                 await self._start_embedded()
-        for name, model in self._configured().items():
+        configured = self._configured()
+        await self._take_gpu(
+            {name: model for name, model in configured.items() if model.placement == "exclusive"}
+        )
+        for name, model in configured.items():
             self._add(name, model)
+        if self.gpu is not None:
+            self._owning = asyncio.create_task(self.gpu.run())
         if not self._settings.models:
             await self._relist()
             self._relisting = asyncio.create_task(self._keep_relisting())
         await self._first_look()
+
+    async def _take_gpu(self, models: Mapping[str, settings.Model]) -> None:
+        """Be the one owner of the GPU that these models share; raises SettingsError."""
+        if not models:
+            return
+        from gateway.lease import Lease, LeaseError
+
+        own = self._settings.gpu
+        try:
+            self._lease = Lease(own.lease or _usual_lease())
+            self._lease.acquire(f"{self._settings.host}:{self._settings.port}")
+        except LeaseError as exc:
+            raise SettingsError(str(exc)) from exc
+        kinds = list(dict.fromkeys(kind for model in models.values() for kind in model.lanes))
+        occupants = {kind: await self._occupant(kind, models) for kind in kinds}
+        policy = Policy(
+            kinds,
+            {name: self._served(model) for name, model in models.items()},
+            HandOver(own.handover_s, own.moves_per_hour, own.patience_s),
+        )
+        policy.pin = next((model.pin for model in models.values() if model.pin), None)
+        deadlines = Deadlines(own.drain_s, own.unload_s, own.free_s, own.load_s, own.probe_s)
+        processes = [o.process for o in occupants.values() if o.process is not None]
+        memory = self._memory or Nvml()
+        if own.budget_gib is not None:
+            size = int(own.budget_gib * GIB)
+            memory = Budget(size, lambda: [p.pid for p in processes if p.pid is not None])
+        self._check_memory(models, memory)
+        self.gpu = Gpu(policy, occupants, deadlines, memory, idle_release_s=own.idle_release_s)
+
+    async def _occupant(self, kind: Kind, models: Mapping[str, settings.Model]) -> Occupant:
+        """One engine as a tenant of the GPU; raises SettingsError where it cannot give it back."""
+        configured = self._settings.engines[kind]
+        lanes = [model.lanes[kind] for model in models.values() if kind in model.lanes]
+        process = None
+        if configured.command:
+            file = configured.log or Path(tempfile.mkdtemp(prefix="twolane-")) / f"{kind}.log"
+            process = processes.Supervised(configured.command, file, configured.environment)
+            log.info("%s is ours to start and stop (log: %s)", kind, file)
+        engine = self._engine(kind, configured.urls[0])
+        if isinstance(engine, VLLM) and process is None:
+            with contextlib.suppress(BackendError):  # one that is down cannot be asked yet
+                if not await engine.sleeps():
+                    raise SettingsError(
+                        f"{engine.url} cannot give its GPU memory back. Start vLLM with "
+                        "--enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, or let the gateway "
+                        "start and stop it: engines.vllm.command"
+                    )
+        needs = max((lane.memory_gib for lane in lanes if lane.memory_gib), default=None)
+        return Occupant(
+            engine,
+            [lane.model for lane in lanes],
+            process=process,
+            needs=int(needs * GIB) if needs else None,
+        )
+
+    def _check_memory(self, models: Mapping[str, settings.Model], memory: Memory) -> None:
+        """Raise SettingsError where a lane needs more than there is."""
+        with contextlib.suppress(MemoryUnknown):
+            total = memory.total()
+            for name, model in models.items():
+                for kind, lane in model.lanes.items():
+                    if lane.memory_gib and lane.memory_gib * GIB > total:
+                        raise SettingsError(
+                            f"models.{name}.lanes.{kind}.memory_gib: {lane.memory_gib:g} GiB do "
+                            f"not fit in the GPU's {total / GIB:.1f}; take a smaller model, a "
+                            "smaller quantization or less context"
+                        )
 
     @property
     def _discovers(self) -> bool:
@@ -231,13 +320,22 @@ class Gateway:
                 engine = self._engine(kind, url)
                 replica = Replica(url, lane.slots or SLOTS[kind])
                 prober = Prober(engine, lane.model)
-                servers[replica] = Server(engine, lane.model, Breaker(replica.slots), prober.doubt)
+                servers[replica] = Server(engine, lane.model, Breaker(replica.slots), prober)
                 replicas.append(replica)
                 probers.append((replica, prober, kind))
             lanes.append(Lane(kind, replicas, lane.queue))
-        policy = Policy([lane.name for lane in lanes], self._profile(model))
+        exclusive = self.gpu is not None and model.placement == "exclusive"
+        if self.gpu is not None and exclusive:
+            policy = self.gpu.policy
+        else:
+            names = [lane.name for lane in lanes]
+            policy = Policy(names, {name: self._served(model)}, Overlap())
+            policy.pin = model.pin
         admission = Admission(
-            Scheduler(lanes, policy, pin=model.pin), servers, max_wait_s=self._limits.max_wait_s
+            Scheduler(lanes, policy, model=name, exclusive=exclusive),
+            servers,
+            max_wait_s=self._limits.max_wait_s,
+            gpu=self.gpu if exclusive else None,
         )
         served = Model(name, admission)
         served.can = {kind: _stated(Capabilities(), lane) for kind, lane in model.lanes.items()}
@@ -246,6 +344,9 @@ class Gateway:
             asyncio.create_task(prober.run(self._on_word(served, replica, kind, model.lanes[kind])))
             for replica, prober, kind in probers
         ]
+
+    def _served(self, model: settings.Model) -> Served:
+        return Served(tuple(model.lanes), self._profile(model))
 
     def _profile(self, model: settings.Model) -> profile.Profile:
         if model.profile is None:
@@ -298,36 +399,79 @@ class Gateway:
         if self._relisting is not None:
             self._relisting.cancel()
             ending.append(self._relisting)
+        if self._owning is not None:
+            self._owning.cancel()
+            ending.append(self._owning)
         await asyncio.gather(*ending, return_exceptions=True)
+        if self.gpu is not None:
+            await self.gpu.stop()
+        if self._lease is not None:
+            self._lease.release()
         for engine in self._engines.values():
             await engine.close()
         self._client.close()
         if self._embedded is not None:
             await self._embedded.stop()
 
+    # What the operator may want
+
+    def pin(self, lane: str | None) -> None:
+        """Keep the work of all models that have this lane there; None: the policy decides.
+
+        Raises:
+            BadRequest: No model has this lane.
+        """
+        models = self.catalogue.models.values()
+        if lane is not None and not any(lane in model.lanes for model in models):
+            raise BadRequest(f"No model is served by {lane}.", param="lane")
+        if self.gpu is not None and (lane is None or lane in self.gpu.occupants):
+            self.gpu.pin(lane)
+        for model in models:
+            if not model.admission.scheduler.exclusive:
+                model.admission.pin(lane if lane in model.lanes else None)
+
+    def release(self) -> None:
+        """Give the GPU's memory to others until the next `pin`.
+
+        Raises:
+            BadRequest: No model is in an exclusive placement.
+        """
+        if self.gpu is None:
+            raise BadRequest("No model is in an exclusive placement: there is no GPU to release.")
+        self.gpu.release()
+
     # What it tells
 
     def ready(self) -> dict[str, Any]:
         """Whether any model can be answered, and what the others wait for."""
         waiting = {
-            name: {
-                lane.name: trouble
-                for lane in model.admission.scheduler.lanes.values()
-                if (trouble := _trouble(lane))
-            }
+            name: {lane.name: trouble for lane in _lanes(model) if (trouble := _trouble(lane))}
             for name, model in self.catalogue.models.items()
         }
         usable = [
             name
             for name, model in self.catalogue.models.items()
-            if any(lane.room for lane in model.admission.scheduler.lanes.values())
+            if any(lane.room and not lane.barred for lane in _lanes(model))
         ]
-        return {
-            "ready": bool(usable) and not self.edge.draining,
+        said: dict[str, Any] = {
+            "ready": bool(usable) and not self.edge.draining and not self._starting,
             "draining": self.edge.draining,
             "models": usable,
             "waiting_for": {name: troubles for name, troubles in waiting.items() if troubles},
         }
+        if self.gpu is not None:
+            said["gpu"] = self.gpu.progress()
+        return said
+
+    @property
+    def _starting(self) -> bool:
+        """Whether all there is to serve waits for a GPU that nobody has held yet."""
+        models = self.catalogue.models.values()
+        return (
+            self.gpu is not None
+            and not self.gpu.held_once
+            and all(model.admission.scheduler.exclusive for model in models)
+        )
 
     def status(self) -> dict[str, Any]:
         """Everything the gateway knows of itself, as JSON: no key, no prompt."""
@@ -336,8 +480,15 @@ class Gateway:
             "up_s": round(time.time() - self._began, 1),
             "in_flight": self.edge.in_flight,
             "draining": self.edge.draining,
+            "gpu": self.gpu.status() if self.gpu is not None else None,
             "models": {name: _status(model) for name, model in self.catalogue.models.items()},
         }
+
+
+def _usual_lease() -> Path:
+    """Where this machine's gateways agree about its GPU."""
+    directory = settings.environment().get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    return Path(directory) / "twolane-gpu.lease"
 
 
 def _stated(found: Capabilities, lane: settings.Lane) -> Capabilities:
@@ -350,8 +501,14 @@ def _stated(found: Capabilities, lane: settings.Lane) -> Capabilities:
     return replace(found, **stated)
 
 
+def _lanes(model: Model) -> Iterable[Lane]:
+    return model.admission.scheduler.lanes.values()
+
+
 def _trouble(lane: Lane) -> str:
     """Why a lane takes nothing now; empty where it does."""
+    if lane.barred:
+        return lane.barred
     return "" if lane.room else next((r.trouble for r in lane.replicas if r.trouble), "is full")
 
 
@@ -360,8 +517,9 @@ def _status(model: Model) -> dict[str, Any]:
     policy = scheduler.policy
     servers = model.admission.servers
     return {
-        "lane": scheduler.pin or policy.lane,
-        "reason": "pinned by the operator" if scheduler.pin else policy.reason,
+        "placement": "exclusive" if scheduler.exclusive else "shared",
+        "lane": policy.lane,
+        "reason": policy.reason(model.name),
         "profile": policy.source,
         "demand": scheduler.demand,
         "waiting": scheduler.waiting,

@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 
-from backends import http
+from backends import base, http
 from gateway import settings
 from gateway.app import Gateway
 from gateway.settings import KINDS, Kind, Settings, SettingsError
@@ -99,13 +99,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(run=_serve)
 
+    pin = commands.add_parser(
+        "pin",
+        help="keep the work at one engine, or leave it to the policy",
+        description="Keep the work of a running gateway at one engine; in an exclusive placement "
+        "the GPU is handed over to it. `auto` leaves the choice to the policy again.",
+    )
+    pin.add_argument("lane", choices=[*KINDS, "auto"])
+    pin.set_defaults(run=_pin, path="/admin/pin")
+
+    release = commands.add_parser(
+        "release",
+        help="give the GPU's memory to others, a training job perhaps",
+        description="Drain, and have the engine that holds the GPU give its memory back. Requests "
+        "are refused with 503 until `twolane pin auto`.",
+    )
+    release.set_defaults(run=_pin, path="/admin/release", lane=None)
+
     status = commands.add_parser(
         "status",
         help="show lanes, demand, queues, health and the last decisions",
         description="Show how a running gateway stands.",
     )
-    status.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway")
-    status.add_argument("--key", help="API key (or TWOLANE_API_KEYS, of which the first is sent)")
+    for command in (pin, release, status):
+        command.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway")
+        command.add_argument(
+            "--key",
+            help="key (or TWOLANE_ADMIN_KEYS, TWOLANE_API_KEYS, of which the first is sent)",
+        )
     status.add_argument("--json", action="store_true", help="as JSON, once")
     status.add_argument("--watch", action="store_true", help="every second, until Ctrl-C")
     status.set_defaults(run=_status)
@@ -249,8 +270,7 @@ Status:     twolane status --watch{"" if url.endswith(":8000") else f" --url {ur
 
 
 def _status(args: argparse.Namespace) -> None:
-    environ = settings.environment()
-    key = args.key or _first_key(environ)
+    key = args.key or _first_key("TWOLANE_API_KEYS")
     console = Console()
     if args.json:
         console.print_json(data=asyncio.run(_fetch(args.url, key)))
@@ -263,36 +283,49 @@ def _status(args: argparse.Namespace) -> None:
                 time.sleep(1)
 
 
-def _first_key(environ: Mapping[str, str]) -> str | None:
+def _pin(args: argparse.Namespace) -> None:
+    key = args.key or _first_key("TWOLANE_ADMIN_KEYS") or _first_key("TWOLANE_API_KEYS")
+    wish = None if args.lane is None else {"lane": args.lane}
+    Console().print(_drawn(asyncio.run(_fetch(args.url, key, "POST", args.path, wish))))
+
+
+def _first_key(variable: str) -> str | None:
     try:
-        keys = msgspec.json.decode(environ.get("TWOLANE_API_KEYS", "[]"), type=list[str])
+        said = settings.environment().get(variable, "[]")
+        keys = msgspec.json.decode(said, type=list[str])
     except msgspec.DecodeError:
         return None
     return keys[0] if keys else None
 
 
-async def _fetch(url: str, key: str | None) -> dict[str, Any]:
-    """The gateway's own account of itself.
+async def _fetch(
+    url: str, key: str | None, method: str = "GET", path: str = "/status", wish: Any = None
+) -> dict[str, Any]:
+    """The gateway's own account of itself, after it has done what is wished.
 
     Raises:
         SettingsError: There is none, or it does not let us in.
     """
     headers = {"authorization": f"Bearer {key}"} if key else {}
+    headers["content-type"] = "application/json"
+    body = b"" if wish is None else msgspec.json.encode(wish)
     try:
         async with http.Client() as client:
             origin = http.Origin.of(url)
             answer = await client.request(
-                origin, "GET", "/status", headers, b"", connect_s=2, head_s=5
+                origin, method, path, headers, body, connect_s=2, head_s=5
             )
-            body = await answer.read_all(16 * 1024 * 1024)
+            told = await answer.read_all(16 * 1024 * 1024)
             answer.close(reuse=False)
     except (http.HttpError, ValueError) as exc:
         raise SettingsError(f"no gateway answers at {url} ({exc}); is it running?") from exc
     if answer.status == 401:
-        raise SettingsError("this gateway wants an API key: twolane status --key KEY")
+        raise SettingsError("this gateway wants a key of its own: give it with --key KEY")
+    if answer.status == 400:
+        raise SettingsError(base.read_fault(told).message)
     if answer.status != 200:
         raise SettingsError(f"{url} answers {answer.status}: is this a twolane gateway?")
-    said: dict[str, Any] = msgspec.json.decode(body)
+    said: dict[str, Any] = msgspec.json.decode(told)
     return said
 
 
@@ -300,6 +333,8 @@ def _drawn(said: Mapping[str, Any]) -> Group:
     """The status as people read it."""
     head = f"twolane {said['version']}, up {said['up_s']:.0f} s, {said['in_flight']} in flight"
     parts: list[Any] = [head + (", draining" if said["draining"] else "")]
+    if said["gpu"] is not None:
+        parts.append(Panel(_drawn_gpu(said["gpu"]), title="GPU", title_align="left"))
     for name, model in said["models"].items():
         lanes = Table("lane", "running", "slots", "mean s", "replicas", box=None, pad_edge=False)
         for lane, state in model["lanes"].items():
@@ -320,3 +355,27 @@ def _drawn(said: Mapping[str, Any]) -> Group:
         title = f"{name} ({model['profile']} profile)"
         parts.append(Panel(Group(told, lanes, "", last), title=title, title_align="left"))
     return Group(*parts)
+
+
+def _drawn_gpu(gpu: Mapping[str, Any]) -> Group:
+    """Who has the GPU, whether it moves, and what the moves were."""
+    holder = gpu["holder"] or "nobody"
+    if gpu["step"] == "held":
+        now = f"held by {holder} for {gpu['since_s']:.0f} s"
+    elif gpu["deadline_s"]:
+        now = f"{gpu['step']} for {gpu['to']}, {gpu['since_s']:.0f} of {gpu['deadline_s']:g} s"
+    else:
+        now = f"{gpu['step']} {gpu['trouble']}".strip()
+    if gpu["released"]:
+        now += ", released by the operator"
+    if gpu["pin"]:
+        now += f", pinned to {gpu['pin']} by the operator"
+    rent = f"regret {gpu['regret']:.1f} of {gpu['price']:.1f} request-seconds"
+    last = Table("when", "from", "to", "s", "waited", "outcome", "why", box=None, pad_edge=False)
+    for passage in gpu["passages"][-5:]:
+        at = time.strftime("%H:%M:%S", time.localtime(passage["at"]))
+        last.add_row(
+            at, passage["from"] or "-", passage["to"], f"{sum(passage['steps'].values()):.1f}",
+            f"{passage['waited']:.1f}", passage["outcome"], passage["why"],
+        )  # fmt: skip
+    return Group(f"{now}\n{rent}, {gpu['moves']} moves", last)

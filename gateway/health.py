@@ -46,6 +46,8 @@ class Breaker:
     ejections: int = 0
     out_until: float = 0.0
     busy_until: float = 0.0
+    #: The GPU is not its engine's: that it sleeps, or is not even there, is as it should be.
+    dormant: bool = False
     ramp: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,6 +58,13 @@ class Breaker:
         if readiness is Readiness.READY and self.readiness not in (None, Readiness.READY):
             self.ramp = min(self.ramp, 1)
         self.readiness = readiness
+
+    def woke(self) -> None:
+        """It was given the GPU and has answered: nothing of before counts."""
+        self.readiness = Readiness.READY
+        self.failures = 0
+        self.out_until = self.busy_until = 0.0
+        self.ramp = self.slots
 
     def answered(self, now: float) -> None:
         """A good answer came."""
@@ -90,6 +99,8 @@ class Breaker:
 
     def trouble(self, now: float) -> str:
         """Why it may be given none, in public words; empty where it may."""
+        if self.dormant:
+            return ""
         if self.readiness is None:
             return "has not been looked at yet"
         if self.readiness is not Readiness.READY:
@@ -122,9 +133,15 @@ class Prober:
         self._engine = engine
         self._model = model
         self._doubt = asyncio.Event()
+        self._asked = 0
 
     def doubt(self) -> None:
         """Ask again at once: a request has just failed."""
+        self._doubt.set()
+
+    def disregard(self) -> None:
+        """What is being asked now is out of date already: the engine has just been woken."""
+        self._asked += 1
         self._doubt.set()
 
     async def run(self, tell: Callable[[Readiness], Awaitable[None]]) -> None:
@@ -132,7 +149,10 @@ class Prober:
         last: Readiness | None = None
         while True:
             self._doubt.clear()
+            asked = self._asked
             readiness = await self._engine.ready(self._model)
+            if asked != self._asked:
+                continue
             if readiness is not last:
                 log.info("%s for %s: %s", self._engine, self._model, readiness)
                 last = readiness

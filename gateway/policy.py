@@ -236,6 +236,11 @@ class HandOver:
         return max(self._not_before, held, since + self.patience_s)
 
     @property
+    def last_waited(self) -> float:
+        """Request-seconds that people have waited for the last hand-over, or the one under way."""
+        return self._waited
+
+    @property
     def not_before(self) -> float:
         """Until when nothing is tried, after a move that failed."""
         return self._not_before
@@ -387,6 +392,16 @@ class Policy:
             model.seconds(self.lane, model.n),
             model.running.get(self.lane, 0),
         )
+
+    @property
+    def why(self) -> str:
+        """What the last move, or the one under way, was made for."""
+        return self._why
+
+    @property
+    def waited(self) -> float:
+        """Request-seconds that people have waited for that move."""
+        return self._hand_over.last_waited if self._hand_over is not None else 0.0
 
     def reason(self, model: str) -> str:
         """Why this lane, in words and numbers for the `X-Gateway-Reason` header."""

@@ -8,9 +8,11 @@ the first byte is out, a failure becomes an event in the stream and never a clea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
@@ -175,11 +177,12 @@ def told(exchange: Exchange) -> Headers:
 
 
 class Heart:
-    """Comment lines to a waiting stream, whenever nothing was sent for a while."""
+    """Comment lines to a waiting stream, whenever nothing was sent for a while and it `may`."""
 
-    def __init__(self, reply: Reply, period_s: float) -> None:
+    def __init__(self, reply: Reply, period_s: float, may: Callable[[], bool]) -> None:
         self._reply = reply
         self._period_s = period_s
+        self._may = may
         self._beating: asyncio.Task[None] | None = None
 
     def __enter__(self) -> None:
@@ -195,7 +198,7 @@ class Heart:
     def _due(self) -> None:
         left = self._reply.last + self._period_s - time.monotonic()
         if left <= 0.001:
-            if self._beating is None or self._beating.done():
+            if (self._beating is None or self._beating.done()) and self._may():
                 self._beating = self._loop.create_task(self._reply.events(HEARTBEAT))
             left = self._period_s
         self._timer = self._loop.call_later(left, self._due)
@@ -247,6 +250,36 @@ class Relay:
         exchange.background = request.background
         ticket, stripped = self._ticket(model, request, named or pin, exchange.key)
         self._budget.earn()
+        with contextlib.ExitStack() as stack:
+            if request.call.stream:
+                may = partial(self._may_beat, model, ticket, exchange, reply)
+                stack.enter_context(Heart(reply, self._heartbeat_s, may))
+            await self._attempts(model, ticket, stripped, request, exchange, reply)
+
+    def _may_beat(self, model: Model, ticket: Ticket, exchange: Exchange, reply: Reply) -> bool:
+        """Whether a stream may begin with a comment: once nobody will refuse it any more.
+
+        In the queue it may still be told 429 or 503; only a hand-over is worth its silence.
+        """
+        if ticket.lane is not None:
+            return True
+        if not model.admission.moving:
+            return False
+        if not reply.begun:
+            exchange.lane = model.admission.scheduler.lane_for(ticket) or ""
+            exchange.reason = f"waits for the GPU to come to {exchange.lane}"
+        return True
+
+    async def _attempts(
+        self,
+        model: Model,
+        ticket: Ticket,
+        stripped: tuple[str, ...],
+        request: Request,
+        exchange: Exchange,
+        reply: Reply,
+    ) -> None:
+        """Ask one replica, and another where that failed and nothing is out; as `serve`."""
         failure: GatewayError | None = None
         while True:
             try:
@@ -327,18 +360,17 @@ class Relay:
         exchange: Exchange,
         reply: Reply,
     ) -> None:
-        with Heart(reply, self._heartbeat_s):
-            answer = await engine.open(request.call, name)
-            try:
-                exchange.dropped += answer.dropped
-                watch = answer.watch
-                while data := await answer.read():
-                    if watch.content and not exchange.first:
-                        exchange.first = time.monotonic()
-                    await reply.events(data)
-            finally:
-                exchange.usage = answer.watch.usage
-                answer.close()
+        answer = await engine.open(request.call, name)
+        try:
+            exchange.dropped += answer.dropped
+            watch = answer.watch
+            while data := await answer.read():
+                if watch.content and not exchange.first:
+                    exchange.first = time.monotonic()
+                await reply.events(data)
+        finally:
+            exchange.usage = answer.watch.usage
+            answer.close()
         await reply.end()
 
 

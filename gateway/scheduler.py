@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from gateway.errors import GatewayError, NoLane, QueueFull
-from gateway.policy import Policy
+from gateway.policy import Demand, Policy
 
 #: How much the newest of the measured service times counts.
 NEWEST = 0.1
@@ -44,13 +44,16 @@ class Lane:
     """One model on one engine.
 
     `waiting` bounds the queue in front of it. `service_s` is the mean time a request
-    holds a slot, as seen here.
+    holds a slot, as seen here. `holds`: its engine has the GPU; always so where both fit.
+    `barred` says why it will not have it for a while, in public words.
     """
 
     name: str
     replicas: list[Replica]
     waiting: int
     service_s: float = 0.0
+    holds: bool = True
+    barred: str = ""
 
     @property
     def running(self) -> int:
@@ -63,11 +66,15 @@ class Lane:
 
     def free(self, without: set[Replica]) -> Replica | None:
         """The replica with the least in flight that has a slot free, or None."""
+        if not self.holds:
+            return None
         able = [r for r in self.replicas if r.running < r.room and r not in without]
         return min(able, key=lambda r: r.running, default=None)
 
     def usable(self, without: set[Replica]) -> bool:
-        """Whether any replica would take a request, now or when a slot comes free."""
+        """Whether any replica would take a request: now, when a slot is free, or the GPU its."""
+        if self.barred:
+            return False
         for replica in self.replicas:  # noqa: SIM110 - `any` of a generator costs five times as much
             if replica.room > 0 and replica not in without:
                 return True
@@ -111,17 +118,36 @@ class Refuse:
     error: GatewayError
 
 
-Action: TypeAlias = Start | Refuse
+@dataclass(frozen=True, slots=True)
+class Move:
+    """See to it that the GPU comes to the policy's lane; nothing starts before it is there."""
+
+
+Action: TypeAlias = Start | Refuse | Move
+
+
+_NONE: Mapping[str, int] = {}
 
 
 class Scheduler:
-    """The queue and the slots of one model."""
+    """The queue and the slots of one model.
 
-    def __init__(self, lanes: list[Lane], policy: Policy, *, pin: str | None = None) -> None:
+    Args:
+        lanes: Its lanes.
+        policy: Where its requests should go; in an exclusive placement that of all models.
+        model: Its name, to the policy.
+        exclusive: Its lanes do not fit together: only the one that holds the GPU may start any.
+    """
+
+    def __init__(
+        self, lanes: list[Lane], policy: Policy, *, model: str = "", exclusive: bool = False
+    ) -> None:
         self.lanes: Mapping[str, Lane] = {lane.name: lane for lane in lanes}
         self.policy = policy
-        self.pin = pin  # the operator's
+        self.model = model
+        self.exclusive = exclusive
         self.demand = 0
+        self.held = False  # in an exclusive placement: whether any engine has the GPU
         self._foreground: OrderedDict[str, deque[Ticket]] = OrderedDict()
         self._background: deque[Ticket] = deque()
 
@@ -176,6 +202,12 @@ class Scheduler:
                 actions.append(Refuse(ticket, self._no_lane(ticket)))
         return actions + self._assign(now)
 
+    def hold(self, name: str | None, barred: str = "") -> None:
+        """The GPU is with the engine of this name, which may be none of ours, or with nobody."""
+        self.held = name is not None
+        for lane in self.lanes.values():
+            lane.holds, lane.barred = lane.name == name, barred
+
     # What it decides
 
     def lane_for(self, ticket: Ticket) -> str | None:
@@ -192,11 +224,11 @@ class Scheduler:
 
         In order: operator's pin, request's pin, what the lane can take, health, policy.
         """
-        if pin := self.pin or ticket.pin:
-            lane = self.lanes[pin]
-            return lane if lane.usable(ticket.without) else None
-        chosen = self.lanes[self.policy.lane]
-        if self._takes(chosen, ticket) and chosen.usable(ticket.without):
+        if pin := self.policy.pin or ticket.pin:
+            pinned = self.lanes.get(pin)
+            return pinned if pinned is not None and pinned.usable(ticket.without) else None
+        chosen = self.lanes.get(self.policy.lane)
+        if chosen is not None and self._takes(chosen, ticket) and chosen.usable(ticket.without):
             return chosen
         for lane in self.lanes.values():
             if lane is not chosen and self._takes(lane, ticket) and lane.usable(ticket.without):
@@ -205,13 +237,15 @@ class Scheduler:
 
     def _why(self, ticket: Ticket, lane: Lane) -> str:
         """The reason for this choice, for people."""
-        if self.pin:
+        if self.policy.pin:
             return "pinned by the operator"
         if ticket.pin:
             return "pinned by the request"
-        chosen = self.lanes[self.policy.lane]
+        chosen = self.lanes.get(self.policy.lane)
         if lane is chosen:
-            return self.policy.reason
+            return self.policy.reason(self.model)
+        if chosen is None:
+            return "the model's only lane"
         if not self._takes(chosen, ticket):
             return ticket.why
         return f"{chosen.name} {self._trouble(chosen, ticket)}"
@@ -222,10 +256,15 @@ class Scheduler:
     def _trouble(self, lane: Lane, ticket: Ticket) -> str:
         if any(replica in ticket.without for replica in lane.replicas):
             return "failed this request"
+        if lane.barred:
+            return lane.barred
         return next((r.trouble for r in lane.replicas if r.trouble), "is not usable")
 
     def _no_lane(self, ticket: Ticket) -> NoLane:
-        pin = self.pin or ticket.pin
+        pin = self.policy.pin or ticket.pin
+        if pin and pin not in self.lanes:
+            message = f"The operator keeps the GPU at {pin}, which does not have this model."
+            return NoLane(message, retry_after=60)
         names = [pin] if pin else [lane for lane in self.lanes if lane in ticket.able] or self.lanes
         troubles = "; ".join(f"{name} {self._trouble(self.lanes[name], ticket)}" for name in names)
         back_s = min(replica.back_s for name in names for replica in self.lanes[name].replicas)
@@ -250,28 +289,55 @@ class Scheduler:
 
     def _assign(self, now: float) -> list[Action]:
         """Start whoever can start now, in turn."""
-        running = {name: lane.running for name, lane in self.lanes.items()}
-        self.policy.observe(now, self.demand, running)
         actions: list[Action] = []
+        if self._decide(now):
+            self.hold(None)
+            actions.append(Move())
         if not self._foreground and not self._background:
             return actions
-        free = sum(max(0, r.room - r.running) for la in self.lanes.values() for r in la.replicas)
+        free = sum(
+            max(0, replica.room - replica.running)
+            for lane in self.lanes.values()
+            if lane.holds
+            for replica in lane.replicas
+        )
         if not free:
             return actions
         for ticket in self._in_turn():
-            lane = self._choose(ticket)
-            replica = lane.free(ticket.without) if lane else None
-            if lane is None or replica is None:
+            chosen = self._choose(ticket)
+            replica = chosen.free(ticket.without) if chosen else None
+            if chosen is None or replica is None:
                 continue
             self._dequeue(ticket)
-            ticket.lane, ticket.replica, ticket.started = lane, replica, now
-            ticket.reason = self._why(ticket, lane)
+            ticket.lane, ticket.replica, ticket.started = chosen, replica, now
+            ticket.reason = self._why(ticket, chosen)
             replica.running += 1
             actions.append(Start(ticket))
             free -= 1
             if not free:
                 break
         return actions
+
+    def _decide(self, now: float) -> bool:
+        """Tell the policy how things stand; True where the GPU has to be handed over first."""
+        running = {name: lane.running for name, lane in self.lanes.items()}
+        if not self.exclusive:
+            self.policy.observe(now, self.model, Demand(self.demand, running, _NONE))
+            return False
+        if self.held or self.policy.moving:
+            demand = Demand(self.demand, running, self._stranded())
+            return self.policy.observe(now, self.model, demand)
+        return self.waiting > 0
+
+    def _stranded(self) -> dict[str, int]:
+        """Foreground requests that wait for a lane without the GPU, which no other can serve."""
+        stranded: dict[str, int] = {}
+        for line in self._foreground.values():
+            for ticket in line:
+                chosen = self._choose(ticket)
+                if chosen is not None and not chosen.holds:
+                    stranded[chosen.name] = stranded.get(chosen.name, 0) + 1
+        return stranded
 
     # The queue: one line a key, the keys in turn, background calls behind everyone
 

@@ -19,6 +19,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -76,6 +77,19 @@ class Engine(_Part):
         min_length=1, description="Base URLs, http://HOST:PORT; several are replicas."
     )
     api_key: SecretStr | None = Field(None, description="Key the engine itself asks for.")
+    command: tuple[Name, ...] = Field(
+        (), description="Program and arguments, if the gateway is to start and stop it itself."
+    )
+    environment: dict[str, str] = Field({}, description="Variables for that program.")
+    log: Path | None = Field(None, description="Where what it says goes (a temporary file).")
+
+    @model_validator(mode="after")
+    def _one_server_a_command(self) -> Engine:
+        if self.command and len(self.urls) > 1:
+            raise ValueError("command: it starts one server, so name one URL")
+        if not self.command and (self.environment or self.log):
+            raise ValueError("environment and log belong to a command, and there is none")
+        return self
 
 
 class Lane(_Part):
@@ -93,14 +107,18 @@ class Lane(_Part):
     tools: bool | None = Field(None, description="Takes tools; asked if not given.")
     images: bool | None = Field(None, description="Takes images; asked if not given.")
     embeddings: bool | None = Field(None, description="Makes embeddings; asked if not given.")
+    memory_gib: PositiveFloat | None = Field(
+        None, description="GPU memory that must be free before it loads (exclusive placement)."
+    )
 
 
 class Model(_Part):
     """A public model name and its lanes, by engine kind."""
 
     lanes: Annotated[dict[Kind, Lane], Field(min_length=1)]
-    placement: Literal["shared"] = Field(
-        "shared", description="`shared`: both lanes fit in memory together."
+    placement: Literal["shared", "exclusive"] = Field(
+        "shared",
+        description="`shared`: both lanes fit in memory together. `exclusive`: one at a time.",
     )
     pin: Kind | None = Field(None, description="Send everything to this lane.")
     profile: Path | None = Field(
@@ -112,6 +130,32 @@ class Model(_Part):
         if self.pin is not None and self.pin not in self.lanes:
             raise ValueError(f"pin: {self.pin} is none of this model's lanes")
         return self
+
+
+class Gpu(_Part):
+    """The GPU that the models in exclusive placement share."""
+
+    handover_s: PositiveFloat = Field(
+        12, description="Seconds a hand-over is assumed to take until one has been measured."
+    )
+    moves_per_hour: PositiveInt = Field(2, description="Most hand-overs the policy makes an hour.")
+    patience_s: PositiveFloat = Field(
+        30, description="After so long, who needs the other engine gets it, whatever it costs."
+    )
+    drain_s: PositiveFloat = Field(60, description="For running answers before a hand-over.")
+    unload_s: PositiveFloat = Field(120, description="For an engine to give its memory back.")
+    free_s: PositiveFloat = Field(30, description="For that memory to be seen free.")
+    load_s: PositiveFloat = Field(900, description="For an engine to start, wake or load.")
+    probe_s: PositiveFloat = Field(60, description="For its first token.")
+    idle_release_s: NonNegativeFloat = Field(
+        0, description="Without requests for so long, the memory is given back. 0: never."
+    )
+    budget_gib: PositiveFloat | None = Field(
+        None, description="Stands for the GPU's memory where there is none: engines on the CPU."
+    )
+    lease: Path | None = Field(
+        None, description="Locked while this gateway owns the GPU (in the runtime directory)."
+    )
 
 
 class Embedded(_Part):
@@ -168,6 +212,10 @@ class Settings(BaseSettings):
     pair: dict[str, Annotated[dict[Kind, Name], Field(min_length=1)]] = Field(
         {}, description="Public name to the model's name on each engine (`--pair`)."
     )
+    gpu: Gpu = Gpu()
+    admin_keys: tuple[SecretStr, ...] = Field(
+        (), description="Keys for /admin; without any, every API key may use it."
+    )
     embedded: Embedded = Embedded()
     limits: Limits = Limits()
     log: Annotated[Literal["json", "off"], BeforeValidator(_off)] = Field(
@@ -191,6 +239,35 @@ class Settings(BaseSettings):
                             f"pair.{name}.{kind}: no engine is configured for it; "
                             f"add engines.{kind}.urls"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _exclusive_can_work(self) -> Settings:
+        exclusive = {n: m for n, m in self.models.items() if m.placement == "exclusive"}
+        pins = {model.pin for model in exclusive.values() if model.pin}
+        if len(pins) > 1:
+            raise ValueError(f"pin: one GPU cannot be kept at {' and '.join(sorted(pins))}")
+        if exclusive and self.gpu.patience_s >= self.limits.max_wait_s:
+            raise ValueError(
+                f"gpu.patience_s ({self.gpu.patience_s:g}) must be below limits.max_wait_s "
+                f"({self.limits.max_wait_s:g}), or who waits for the GPU is refused before"
+            )
+        for name, model in exclusive.items():
+            for kind, lane in model.lanes.items():
+                where = f"models.{name}.lanes.{kind}"
+                if lane.urls or len(self.engines[kind].urls) > 1:
+                    raise ValueError(f"{where}: one GPU has one server of an engine, not replicas")
+                if kind == "llamacpp" and not self.engines[kind].command:
+                    raise ValueError(
+                        f"{where}: a llama-server cannot unload its model; give "
+                        "engines.llamacpp.command, so that the gateway can stop and start it"
+                    )
+                budget = self.gpu.budget_gib
+                if budget and lane.memory_gib and lane.memory_gib > budget:
+                    raise ValueError(
+                        f"{where}.memory_gib: {lane.memory_gib:g} is more than the whole budget "
+                        f"of {budget:g} GiB; take a smaller model or context"
+                    )
         return self
 
     def keys(self) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from gateway import profile
 from gateway.errors import NoLane, QueueFull
-from gateway.policy import Policy
+from gateway.policy import Overlap, Policy, Served
 from gateway.profile import Profile
-from gateway.scheduler import Action, Lane, Refuse, Replica, Scheduler, Start, Ticket
+from gateway.scheduler import Action, Lane, Move, Refuse, Replica, Scheduler, Start, Ticket
 
 #: Ollama is faster at every demand, so that the policy stays where it begins.
 STILL = Profile(
@@ -47,13 +47,21 @@ def two_lanes(
 ) -> Scheduler:
     """One replica with so many slots on each lane; Ollama's turn at the beginning."""
     lanes = [Lane("ollama", [replica(ollama)], waiting), Lane("vllm", [replica(vllm)], waiting)]
-    return Scheduler(lanes, Policy(["ollama", "vllm"], by), pin=pin)
+    scheduler = Scheduler(lanes, policy(by))
+    scheduler.policy.pin = pin
+    return scheduler
+
+
+def policy(by: Profile, *lanes: str) -> Policy:
+    """A shared placement's, of one model."""
+    names = lanes or ("ollama", "vllm")
+    return Policy(names, {"": Served(names, by)}, Overlap())
 
 
 def one_lane(*rooms: int, waiting: int = 8) -> Scheduler:
     """A single lane, with a replica of each of these sizes."""
     replicas = [replica(room, f"http://{number}") for number, room in enumerate(rooms)]
-    return Scheduler([Lane("vllm", replicas, waiting)], Policy(["vllm"], STILL))
+    return Scheduler([Lane("vllm", replicas, waiting)], policy(STILL, "vllm"))
 
 
 def arrive(scheduler: Scheduler, *tickets: Ticket, now: float = 1.0) -> list[Action]:
@@ -505,7 +513,7 @@ def test_a_waiting_request_moves_with_the_operators_pin() -> None:
     running, *waiting = (Ticket() for _ in range(3))
     arrive(scheduler, running, *waiting)
 
-    scheduler.pin = "vllm"
+    scheduler.policy.pin = "vllm"
 
     assert started(scheduler.changed(2.0)) == waiting
     assert waiting[0].reason == "pinned by the operator"
@@ -683,6 +691,7 @@ class Ledger:
     def take(self, actions: list[Action]) -> None:
         """Note what was decided; every decision must be about one who waits."""
         for action in actions:
+            assert not isinstance(action, Move), "both lanes are resident"
             ticket = action.ticket
             assert ticket in self.waiting, "decided about one who had left, or twice"
             self.waiting.remove(ticket)
@@ -690,7 +699,7 @@ class Ledger:
                 assert ticket.replica is not None
                 assert ticket.replica not in ticket.without
                 self.running[ticket] = ticket.replica
-                pin = self.scheduler.pin or ticket.pin
+                pin = self.scheduler.policy.pin or ticket.pin
                 assert ticket.lane is not None
                 assert not pin or ticket.lane.name == pin
                 assert pin or not ticket.able or ticket.lane.name in ticket.able
@@ -720,7 +729,7 @@ class Ledger:
                 replicas[which].room = slots
                 self.take(scheduler.changed(self.now))
             case Pin(lane):
-                scheduler.pin = lane
+                scheduler.policy.pin = lane
                 self.take(scheduler.changed(self.now))
             case Pass(seconds):
                 self.now += seconds
@@ -751,7 +760,7 @@ def test_whatever_happens_the_counts_are_right_and_nobody_is_started_twice_or_af
         Lane("ollama", [replica(1)], waiting=3),
         Lane("vllm", [replica(2, "http://0"), replica(2, "http://1")], waiting=3),
     ]
-    ledger = Ledger(Scheduler(lanes, Policy(["ollama", "vllm"], CROSSING)))
+    ledger = Ledger(Scheduler(lanes, policy(CROSSING)))
 
     for event in events:
         ledger.play(event)

@@ -28,6 +28,8 @@ from gateway.request import parse, read_body
 log = logging.getLogger("gateway")
 
 GENERATING = frozenset((base.CHAT, base.COMPLETIONS, base.EMBEDDINGS))
+#: What changes the gateway is below this.
+ADMIN = "/admin"
 #: What anybody may see: whether it lives, and how to use it.
 OPEN = frozenset(("/", "/health", "/ready", "/docs", "/openapi.json"))
 
@@ -51,17 +53,26 @@ class Edge:
         relay: Serves what generates.
         pages: Serves everything else (FastAPI).
         keys: Who is let in.
+        admins: Who may change what the gateway does.
         log: Is told of every exchange.
         max_body: The largest body, bytes.
     """
 
     def __init__(
-        self, relay: Relay, pages: Callable[..., Any], keys: Keys, log: Log, *, max_body: int
+        self,
+        relay: Relay,
+        pages: Callable[..., Any],
+        keys: Keys,
+        admins: Keys,
+        log: Log,
+        *,
+        max_body: int,
     ) -> None:
         self.draining = False
         self._relay = relay
         self._pages = pages
         self._keys = keys
+        self._admins = admins
         self._log = log
         self._max_body = max_body
         self._open: set[Lifeline] = set()
@@ -130,7 +141,8 @@ class Edge:
 
         try:
             if scope["path"] not in OPEN:
-                self._keys.holder(dict(scope["headers"]))
+                keys = self._admins if scope["path"].startswith(ADMIN) else self._keys
+                keys.holder(dict(scope["headers"]))
         except Unauthorized as error:
             await Reply(send, exchange).error(error)
             return

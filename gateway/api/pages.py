@@ -7,7 +7,7 @@ has answered before a request comes this far.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -58,6 +58,16 @@ class EmbeddingBody(BaseModel):
     input: str | list[str]
 
 
+class Pin(BaseModel):
+    """Where the operator wants the work to be done."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lane: Literal["ollama", "vllm", "llamacpp", "auto"] = Field(
+        description="An engine, or `auto`: the policy decides (again)."
+    )
+
+
 class Problem(BaseModel):
     """What went wrong, as OpenAI writes it."""
 
@@ -78,6 +88,8 @@ def build(  # noqa: C901 - a table of routes
     *,
     ready: Callable[[], dict[str, Any]],
     status: Callable[[], dict[str, Any]],
+    pin: Callable[[str | None], None],
+    release: Callable[[], None],
     version: str,
 ) -> FastAPI:
     """The pages as an ASGI application.
@@ -86,6 +98,8 @@ def build(  # noqa: C901 - a table of routes
         catalogue: The models to list.
         ready: What each model waits for; `{"ready": bool, ...}`.
         status: What the gateway knows of itself.
+        pin: Keep the work at a lane, or (None) leave it to the policy; raises GatewayError.
+        release: Give the GPU's memory back until the next pin; raises GatewayError.
         version: Shown in the documentation.
     """
     failures: dict[int | str, dict[str, Any]] = {
@@ -124,6 +138,18 @@ def build(  # noqa: C901 - a table of routes
     @app.get("/status", tags=["operating"])
     async def state() -> JSONResponse:
         """Lanes, demand, queues, health and the last decisions."""
+        return JSONResponse(status())
+
+    @app.post("/admin/pin", tags=["operating"])
+    async def pinned(body: Pin) -> JSONResponse:
+        """Keep the work (and in an exclusive placement the GPU) at one engine, or `auto`."""
+        pin(None if body.lane == "auto" else body.lane)
+        return JSONResponse(status())
+
+    @app.post("/admin/release", tags=["operating"])
+    async def released() -> JSONResponse:
+        """Give the GPU's memory to others, a training job perhaps, until the next pin."""
+        release()
         return JSONResponse(status())
 
     @app.get("/", include_in_schema=False)

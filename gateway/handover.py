@@ -1,0 +1,580 @@
+"""Who has the GPU, and how it passes from one engine to the other.
+
+    free ──────────────────────────────► loading ─► probing ─► held
+    held ─► draining ─► unloading ─► freeing ─► loading ─► probing ─► held by the other
+              │ too late     └───────────┴─────────┬┴──────────┘ a step fails
+              ▼                                    ▼
+            held, as before      back: loading ─► probing ─► held, as before
+                                                   │ fails, too
+                                                   ▼
+                                  down: each engine is tried in turn until one holds
+
+One task does all of it, one hand-over at a time, and every step has a deadline. Nothing
+is taken for done because an engine said so: what unloads is seen gone, memory is seen
+free, and what was loaded has to answer a token before anybody is sent there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import msgspec
+
+from backends.base import (
+    CHAT,
+    BackendError,
+    Call,
+    Engine,
+    Kind,
+    Readiness,
+    Refused,
+    Unreachable,
+    Unsupported,
+)
+from backends import process as processes
+from gateway.gpu import Memory, MemoryUnknown
+from gateway.policy import Policy
+
+log = logging.getLogger("gateway.handover")
+
+#: How often an engine, or the memory, is looked at while a step waits for it.
+LOOK_S = 0.1
+#: How long an engine that is not ours to start may be away, as when its container restarts.
+AWAY_S = 30.0
+#: Seconds to start from nothing, to choose whom to start when the holder has died.
+#: Assumed; the last start of each takes their place.
+COLD_S: Mapping[Kind, float] = {"ollama": 20.0, "llamacpp": 20.0, "vllm": 120.0}
+#: Pauses between attempts while no engine can be made to hold.
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 30.0
+#: Grace between SIGTERM and SIGKILL.
+STOP_S = 15.0
+
+
+class Step(StrEnum):
+    """Where the GPU is on its way."""
+
+    FREE = "free"
+    HELD = "held"
+    DRAINING = "draining"
+    UNLOADING = "unloading"
+    FREEING = "freeing"
+    LOADING = "loading"
+    PROBING = "probing"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """The longest each step may take, seconds."""
+
+    drain_s: float = 60.0
+    unload_s: float = 120.0
+    free_s: float = 30.0
+    load_s: float = 900.0
+    probe_s: float = 60.0
+
+    def of(self, step: Step) -> float:
+        """The deadline of one step."""
+        return {
+            Step.DRAINING: self.drain_s,
+            Step.UNLOADING: self.unload_s,
+            Step.FREEING: self.free_s,
+            Step.LOADING: self.load_s,
+            Step.PROBING: self.probe_s,
+        }[step]
+
+
+class StepFailed(Exception):
+    """A step did not come to its end; the text is for people."""
+
+    def __init__(self, step: Step, kind: str, why: str) -> None:
+        super().__init__(f"{step} {kind}: {why}")
+        self.step = step
+
+
+class Tenant(Protocol):
+    """One model's way into its lanes, as the GPU sees it."""
+
+    @property
+    def demand(self) -> int:
+        """Foreground requests that run or wait."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue, background calls included."""
+
+    def running(self, lane: str) -> int:
+        """Requests that run on a lane."""
+
+    def hold(self, lane: str | None, *, barred: str = "") -> None:
+        """The GPU is this lane's from now on.
+
+        None: nothing may start. `barred`: nothing will for a while, so say so to who asks.
+        """
+
+
+class Occupant:
+    """One engine that can take the GPU and give it back.
+
+    Args:
+        engine: The engine.
+        models: Its own names of the models it serves, the first to be loaded first.
+        process: The engine's process, where it is ours to start and stop.
+        needs: Bytes that must be free before it loads, if that is known.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        models: Sequence[str],
+        *,
+        process: processes.Supervised | None = None,
+        needs: int | None = None,
+    ) -> None:
+        self.engine = engine
+        self.models = tuple(models)
+        self.process = process
+        self.needs = needs
+        self.cold_s = COLD_S[engine.kind]
+
+    @property
+    def kind(self) -> Kind:
+        return self.engine.kind
+
+    async def resident(self) -> bool:
+        """Whether it has any of the GPU's memory now, as far as it can be asked."""
+        try:
+            return bool(await self.engine.resident())
+        except BackendError:
+            return False
+
+    async def take(self) -> None:
+        """Return when its first model is in memory; raises `BackendError`."""
+        cold = self.process is not None and not self.process.running
+        began = time.monotonic()
+        if cold:
+            assert self.process is not None  # noqa: S101 - it is what makes it cold
+            await self.process.start()
+        await self._there()
+        if self.models[0] not in await self.engine.resident():
+            await self.engine.load(self.models[0])
+        if cold:
+            self.cold_s = time.monotonic() - began
+
+    async def _there(self) -> None:
+        """Return when it can be spoken to."""
+        began = time.monotonic()
+        while True:
+            readiness = await self.engine.ready(self.models[0])
+            if readiness in (Readiness.READY, Readiness.ASLEEP):
+                return
+            if readiness is Readiness.ABSENT:
+                raise Unsupported(f"{self.engine} does not have the model {self.models[0]}")
+            if self.process is not None and not self.process.running:
+                raise Unreachable(f"{self.engine} ended: {self.process.last_words()}")
+            if self.process is None and time.monotonic() - began > AWAY_S:
+                raise Unreachable(f"{self.engine} cannot be reached")
+            await asyncio.sleep(LOOK_S)
+
+    async def give(self) -> None:
+        """Return when its models have left the memory; raises `BackendError`."""
+        try:
+            for model in await self.engine.resident():
+                await self.engine.unload(model)
+        except Unreachable:
+            pass  # whoever is gone has nothing; the memory is looked at next
+        except Unsupported:
+            if self.process is None:
+                raise
+            await self.stop()
+
+    async def probe(self) -> None:
+        """Return when it has generated a token; raises `BackendError`."""
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+        raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in body.items()}
+        with contextlib.suppress(Refused):  # it answers, only not to this
+            await self.engine.ask(Call(CHAT, raw), self.models[0])
+
+    async def stop(self) -> None:
+        """End its process, where it is ours."""
+        if self.process is not None:
+            await self.process.stop(STOP_S)
+
+
+@dataclass(slots=True)
+class Passage:
+    """One hand-over: what it took, step by step, and how it ended."""
+
+    at: float  # seconds since the epoch
+    source: str | None
+    target: str
+    why: str
+    steps: dict[str, float] = field(default_factory=dict)  # seconds
+    outcome: str = "under way"
+    waited: float = 0.0  # request-seconds
+
+
+class Gpu:
+    """The one owner of a GPU on which only one engine fits.
+
+    `run()` is its task. All else is plain: it changes what is wanted, and the task sees to it.
+
+    Args:
+        policy: Where the GPU should be.
+        occupants: The engines, by kind.
+        deadlines: Of each step.
+        memory: What is free, where that can be told.
+        idle_release_s: Without demand for so long, the memory is given back. 0: never.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        occupants: Mapping[str, Occupant],
+        deadlines: Deadlines,
+        memory: Memory,
+        *,
+        idle_release_s: float = 0.0,
+    ) -> None:
+        self.policy = policy
+        self.occupants = occupants
+        self.deadlines = deadlines
+        self.memory = memory
+        self.holder: str | None = None
+        self.step = Step.FREE
+        self.trouble = ""
+        self.released = False  # by the operator
+        self.held_once = False
+        self.passages: deque[Passage] = deque(maxlen=50)
+        self._idle_release_s = idle_release_s
+        self._tenants: list[Tenant] = []
+        self._since = time.monotonic()
+        self._busy_at = time.monotonic()
+        self._moving_s = 0.0
+        self._wake = asyncio.Event()
+
+    def join(self, tenant: Tenant) -> None:
+        """One more model lives on this GPU."""
+        self._tenants.append(tenant)
+        self._tell()
+
+    @property
+    def moving(self) -> bool:
+        """Whether people wait for the GPU now, rather than for a slot."""
+        return self.step not in (Step.HELD, Step.FREE, Step.DOWN)
+
+    @property
+    def demand(self) -> int:
+        return sum(tenant.demand for tenant in self._tenants)
+
+    def moving_s(self) -> float:
+        """Seconds in which nothing could start, in all; time in a queue does not count them."""
+        return self._moving_s + (time.monotonic() - self._since if self.moving else 0.0)
+
+    # What is wanted
+
+    def wanted(self) -> None:
+        """The policy has moved, or somebody asks while nobody holds: see to it.
+
+        From now on nothing starts on the lane that is left.
+        """
+        if self.step is Step.HELD and self.policy.lane != self.holder:
+            self._enter(Step.DRAINING)
+        self._wake.set()
+
+    def pin(self, lane: str | None) -> None:
+        """The operator wants the GPU at this lane, or (None) leaves it to the policy."""
+        self.policy.pin = lane
+        self.released = False
+        self._tell()
+        self._wake.set()
+
+    def release(self) -> None:
+        """The operator wants the memory for something else, until `pin()` is called."""
+        self.released = True
+        if self.step is Step.HELD:
+            self._enter(Step.DRAINING)
+        self._tell()
+        self._wake.set()
+
+    # The task
+
+    async def run(self) -> None:
+        """Own the GPU until cancelled."""
+        await self._adopt()
+        watchers = [
+            asyncio.create_task(self._watch(occupant.process))
+            for occupant in self.occupants.values()
+            if occupant.process is not None
+        ]
+        try:
+            while True:
+                await self._see_to_it()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._next_look_s()):
+                        await self._wake.wait()
+                self._wake.clear()
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+
+    async def stop(self) -> None:
+        """End the engines that are ours; `run()` is over."""
+        await asyncio.gather(*(occupant.stop() for occupant in self.occupants.values()))
+
+    async def _watch(self, process: processes.Supervised) -> None:
+        while True:
+            await process.died()
+            self._wake.set()
+            await asyncio.sleep(LOOK_S)
+
+    def _next_look_s(self) -> float | None:
+        if self._idle_release_s and self.step is Step.HELD:
+            return max(LOOK_S, min(5.0, self._idle_release_s / 4))
+        return None
+
+    async def _adopt(self) -> None:
+        """Begin with what is loaded already, so that a restart costs nobody a load."""
+        resident = [kind for kind, who in self.occupants.items() if await who.resident()]
+        if not resident:
+            return
+        keep = self.policy.lane if self.policy.lane in resident else resident[0]
+        try:
+            for kind in resident:
+                if kind != keep:
+                    await self._do(Step.UNLOADING, kind, self.occupants[kind].give)
+            await self._do(Step.PROBING, keep, self.occupants[keep].probe)
+        except StepFailed as exc:
+            await self._recover(str(exc))
+        else:
+            log.info("%s has the GPU already", keep)
+            self._open(keep)
+
+    async def _see_to_it(self) -> None:
+        """Whatever is to be done now."""
+        now = time.monotonic()
+        if self.demand:
+            self._busy_at = now
+        if self.released:
+            if self.holder is not None:
+                await self._give_up("released by the operator")
+        elif self.holder is None:
+            if not self.held_once or any(tenant.waiting for tenant in self._tenants):
+                why = "somebody asks for it" if self.held_once else "to be there for the first"
+                await self._pass(None, self.policy.pin or self.policy.lane, why)
+        elif self._died(self.holder):
+            await self._recover(f"{self.holder} ended")
+        elif self.policy.lane != self.holder:
+            await self._pass(self.holder, self.policy.lane, self.policy.why)
+        elif self._idle_release_s and now - self._busy_at > self._idle_release_s:
+            await self._give_up(f"nobody asked for {self._idle_release_s:g} s")
+
+    def _died(self, kind: str) -> bool:
+        process = self.occupants[kind].process
+        return process is not None and not process.running and process.started
+
+    async def _pass(self, source: str | None, target: str, why: str) -> None:
+        """Hand the GPU over, or go back where a step fails."""
+        passage = Passage(time.time(), source, target, why)
+        self.passages.append(passage)
+        log.info("hand-over from %s to %s: %s", source or "nobody", target, why)
+        try:
+            if source is not None:
+                await self._do(Step.DRAINING, source, lambda: self._drained(source), passage)
+                await self._do(Step.UNLOADING, source, self.occupants[source].give, passage)
+            await self._take(target, passage)
+        except StepFailed as exc:
+            log.warning("hand-over to %s failed: %s", target, exc)
+            passage.outcome = f"failed: {exc}"
+            if source is None:
+                await self._recover(str(exc))
+            elif exc.step is Step.DRAINING:
+                self._open(source)
+            else:
+                await self._back(source, target, str(exc))
+        else:
+            passage.outcome = "done"
+            self._open(target)
+        passage.waited = self.policy.waited
+
+    async def _take(self, kind: str, passage: Passage | None = None) -> None:
+        occupant = self.occupants[kind]
+        await self._do(Step.FREEING, kind, lambda: self._freed(occupant), passage)
+        await self._do(Step.LOADING, kind, occupant.take, passage)
+        await self._do(Step.PROBING, kind, occupant.probe, passage)
+
+    async def _back(self, source: str, target: str, why: str) -> None:
+        """The engine before has the GPU again."""
+        try:
+            await self._clear(target)
+            await self._take(source)
+        except StepFailed as exc:
+            await self._recover(f"{why}; and {exc}")
+        else:
+            self._open(source)
+
+    async def _recover(self, why: str) -> None:
+        """No engine holds: try each, the quickest to start first, until one does."""
+        pause = FIRST_PAUSE_S
+        while not self.released:
+            for kind in sorted(self.occupants, key=self._reluctance):
+                try:
+                    for other in self.occupants:
+                        if other != kind:
+                            await self._clear(other)
+                    await self._take(kind)
+                except StepFailed as exc:
+                    why = str(exc)
+                else:
+                    self._open(kind)
+                    return
+            self._enter(Step.DOWN, why)
+            log.error("no engine can be made to serve: %s; again in %g s", why, pause)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
+            self._wake.clear()
+            pause = min(LONGEST_PAUSE_S, pause * 2)
+        self.holder = None
+        self._enter(Step.FREE)
+
+    def _reluctance(self, kind: str) -> tuple[bool, float]:
+        return kind != self.policy.pin, self.occupants[kind].cold_s
+
+    async def _clear(self, kind: str) -> None:
+        """Whatever it takes that this engine has none of the memory; by force where it is ours."""
+        occupant = self.occupants[kind]
+        try:
+            await self._do(Step.UNLOADING, kind, occupant.give)
+        except StepFailed as exc:
+            log.warning("%s", exc)
+            await occupant.stop()
+
+    async def _give_up(self, why: str) -> None:
+        """Give the memory back to whoever wants it."""
+        assert self.holder is not None  # noqa: S101 - seen by the caller
+        source, self.holder = self.holder, None
+        log.info("%s gives the GPU back: %s", source, why)
+        with contextlib.suppress(StepFailed):  # who still runs when the time is over is cut
+            await self._do(Step.DRAINING, source, lambda: self._drained(source))
+        await self._clear(source)
+        self.policy.settled(time.monotonic(), source)
+        self._enter(Step.FREE)
+
+    # Steps
+
+    async def _do(
+        self,
+        step: Step,
+        kind: str,
+        work: Callable[[], Awaitable[None]],
+        passage: Passage | None = None,
+    ) -> None:
+        """One step within its deadline; raises `StepFailed`."""
+        self._enter(step)
+        deadline_s = self.deadlines.of(step)
+        began = time.monotonic()
+        log.info("%s %s (at most %g s)", step, kind, deadline_s)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await work()
+        except TimeoutError:
+            raise StepFailed(step, kind, f"not done after {deadline_s:g} s") from None
+        except BackendError as exc:
+            raise StepFailed(step, kind, str(exc)) from exc
+        finally:
+            if passage is not None:
+                passage.steps[step] = round(time.monotonic() - began, 3)
+
+    async def _drained(self, kind: str) -> None:
+        while any(tenant.running(kind) for tenant in self._tenants):  # noqa: ASYNC110 - cheap
+            await asyncio.sleep(LOOK_S)
+
+    async def _freed(self, occupant: Occupant) -> None:
+        """Return when there is room for an engine, as far as anybody can tell."""
+        if occupant.needs is None:
+            return
+        if await occupant.resident():
+            return  # what it needs, it has
+        while True:
+            try:
+                free = await asyncio.to_thread(self.memory.free)
+            except MemoryUnknown as exc:
+                log.warning("cannot see the memory: %s", exc)
+                return
+            if free >= occupant.needs:
+                return
+            await asyncio.sleep(LOOK_S)
+
+    # Telling
+
+    def _enter(self, step: Step, trouble: str = "") -> None:
+        now = time.monotonic()
+        if self.moving:
+            self._moving_s += now - self._since
+        self.step, self.trouble, self._since = step, trouble, now
+        self._tell()
+
+    def _open(self, kind: str) -> None:
+        """This engine has the GPU: everybody may start."""
+        self.holder = kind
+        self.held_once = True
+        self._busy_at = time.monotonic()
+        self.policy.settled(time.monotonic(), kind)
+        log.info("%s has the GPU", kind)
+        self._enter(Step.HELD)
+
+    def _tell(self) -> None:
+        for tenant in self._tenants:  # what one does about it may change it for the next
+            holder = self.holder if self.step is Step.HELD and not self.released else None
+            tenant.hold(holder, barred=self._barred())
+
+    def _barred(self) -> str:
+        if self.released:
+            return "is not loaded: the operator has released the GPU"
+        if self.step is Step.DOWN:
+            return "could not be loaded; it is tried again"
+        return ""
+
+    def progress(self) -> dict[str, object]:
+        """Where it is on its way, as JSON."""
+        return {
+            "holder": self.holder,
+            "step": self.step.value,
+            "to": self.policy.lane,
+            "since_s": round(time.monotonic() - self._since, 1),
+            "deadline_s": self.deadlines.of(self.step) if self.moving else None,
+            "trouble": self.trouble,
+        }
+
+    def status(self) -> dict[str, object]:
+        """How it stands, as JSON."""
+        return {
+            **self.progress(),
+            "pin": self.policy.pin,
+            "released": self.released,
+            "regret": round(self.policy.regret, 2),
+            "price": round(self.policy.price, 2),
+            "moves": self.policy.moves,
+            "passages": [
+                {
+                    "at": passage.at,
+                    "from": passage.source,
+                    "to": passage.target,
+                    "why": passage.why,
+                    "steps": passage.steps,
+                    "outcome": passage.outcome,
+                    "waited": round(passage.waited, 2),
+                }
+                for passage in self.passages
+            ],
+        }
