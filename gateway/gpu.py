@@ -1,7 +1,7 @@
 """What there is of GPU memory, how much of it is free, and who has the rest.
 
 It is asked and never reckoned: an engine that says its model is gone may still hold the
-bytes. A question takes milliseconds and waits for a driver or for files, so ask it in a
+bytes. A question waits for a driver or for files, up to a tenth of a second: ask it in a
 thread. Whoever cannot answer says `MemoryUnknown`, and serving goes on without it.
 """
 
