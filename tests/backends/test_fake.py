@@ -88,19 +88,20 @@ async def raw_answer(
         writer.close()
 
 
-async def until_quiet(engine: FakeEngine, **more: Any) -> bytes:
-    """What comes before the answer goes silent; then this client hangs up."""
+async def until_quiet(engine: FakeEngine, awaited: bytes) -> bytes:
+    """What comes before the answer goes silent, this among it; then this client hangs up."""
     reader, writer = await asyncio.open_connection("127.0.0.1", engine.port)
-    data = json.dumps(body(stream=True, **more)).encode()
+    data = json.dumps(body(stream=True)).encode()
     writer.write(f"POST {CHAT} HTTP/1.1\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+    await engine.until(lambda engine: engine.running == 1)
     got = b""
     try:
-        while True:
-            async with asyncio.timeout(0.1):
-                part = await reader.read(65536)
-            got += part
-            if not part:
-                return got
+        while awaited not in got:
+            got += await reader.read(65536)
+        async with asyncio.timeout(0.1):
+            while part := await reader.read(65536):
+                got += part
+        return got + b"<end>"  # it did not go silent
     except TimeoutError:
         return got
     finally:
@@ -676,14 +677,17 @@ async def test_answer_can_be_cut_at_any_byte(after: int) -> None:
 async def test_engine_can_take_a_request_and_say_nothing() -> None:
     async with FakeEngine("vllm") as engine:
         engine.script(Silence(), [Serve(tokens=0), Silence()], [Serve(tokens=2), Silence()])
-        nothing = await until_quiet(engine)
-        head = await until_quiet(engine)
-        some = await until_quiet(engine)
-        await engine.until(lambda engine: len(engine.hang_ups) == 3)
+        silences = [b"", b"transfer-encoding: chunked\r\n\r\n", b"token1"]
+        told: list[bytes] = []
+        for number, awaited in enumerate(silences, start=1):
+            told.append(await until_quiet(engine, awaited))
+            await engine.until(lambda engine, n=number: len(engine.hang_ups) == n)  # type: ignore[misc]
 
+    nothing, head, some = told
     assert nothing == b""
-    assert head.endswith(b"transfer-encoding: chunked\r\n\r\n")
-    assert b"token1" in some
+    assert head.endswith(silences[1])
+    assert b"token2" not in some
+    assert not some.endswith(b"<end>")
 
 
 async def test_pause_is_as_long_as_said() -> None:
