@@ -150,7 +150,9 @@ class Gateway:
         except LeaseError as exc:
             raise SettingsError(str(exc)) from exc
         kinds = list(dict.fromkeys(kind for model in models.values() for kind in model.lanes))
-        occupants = {kind: await self._occupant(kind, models) for kind in kinds}
+        occupants: dict[str, Occupant] = {
+            kind: await self._occupant(kind, models) for kind in kinds
+        }
         policy = Policy(
             kinds,
             {name: self._served(model) for name, model in models.items()},
@@ -428,7 +430,8 @@ class Gateway:
             self.gpu.pin(lane)
         for model in models:
             if not model.admission.scheduler.exclusive:
-                model.admission.pin(lane if lane in model.lanes else None)
+                known = lane is not None and lane in model.lanes
+                model.admission.pin(lane if known else None)
 
     def release(self) -> None:
         """Give the GPU's memory to others until the next `pin`.

@@ -31,6 +31,7 @@ import msgspec
 from backends.base import (
     CHAT,
     BackendError,
+    Broken,
     Call,
     Engine,
     Kind,
@@ -165,8 +166,7 @@ class Occupant:
             assert self.process is not None  # noqa: S101 - it is what makes it cold
             await self.process.start()
         await self._there()
-        if self.models[0] not in await self.engine.resident():
-            await self.engine.load(self.models[0])
+        await self.engine.load(self.models[0])
         if cold:
             self.cold_s = time.monotonic() - began
 
@@ -190,8 +190,10 @@ class Occupant:
         try:
             for model in await self.engine.resident():
                 await self.engine.unload(model)
-        except Unreachable:
-            pass  # whoever is gone has nothing; the memory is looked at next
+        except (Unreachable, Broken):
+            # Whoever is gone has nothing; the memory is looked at next.
+            if await self.engine.ready(self.models[0]) is not Readiness.DOWN:
+                raise
         except Unsupported:
             if self.process is None:
                 raise
@@ -488,7 +490,10 @@ class Gpu:
             async with asyncio.timeout(deadline_s):
                 await work()
         except TimeoutError:
-            raise StepFailed(step, kind, f"not done after {deadline_s:g} s") from None
+            why = f"not done after {deadline_s:g} s"
+            if step is Step.FREEING:
+                why += "; does vLLM run with --enable-sleep-mode, and is nobody else at the GPU?"
+            raise StepFailed(step, kind, why) from None
         except BackendError as exc:
             raise StepFailed(step, kind, str(exc)) from exc
         finally:
