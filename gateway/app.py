@@ -17,8 +17,7 @@ from typing import Any, Self
 
 from backends import http
 from backends.base import BackendError, Capabilities, Engine, Readiness, Timeouts
-from backends import process as processes
-from backends.process import Process
+from backends.process import Supervised
 from backends.vllm import VLLM
 from gateway import discovery, profile, settings, telemetry
 from gateway.admission import Admission, Server
@@ -30,6 +29,7 @@ from gateway.errors import BadRequest
 from gateway.gpu import Budget, Memory, MemoryUnknown, Nvml
 from gateway.handover import Deadlines, Gpu, Occupant
 from gateway.health import Breaker, Prober
+from gateway.lease import Lease, LeaseError
 from gateway.policy import HandOver, Overlap, Policy, Served
 from gateway.relay import Relay
 from gateway.scheduler import Lane, Replica, Scheduler
@@ -79,8 +79,8 @@ class Gateway:
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}  # by model
         self._relisting: asyncio.Task[None] | None = None
         self._heard: list[asyncio.Event] = []  # of each replica, when it has been looked at
-        self._embedded: Process | None = None
-        self._lease: Any = None
+        self._embedded: Supervised | None = None
+        self._lease: Lease | None = None
         self.gpu: Gpu | None = None
         self._owning: asyncio.Task[None] | None = None
         self._began = time.time()
@@ -141,8 +141,6 @@ class Gateway:
         """Be the one owner of the GPU that these models share; raises SettingsError."""
         if not models:
             return
-        from gateway.lease import Lease, LeaseError
-
         own = self._settings.gpu
         try:
             self._lease = Lease(own.lease or _usual_lease())
@@ -160,11 +158,11 @@ class Gateway:
         )
         policy.pin = next((model.pin for model in models.values() if model.pin), None)
         deadlines = Deadlines(own.drain_s, own.unload_s, own.free_s, own.load_s, own.probe_s)
-        processes = [o.process for o in occupants.values() if o.process is not None]
+        ours = [o.process for o in occupants.values() if o.process is not None]
         memory = self._memory or Nvml()
         if own.budget_gib is not None:
             size = int(own.budget_gib * GIB)
-            memory = Budget(size, lambda: [p.pid for p in processes if p.pid is not None])
+            memory = Budget(size, lambda: [p.pid for p in ours if p.pid is not None])
         self._check_memory(models, memory)
         self.gpu = Gpu(policy, occupants, deadlines, memory, idle_release_s=own.idle_release_s)
 
@@ -175,7 +173,7 @@ class Gateway:
         process = None
         if configured.command:
             file = configured.log or Path(tempfile.mkdtemp(prefix="twolane-")) / f"{kind}.log"
-            process = processes.Supervised(configured.command, file, configured.environment)
+            process = Supervised(configured.command, file, configured.environment)
             log.info("%s is ours to start and stop (log: %s)", kind, file)
         engine = self._engine(kind, configured.urls[0])
         if isinstance(engine, VLLM) and process is None:
@@ -233,8 +231,9 @@ class Gateway:
                    "--slots", str(own.slots), "--context", str(own.context)]  # fmt: skip
         errors = Path(tempfile.mkdtemp(prefix="twolane-")) / "llamacpp.log"
         log.info("starting the embedded engine on %s (log: %s)", gguf.name, errors)
+        embedded = self._embedded = Supervised(command, errors, tells_url=True)
         try:
-            self._embedded = await Process.start(command, errors, deadline_s=EMBEDDED_START_S)
+            await embedded.start(deadline_s=EMBEDDED_START_S)
         except BackendError as exc:
             raise SettingsError(f"The embedded engine does not start: {exc}") from exc
         self._urls["llamacpp"] = (self._embedded.url,)

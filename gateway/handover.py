@@ -40,7 +40,7 @@ from backends.base import (
     Unreachable,
     Unsupported,
 )
-from backends import process as processes
+from backends.process import Supervised
 from gateway.gpu import Memory, MemoryUnknown
 from gateway.policy import Policy
 
@@ -138,7 +138,7 @@ class Occupant:
         engine: Engine,
         models: Sequence[str],
         *,
-        process: processes.Supervised | None = None,
+        process: Supervised | None = None,
         needs: int | None = None,
     ) -> None:
         self.engine = engine
@@ -263,6 +263,9 @@ class Gpu:
         self._busy_at = time.monotonic()
         self._moving_s = 0.0
         self._wake = asyncio.Event()
+        for occupant in occupants.values():
+            if occupant.process is not None:
+                occupant.process.on_end = self._wake.set
 
     def join(self, tenant: Tenant) -> None:
         """One more model lives on this GPU."""
@@ -313,31 +316,16 @@ class Gpu:
     async def run(self) -> None:
         """Own the GPU until cancelled."""
         await self._adopt()
-        watchers = [
-            asyncio.create_task(self._watch(occupant.process))
-            for occupant in self.occupants.values()
-            if occupant.process is not None
-        ]
-        try:
-            while True:
-                await self._see_to_it()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._next_look_s()):
-                        await self._wake.wait()
-                self._wake.clear()
-        finally:
-            for watcher in watchers:
-                watcher.cancel()
+        while True:
+            await self._see_to_it()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._next_look_s()):
+                    await self._wake.wait()
+            self._wake.clear()
 
     async def stop(self) -> None:
         """End the engines that are ours; `run()` is over."""
         await asyncio.gather(*(occupant.stop() for occupant in self.occupants.values()))
-
-    async def _watch(self, process: processes.Supervised) -> None:
-        while True:
-            await process.died()
-            self._wake.set()
-            await asyncio.sleep(LOOK_S)
 
     def _next_look_s(self) -> float | None:
         if self._idle_release_s and self.step is Step.HELD:
@@ -382,7 +370,7 @@ class Gpu:
 
     def _died(self, kind: str) -> bool:
         process = self.occupants[kind].process
-        return process is not None and not process.running and process.started
+        return process is not None and process.wanted and not process.running
 
     async def _pass(self, source: str | None, target: str, why: str) -> None:
         """Hand the GPU over, or go back where a step fails."""

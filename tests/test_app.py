@@ -109,13 +109,15 @@ async def test_without_any_engine_the_embedded_one_answers(start_gateway: StartG
         assert await ask(running, model="smollm2", max_tokens=4) == "llamacpp"
         embedded = running.gateway._embedded
         assert embedded is not None
+        pid = embedded.pid
+        assert pid is not None
         made = await running.http.post(
             "/v1/embeddings", json={"model": "smollm2", "input": "The sea"}
         )
 
     assert len(made.json()["data"][0]["embedding"]) == 576
     with pytest.raises(ProcessLookupError):
-        os.kill(embedded.pid, 0)
+        os.kill(pid, 0)
 
 
 async def test_a_model_file_that_is_not_there_stops_the_start(start_gateway: StartGateway) -> None:

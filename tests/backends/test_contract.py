@@ -12,7 +12,7 @@ from backends import http
 from backends.base import Kind
 from backends.fake import FakeEngine
 from backends.llamacpp import LlamaCpp
-from backends.process import Process
+from backends.process import Supervised
 from gateway.discovery import CLASSES, packaged_model
 from tests.backends.contract import Contract, Subject
 
@@ -36,16 +36,17 @@ class TestEmbedded(Contract):
     """llama.cpp for real, as `twolane serve` starts it."""
 
     @pytest.fixture
-    async def subject(self, embedded: Process) -> AsyncIterator[Subject]:
+    async def subject(self, embedded: Supervised) -> AsyncIterator[Subject]:
         async with http.Client() as client:
             yield Subject(LlamaCpp(embedded.url, client), "smollm2")
 
     @pytest.fixture(scope="class")
-    async def embedded(self, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Process]:
+    async def embedded(self, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Supervised]:
         gguf = packaged_model()
         assert gguf is not None
         command = [sys.executable, "-m", "backends.llamacpp", str(gguf), "--name", "smollm2"]
         log = Path(tmp_path_factory.mktemp("embedded")) / "log"
-        process = await Process.start(command, log, deadline_s=60)
+        process = Supervised(command, log, tells_url=True)
+        await process.start(deadline_s=60)
         yield process
         await process.stop()

@@ -332,12 +332,7 @@ def vllm(
     if not all(part.is_complete() for part in parts() if part.name != "ollama"):
         raise RigError(f"vLLM is not installed: {GET_ENGINES}")
     port = port or free_port()
-    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(weights), "--served-model-name", VLLM_MODEL]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
-    # Compiling pays only after minutes of load; a test wants an early start.
-    command += ["--dtype", "bfloat16", "--enforce-eager"]
+    command = vllm_command(port, weights, max_model_len, max_num_seqs)
     if tools:
         command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     if embeddings:
@@ -352,6 +347,21 @@ def vllm(
         within_s=300,
     ) as engine:
         yield engine
+
+
+def vllm_command(
+    port: int,
+    weights: Path = WEIGHTS,
+    max_model_len: int = CONTEXT_TOKENS,
+    max_num_seqs: int = 32,
+) -> list[str]:
+    """What starts vLLM's server, for whoever starts it."""
+    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(weights), "--served-model-name", VLLM_MODEL]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
+    # Compiling pays only after minutes of load; a test wants an early start.
+    return [*command, "--dtype", "bfloat16", "--enforce-eager"]
 
 
 def vllm_environment() -> dict[str, str]:

@@ -1,0 +1,393 @@
+"""A GPU on which only one engine fits, played on the CPU by the real engines: `make switch`.
+
+A gateway starts the real Ollama and the real vLLM itself. A budget of memory stands for the
+GPU: the two do not fit into it together, so the gateway must have one stopped, or its model
+unloaded, before the other may load. One person asks, then a crowd, then one person again,
+each without a pause; the GPU goes to vLLM and comes back. All of it is written down:
+every request, and twice a second who holds the GPU, what is asked, and regret and price.
+
+    python -m tests.engines.switch --picture docs/switch.svg --json switch.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from tests.engines import rig
+
+CROWD = 4
+#: GiB. vLLM has about 3.3 on the CPU, Ollama with its model about 0.4 and without 0.1.
+BUDGET_GIB = 4.0
+NEEDS_GIB = {"ollama": 3.0, "vllm": 3.8}
+#: What a process must have to be a vLLM with a model in memory, bytes.
+LOADED = 2**30
+#: Longest the GPU may take to move after demand has changed, seconds.
+PATIENCE_S = 900.0
+LOOK_S = 0.5
+
+
+@dataclass
+class Asked:
+    """One request: seconds since the start when it was sent and was over, and how."""
+
+    person: int
+    sent_s: float
+    over_s: float = 0.0
+    status: int = 0
+    lane: str = ""
+    reason: str = ""
+    pings: int = 0
+    finish: str | None = None
+    error: str | None = None
+
+
+@dataclass
+class Record:
+    """The whole run; `moments` are the gateway's own words, and who was really in memory."""
+
+    requests: list[Asked] = field(default_factory=list)
+    moments: list[dict[str, Any]] = field(default_factory=list)
+    passages: list[dict[str, Any]] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    exit_code: int | None = None
+    left: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Stage:
+    """The gateway that is played with, and the ports of its engines."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    ports: dict[str, int]
+    began: float
+
+    @property
+    def now_s(self) -> float:
+        return time.monotonic() - self.began
+
+
+def configuration(ports: dict[str, int], port: int, scratch: Path) -> dict[str, Any]:
+    """What an operator would write, with a budget in place of a GPU."""
+    ollama = f"http://127.0.0.1:{ports['ollama']}"
+    models = {"ollama": rig.OLLAMA_MODEL, "vllm": rig.VLLM_MODEL}
+    return {
+        "port": port,
+        "engines": {
+            "ollama": {
+                "urls": [ollama],
+                "command": ["ollama", "serve"],
+                "environment": rig.ollama_environment(ollama, None),
+                "log": str(scratch / "ollama.log"),
+            },
+            "vllm": {
+                "urls": [f"http://127.0.0.1:{ports['vllm']}"],
+                "command": rig.vllm_command(ports["vllm"]),
+                "environment": rig.vllm_environment(),
+                "log": str(scratch / "vllm.log"),
+            },
+        },
+        "models": {
+            "smollm2": {
+                "placement": "exclusive",
+                "lanes": {
+                    kind: {"model": models[kind], "memory_gib": NEEDS_GIB[kind]} for kind in models
+                },
+            }
+        },
+        "gpu": {
+            "budget_gib": BUDGET_GIB,
+            "handover_s": 5,
+            "load_s": 300,
+            "lease": str(scratch / "lease"),
+        },
+        "limits": {"heartbeat_s": 2},
+    }
+
+
+@contextlib.contextmanager
+def staged(scratch: Path) -> Iterator[Stage]:
+    """A gateway that has its engines to itself; ended, with all it started, at the end."""
+    ports = {"ollama": rig.free_port(), "vllm": rig.free_port()}
+    port = rig.free_port()
+    config = scratch / "twolane.yaml"
+    config.write_text(yaml.safe_dump(configuration(ports, port, scratch)))
+    with (scratch / "gateway.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gateway", "serve", "--config", str(config)], stderr=log
+        )
+    try:
+        yield Stage(f"http://127.0.0.1:{port}", process, ports, time.monotonic())
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(120)
+
+
+async def play(stage: Stage, record: Record) -> None:
+    """One, a crowd, one; returns when the GPU is back at Ollama and has answered there."""
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        httpx.AsyncClient(base_url=stage.url, timeout=600, limits=limits) as client,
+        watched(stage, client, record),
+    ):
+        await until(client, lambda gpu: gpu["step"] == "held", within_s=120)
+        for _ in range(3):
+            await ask(stage, client, record, 0)
+        async with asking(stage, client, record, CROWD):
+            await until(client, held_by("vllm"))
+            await asyncio.sleep(15)
+        async with asking(stage, client, record, 1):
+            await until(client, held_by("ollama"))
+        for _ in range(3):
+            await ask(stage, client, record, 0)
+        record.passages = (await status(client))["gpu"]["passages"]
+
+
+def held_by(kind: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda gpu: gpu["step"] == "held" and gpu["holder"] == kind
+
+
+async def status(client: httpx.AsyncClient) -> dict[str, Any]:
+    said: dict[str, Any] = (await client.get("/status")).json()
+    return said
+
+
+async def until(
+    client: httpx.AsyncClient,
+    happened: Callable[[dict[str, Any]], bool],
+    within_s: float = PATIENCE_S,
+) -> None:
+    """Return when this holds of the GPU; raises TimeoutError with what it was."""
+    said: dict[str, Any] = {}
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):  # it is only starting
+            said = (await status(client))["gpu"]
+            if happened(said):
+                return
+        await asyncio.sleep(LOOK_S)
+    raise TimeoutError(f"not within {within_s:g} s: {said}")
+
+
+@contextlib.asynccontextmanager
+async def asking(
+    stage: Stage, client: httpx.AsyncClient, record: Record, people: int
+) -> AsyncIterator[None]:
+    """So many people ask again and again; at the end all wait for their last answer."""
+    stay = [True]
+
+    async def person(number: int) -> None:
+        while stay[0]:
+            await ask(stage, client, record, number)
+
+    tasks = [asyncio.create_task(person(number)) for number in range(people)]
+    try:
+        yield
+    finally:
+        stay[0] = False
+        await asyncio.gather(*tasks)
+
+
+async def ask(stage: Stage, client: httpx.AsyncClient, record: Record, person: int) -> None:
+    """Ask once, streaming, and write down what came."""
+    asked = Asked(person, stage.now_s)
+    record.requests.append(asked)
+    body = {
+        "model": "smollm2",
+        "messages": [
+            {"role": "user", "content": f"{len(record.requests)}: write a story about the sea."}
+        ],
+        "max_tokens": 64,
+        "stream": True,
+    }
+    try:
+        async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            asked.status = answer.status_code
+            asked.lane = answer.headers["x-gateway-lane"]
+            asked.reason = answer.headers["x-gateway-reason"]
+            async for line in answer.aiter_lines():
+                asked.pings += line.startswith(":")
+                if line.startswith("data: {"):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        asked.error = str(event["error"])
+                    for choice in event.get("choices") or ():
+                        asked.finish = choice.get("finish_reason") or asked.finish
+    except httpx.HTTPError as exc:
+        asked.error = f"{type(exc).__name__}: {exc}"
+    asked.over_s = stage.now_s
+
+
+@contextlib.asynccontextmanager
+async def watched(stage: Stage, client: httpx.AsyncClient, record: Record) -> AsyncIterator[None]:
+    """Meanwhile somebody writes down how it stands, and looks for himself who is in memory."""
+
+    async def watch() -> None:
+        while True:
+            moment: dict[str, Any] = {"at_s": round(stage.now_s, 2)}
+            with contextlib.suppress(httpx.TransportError):
+                said = await status(client)
+                model = said["models"]["smollm2"]
+                moment |= {
+                    "demand": model["demand"],
+                    "waiting": model["waiting"],
+                    **{
+                        name: said["gpu"][name]
+                        for name in ("holder", "step", "regret", "price", "moves")
+                    },
+                }
+            moment["resident"] = await resident(stage)
+            record.moments.append(moment)
+            await asyncio.sleep(LOOK_S)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+
+
+async def resident(stage: Stage) -> list[str]:
+    """The engines that have a model in memory, asked of themselves and of the kernel."""
+    there = []
+    async with httpx.AsyncClient(timeout=5) as client:
+        with contextlib.suppress(httpx.TransportError):
+            answer = await client.get(f"http://127.0.0.1:{stage.ports['ollama']}/api/ps")
+            if answer.json()["models"]:
+                there.append("ollama")
+    if await asyncio.to_thread(_vllm_loaded, stage):
+        there.append("vllm")
+    return there
+
+
+def _vllm_loaded(stage: Stage) -> bool:
+    sizes = [_size(process) for process in processes_of(stage, "vllm")]
+    return max(sizes, default=0) > LOADED
+
+
+def _size(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0  # it has ended
+
+
+def processes_of(stage: Stage, kind: str) -> list[psutil.Process]:
+    """What runs for one of the stage's engines, wherever it hangs in the tree of processes."""
+    marks = {"vllm": str(stage.ports["vllm"]), "ollama": f":{stage.ports['ollama']}"}
+    found: set[psutil.Process] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            marked = marks[kind] in " ".join(process.cmdline())
+            if kind == "ollama":
+                marked = process.environ().get("OLLAMA_HOST", "").endswith(marks[kind])
+            if marked and process.pid != stage.process.pid:
+                found |= {process, *process.children(recursive=True)}
+    return list(found)
+
+
+def run(scratch: Path, played: Callable[[Stage, Record], Awaitable[None]] = play) -> Record:
+    """The whole scenario, the engines started and ended."""
+    record = Record()
+    with staged(scratch) as stage:
+        asyncio.run(_played(played, stage, record))
+    record.exit_code = stage.process.returncode
+    record.left = [
+        f"{process.pid} {kind}" for kind in stage.ports for process in processes_of(stage, kind)
+    ]
+    lines = (scratch / "gateway.log").read_text().splitlines()
+    record.log = [json.loads(line) for line in lines if line.startswith("{")]
+    return record
+
+
+async def _played(
+    played: Callable[[Stage, Record], Awaitable[None]], stage: Stage, record: Record
+) -> None:
+    await played(stage, record)
+
+
+def draw(record: Record, path: Path) -> None:
+    """The timeline as a picture: demand, holder, regret against price, waiting, response times."""
+    import matplotlib as mpl  # noqa: PLC0415 - only who wants a picture needs it
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    colours = {"ollama": "#2a7f62", "vllm": "#c8553d", "moving": "#c9c9c9"}
+    seen = [moment for moment in record.moments if "step" in moment]
+    times = [moment["at_s"] for moment in seen]
+    figure, (people, rent, answers) = plt.subplots(
+        3, 1, sharex=True, figsize=(10, 7.5), height_ratios=(2, 2, 2), layout="constrained"
+    )
+    for axes in (people, rent, answers):
+        for one, after in zip(seen, [*seen[1:], seen[-1]], strict=True):
+            held = one["holder"] if one["step"] == "held" else "moving"
+            colour = colours.get(held or "moving", colours["moving"])
+            axes.axvspan(one["at_s"], after["at_s"], color=colour, alpha=0.18, linewidth=0)
+    people.step(times, [m["demand"] for m in seen], where="post", color="black", label="demand")
+    people.fill_between(
+        times, [m["waiting"] for m in seen], step="post", color="black", alpha=0.3, label="waiting"
+    )
+    people.set_ylabel("requests")
+    rent.plot(times, [m["regret"] for m in seen], color="black", label="regret")
+    rent.plot(times, [m["price"] for m in seen], color="black", linestyle=":", label="price")
+    rent.set_ylabel("request-seconds")
+    for lane in ("ollama", "vllm"):
+        good = [a for a in record.requests if a.lane == lane and not a.error]
+        answers.scatter(
+            [a.over_s for a in good],
+            [a.over_s - a.sent_s for a in good],
+            s=12,
+            color=colours[lane],
+            label=f"answered by {lane}",
+        )
+    answers.set_yscale("log")
+    answers.set_ylabel("response time, s")
+    answers.set_xlabel("seconds; green: Ollama holds, red: vLLM holds, grey: the GPU moves")
+    for axes in (people, rent, answers):
+        axes.legend(loc="upper right", fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def main() -> int:
+    """Play it, and keep what was seen."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.engines.switch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--picture", type=Path, help="draw the timeline here (.svg or .png)")
+    parser.add_argument("--json", type=Path, help="write everything that was seen here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        record = run(Path(scratch))
+    for passage in record.passages:
+        print(passage)  # noqa: T201 - a command's way to speak
+    if args.json:
+        args.json.write_text(json.dumps(asdict(record), indent=1))
+    if args.picture:
+        draw(record, args.picture)
+    return os.EX_OK if not record.left else os.EX_SOFTWARE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The GPU goes from the real Ollama to the real vLLM and back; see `tests.engines.switch`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.engines import rig, switch
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> switch.Record:
+    """The scenario, played once for all tests that look at it."""
+    missing = [part.name for part in rig.parts() if not part.is_complete()]
+    if missing and os.environ.get("CI") != "true":
+        pytest.skip(f"not installed: {', '.join(missing)}; {rig.GET_ENGINES}")
+    scratch = tmp_path_factory.mktemp("switch")
+    played = switch.run(scratch)
+    switch.draw(played, Path(scratch, "switch.svg"))
+    return played
+
+
+def test_load_rises_and_falls_and_the_gpu_goes_there_and_comes_back(
+    record: switch.Record,
+) -> None:
+    ways = [(passage["from"], passage["to"], passage["outcome"]) for passage in record.passages]
+
+    assert ways == [
+        (None, "ollama", "done"),
+        ("ollama", "vllm", "done"),
+        ("vllm", "ollama", "done"),
+    ]
+
+
+def test_every_request_is_answered_once_and_to_its_end(record: switch.Record) -> None:
+    assert [a for a in record.requests if a.error or a.status != 200 or not a.finish] == []
+    assert [line["outcome"] for line in record.log] == ["ok"] * len(record.requests)
+    assert {line["attempts"] for line in record.log} == {1}
+
+
+def test_both_lanes_were_used_and_the_headers_say_so(record: switch.Record) -> None:
+    lanes = [asked.lane for asked in record.requests]
+
+    assert lanes[:3] == lanes[-3:] == ["ollama"] * 3
+    assert lanes.count("vllm") > switch.CROWD
+
+
+def test_the_two_were_never_in_memory_together(record: switch.Record) -> None:
+    together = [m for m in record.moments if len(m["resident"]) > 1]
+    alone = {engine for m in record.moments for engine in m["resident"]}
+
+    assert together == []
+    assert alone == {"ollama", "vllm"}
+
+
+def test_streams_that_waited_for_the_gpu_got_heartbeats(record: switch.Record) -> None:
+    waited = [a for a in record.requests if a.pings]
+
+    assert len(waited) >= switch.CROWD
+    assert any("waits for the GPU" in asked.reason for asked in waited)
+
+
+def test_what_the_moves_cost_is_measured(record: switch.Record) -> None:
+    there, back = record.passages[1:]
+
+    for passage in (there, back):
+        assert list(passage["steps"]) == [
+            "draining", "unloading", "freeing", "loading", "probing",
+        ]  # fmt: skip
+        assert passage["waited"] > 0
+    assert there["steps"]["loading"] > back["steps"]["loading"] > 0  # a start, and a load
+
+
+def test_nothing_is_left_of_it(record: switch.Record) -> None:
+    assert record.exit_code == 0
+    assert record.left == []
