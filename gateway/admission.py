@@ -75,9 +75,9 @@ class Admission:
             gpu.join(self)
 
     @property
-    def moving(self) -> bool:
-        """Whether who waits here waits for a hand-over, not for a slot."""
-        return self._gpu is not None and self._gpu.moving
+    def movement(self) -> str:
+        """What who waits here waits for, if that is the GPU and not a slot; else empty."""
+        return self._gpu.movement if self._gpu is not None else ""
 
     def slot(self, ticket: Ticket, *, again: bool = False) -> Slot:
         """Hold a slot of one of the model's replicas for as long as the context is open.

@@ -86,7 +86,11 @@ class Gateway:
         self._began = time.time()
         self.catalogue = Catalogue()
         self.edge = Edge(
-            Relay(self.catalogue, heartbeat_s=read.limits.heartbeat_s),
+            Relay(
+                self.catalogue,
+                heartbeat_s=read.limits.heartbeat_s,
+                status_events=read.status_events,
+            ),
             build(
                 self.catalogue,
                 ready=self.ready,

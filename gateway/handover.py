@@ -278,6 +278,11 @@ class Gpu:
         return self.step not in (Step.HELD, Step.FREE, Step.DOWN)
 
     @property
+    def movement(self) -> str:
+        """Where the GPU is on its way, for people; empty where it is not."""
+        return f"The GPU goes to {self.policy.lane}: {self.step}" if self.moving else ""
+
+    @property
     def demand(self) -> int:
         return sum(tenant.demand for tenant in self._tenants)
 

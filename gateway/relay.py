@@ -16,6 +16,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
+import msgspec
+
 from backends import base, sse
 from backends.base import BackendError, Busy, Refused, Silent, Unreachable
 from gateway.catalogue import Catalogue, Model
@@ -177,14 +179,16 @@ def told(exchange: Exchange) -> Headers:
 
 
 class Heart:
-    """Comment lines to a waiting stream, whenever nothing was sent for a while and it `may`."""
+    """Keeps a waiting stream alive: sends what `beat` says whenever nothing was sent for a while.
 
-    def __init__(self, reply: Reply, period_s: float, may: Callable[[], bool]) -> None:
+    An empty beat is none.
+    """
+
+    def __init__(self, reply: Reply, period_s: float, beat: Callable[[], bytes]) -> None:
         self._reply = reply
         self._period_s = period_s
-        self._may = may
+        self._beat = beat
         self._beating: asyncio.Task[None] | None = None
-
     def __enter__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._reply.last = time.monotonic()
@@ -198,8 +202,8 @@ class Heart:
     def _due(self) -> None:
         left = self._reply.last + self._period_s - time.monotonic()
         if left <= 0.001:
-            if (self._beating is None or self._beating.done()) and self._may():
-                self._beating = self._loop.create_task(self._reply.events(HEARTBEAT))
+            if (self._beating is None or self._beating.done()) and (beat := self._beat()):
+                self._beating = self._loop.create_task(self._reply.events(beat))
             left = self._period_s
         self._timer = self._loop.call_later(left, self._due)
 
@@ -223,11 +227,20 @@ class RetryBudget:
 
 
 class Relay:
-    """Serves requests from the models of a catalogue."""
+    """Serves requests from the models of a catalogue.
 
-    def __init__(self, catalogue: Catalogue, *, heartbeat_s: float) -> None:
+    Args:
+        catalogue: The models.
+        heartbeat_s: Silence before a waiting stream is sent a comment.
+        status_events: Whether one that waits for the GPU is told so in Open WebUI's way.
+    """
+
+    def __init__(
+        self, catalogue: Catalogue, *, heartbeat_s: float, status_events: bool = False
+    ) -> None:
         self._catalogue = catalogue
         self._heartbeat_s = heartbeat_s
+        self._status_events = status_events
         self._budget = RetryBudget()
 
     async def serve(
@@ -252,23 +265,24 @@ class Relay:
         self._budget.earn()
         with contextlib.ExitStack() as stack:
             if request.call.stream:
-                may = partial(self._may_beat, model, ticket, exchange, reply)
-                stack.enter_context(Heart(reply, self._heartbeat_s, may))
+                beat = partial(self._beat, model, ticket, exchange, reply)
+                stack.enter_context(Heart(reply, self._heartbeat_s, beat))
             await self._attempts(model, ticket, stripped, request, exchange, reply)
 
-    def _may_beat(self, model: Model, ticket: Ticket, exchange: Exchange, reply: Reply) -> bool:
-        """Whether a stream may begin with a comment: once nobody will refuse it any more.
+    def _beat(self, model: Model, ticket: Ticket, exchange: Exchange, reply: Reply) -> bytes:
+        """What keeps a stream alive now; nothing while it may still be refused.
 
         In the queue it may still be told 429 or 503; only a hand-over is worth its silence.
         """
         if ticket.lane is not None:
-            return True
-        if not model.admission.moving:
-            return False
+            return HEARTBEAT
+        movement = model.admission.movement
+        if not movement:
+            return b""
         if not reply.begun:
             exchange.lane = model.admission.scheduler.lane_for(ticket) or ""
-            exchange.reason = f"waits for the GPU to come to {exchange.lane}"
-        return True
+            exchange.reason = movement
+        return _status_event(movement, done=False) if self._status_events else HEARTBEAT
 
     async def _attempts(
         self,
@@ -290,6 +304,8 @@ class Relay:
                     exchange.reason = ticket.reason
                     exchange.dropped = stripped
                     exchange.sent = time.monotonic()
+                    if reply.begun and self._status_events and failure is None:
+                        await reply.events(_status_event("The GPU is there.", done=True))
                     await self._attempt(model, replica, request, exchange, reply)
                     return
             except NoLane:
@@ -372,6 +388,12 @@ class Relay:
             exchange.usage = answer.watch.usage
             answer.close()
         await reply.end()
+
+
+def _status_event(text: str, *, done: bool) -> bytes:
+    """What Open WebUI shows over an answer; not OpenAI's, so only where it was asked for."""
+    status = {"type": "status", "data": {"description": text, "done": done}}
+    return b"data: " + msgspec.json.encode({"event": status}) + b"\n\n"
 
 
 def _translated(error: BackendError) -> GatewayError:

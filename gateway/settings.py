@@ -218,6 +218,9 @@ class Settings(BaseSettings):
     )
     embedded: Embedded = Embedded()
     limits: Limits = Limits()
+    status_events: bool = Field(
+        False, description="Tell streams that wait for the GPU so, in Open WebUI's own way."
+    )
     log: Annotated[Literal["json", "off"], BeforeValidator(_off)] = Field(
         "json", description="One line a request, on stderr."
     )

@@ -59,7 +59,7 @@ def test_streams_that_waited_for_the_gpu_got_heartbeats(record: switch.Record) -
     waited = [a for a in record.requests if a.pings]
 
     assert len(waited) >= switch.CROWD
-    assert any("waits for the GPU" in asked.reason for asked in waited)
+    assert any("The GPU goes to vllm" in asked.reason for asked in waited)
 
 
 def test_what_the_moves_cost_is_measured(record: switch.Record) -> None:
