@@ -70,6 +70,7 @@ class Admission:
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._tick: asyncio.TimerHandle | None = None
         self._breaker_ticks: dict[Replica, asyncio.TimerHandle] = {}
+        self.active_at = _now()
         self._gpu = gpu
         if gpu is not None:
             gpu.join(self)
@@ -181,7 +182,8 @@ class Admission:
         Raises:
             GatewayError: It was refused at once.
         """
-        for action in self._act(self.scheduler.arrived(ticket, _now(), again=again)):
+        self.active_at = _now()
+        for action in self._act(self.scheduler.arrived(ticket, self.active_at, again=again)):
             if isinstance(action, Refuse):
                 raise action.error
         if ticket.lane is not None:
@@ -216,7 +218,8 @@ class Admission:
 
     def leave(self, ticket: Ticket) -> None:
         """Give back whatever the ticket holds: its slot, or its place in the queue."""
-        self._act(self.scheduler.left(ticket, _now()))
+        self.active_at = _now()
+        self._act(self.scheduler.left(ticket, self.active_at))
 
     def _act(self, actions: list[Action]) -> list[Start | Refuse]:
         """Wake who waits; return the actions that concern nobody who waits yet."""

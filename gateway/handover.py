@@ -113,6 +113,10 @@ class Tenant(Protocol):
     def waiting(self) -> int:
         """Requests in the queue, background calls included."""
 
+    @property
+    def active_at(self) -> float:
+        """When a request last came or went, seconds on the monotonic clock."""
+
     def running(self, lane: str) -> int:
         """Requests that run on a lane."""
 
@@ -260,7 +264,6 @@ class Gpu:
         self._idle_release_s = idle_release_s
         self._tenants: list[Tenant] = []
         self._since = time.monotonic()
-        self._busy_at = time.monotonic()
         self._moving_s = 0.0
         self._wake = asyncio.Event()
         for occupant in occupants.values():
@@ -281,10 +284,6 @@ class Gpu:
     def movement(self) -> str:
         """Where the GPU is on its way, for people; empty where it is not."""
         return f"The GPU goes to {self.policy.lane}: {self.step}" if self.moving else ""
-
-    @property
-    def demand(self) -> int:
-        return sum(tenant.demand for tenant in self._tenants)
 
     def moving_s(self) -> float:
         """Seconds in which nothing could start, in all; time in a queue does not count them."""
@@ -322,7 +321,14 @@ class Gpu:
         """Own the GPU until cancelled."""
         await self._adopt()
         while True:
-            await self._see_to_it()
+            try:
+                await self._see_to_it()
+            except Exception:  # whatever it was, the GPU must not stay without an owner
+                log.exception("the hand-over failed, and that is our own fault")
+                self.holder = None
+                self._enter(Step.DOWN, "the gateway has failed")
+                self._wake.set()
+                await asyncio.sleep(FIRST_PAUSE_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._next_look_s()):
                     await self._wake.wait()
@@ -330,7 +336,10 @@ class Gpu:
 
     async def stop(self) -> None:
         """End the engines that are ours; `run()` is over."""
-        await asyncio.gather(*(occupant.stop() for occupant in self.occupants.values()))
+        stops = (occupant.stop() for occupant in self.occupants.values())
+        for failed in await asyncio.gather(*stops, return_exceptions=True):
+            if failed is not None:
+                log.error("%s", failed)
 
     def _next_look_s(self) -> float | None:
         if self._idle_release_s and self.step is Step.HELD:
@@ -356,12 +365,11 @@ class Gpu:
 
     async def _see_to_it(self) -> None:
         """Whatever is to be done now."""
-        now = time.monotonic()
-        if self.demand:
-            self._busy_at = now
         if self.released:
             if self.holder is not None:
                 await self._give_up("released by the operator")
+        elif self.step is Step.DOWN:
+            await self._recover(self.trouble)
         elif self.holder is None:
             if not self.held_once or any(tenant.waiting for tenant in self._tenants):
                 why = "somebody asks for it" if self.held_once else "to be there for the first"
@@ -370,8 +378,15 @@ class Gpu:
             await self._recover(f"{self.holder} ended")
         elif self.policy.lane != self.holder:
             await self._pass(self.holder, self.policy.lane, self.policy.why)
-        elif self._idle_release_s and now - self._busy_at > self._idle_release_s:
+        elif self._idle_release_s and self._idle_s() > self._idle_release_s:
             await self._give_up(f"nobody asked for {self._idle_release_s:g} s")
+
+    def _idle_s(self) -> float:
+        """For how long nobody has asked, since the GPU came to its holder at the most."""
+        if any(tenant.demand or tenant.running(self.holder or "") for tenant in self._tenants):
+            return 0.0
+        active_at = max((tenant.active_at for tenant in self._tenants), default=0.0)
+        return time.monotonic() - max(active_at, self._since)
 
     def _died(self, kind: str) -> bool:
         process = self.occupants[kind].process
@@ -452,7 +467,10 @@ class Gpu:
             await self._do(Step.UNLOADING, kind, occupant.give)
         except StepFailed as exc:
             log.warning("%s", exc)
-            await occupant.stop()
+            try:
+                await occupant.stop()
+            except BackendError as error:
+                log.warning("%s", error)  # if it matters, the memory will not be seen free
 
     async def _give_up(self, why: str) -> None:
         """Give the memory back to whoever wants it."""
@@ -526,7 +544,6 @@ class Gpu:
         """This engine has the GPU: everybody may start."""
         self.holder = kind
         self.held_once = True
-        self._busy_at = time.monotonic()
         self.policy.settled(time.monotonic(), kind)
         log.info("%s has the GPU", kind)
         self._enter(Step.HELD)
