@@ -8,7 +8,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 RUN := .venv/bin/python -m
 PYTEST := $(RUN) pytest
 
-.PHONY: serve test engines test-engines bench day check clean
+.PHONY: serve test engines test-engines bench day switch check clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -53,6 +53,9 @@ bench: .venv/dev
 
 day: .venv/dev
 	$(RUN) tests.engines.day $(ARGS)
+
+switch: .venv/dev
+	$(RUN) tests.engines.switch $(ARGS)
 
 check: .venv/dev
 	.venv/bin/ruff check .

@@ -373,6 +373,9 @@ def draw(record: Record, path: Path) -> None:
             label=f"answered by {lane}",
         )
     answers.set_yscale("log")
+    answers.set_yticks([0.5, 1, 2, 5, 10, 20, 50])
+    answers.yaxis.set_major_formatter("{x:g}")
+    answers.yaxis.set_minor_formatter("")
     answers.set_ylabel("response time, s")
     answers.set_xlabel("seconds; green: Ollama holds, red: vLLM holds, grey: the GPU moves")
     for axes in (people, rent, answers):

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.engines import rig, switch
 
 
-@pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> switch.Record:
-    """The scenario, played once for all tests that look at it."""
+@pytest.fixture(scope="module", autouse=True)
+def _installed() -> None:
     missing = [part.name for part in rig.parts() if not part.is_complete()]
     if missing and os.environ.get("CI") != "true":
         pytest.skip(f"not installed: {', '.join(missing)}; {rig.GET_ENGINES}")
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> switch.Record:
+    """The scenario, played once for all tests that look at it."""
     scratch = tmp_path_factory.mktemp("switch")
     played = switch.run(scratch)
     switch.draw(played, Path(scratch, "switch.svg"))
@@ -76,3 +85,37 @@ def test_what_the_moves_cost_is_measured(record: switch.Record) -> None:
 def test_nothing_is_left_of_it(record: switch.Record) -> None:
     assert record.exit_code == 0
     assert record.left == []
+
+
+def test_a_gateway_killed_with_9_leaves_nothing_and_the_next_one_goes_on(
+    tmp_path: Path,
+) -> None:
+    with switch.staged(tmp_path) as first:
+        asyncio.run(first_answer(first))
+        second = subprocess.run(
+            [sys.executable, "-m", "gateway", "serve", "--config", tmp_path / "twolane.yaml",
+             "--port", str(rig.free_port())],
+            stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        first.process.kill()
+        first.process.wait()
+        deadline = time.monotonic() + 30
+        while switch.processes_of(first, "ollama") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        left = switch.processes_of(first, "ollama")
+    with switch.staged(tmp_path) as after:
+        lane = asyncio.run(first_answer(after))
+
+    assert second.returncode == 2
+    assert f"process {first.process.pid}" in second.stderr
+    assert left == []
+    assert lane == "ollama"
+
+
+async def first_answer(stage: switch.Stage) -> str:
+    """The lane of a request, once the GPU is held."""
+    record = switch.Record()
+    async with httpx.AsyncClient(base_url=stage.url, timeout=60) as client:
+        await switch.until(client, lambda gpu: gpu["step"] == "held", within_s=120)
+        await switch.ask(stage, client, record, 0)
+    return record.requests[0].lane
