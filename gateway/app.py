@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -79,6 +80,7 @@ class Gateway:
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}  # by model
         self._relisting: asyncio.Task[None] | None = None
         self._heard: list[asyncio.Event] = []  # of each replica, when it has been looked at
+        self._misfits: list[str] = []
         self._embedded: Supervised | None = None
         self._lease: Lease | None = None
         self.gpu: Gpu | None = None
@@ -367,12 +369,16 @@ class Gateway:
         first = asyncio.Event()
         self._heard.append(first)
 
+        last: Readiness | None = None
+
         async def heard(readiness: Readiness) -> None:
-            back = readiness is Readiness.READY and server.breaker.readiness is not readiness
-            if back:
+            nonlocal last
+            if readiness is Readiness.READY and last is not readiness:
                 with contextlib.suppress(BackendError):
                     can = await server.engine.capabilities(server.model)
                     model.can[kind] = _stated(can, lane)
+                    self._check_context(model.name, kind, lane, can)
+            last = readiness
             model.admission.reported(replica, readiness)
             first.set()
             if readiness is Readiness.READY:
@@ -381,13 +387,28 @@ class Gateway:
 
         return heard
 
+    def _check_context(self, name: str, kind: Kind, lane: settings.Lane, can: Capabilities) -> None:
+        """Take note of a context that is promised and not there. Ollama's is its client's wish."""
+        if kind != "ollama" and (lane.context or 0) > (can.context or math.inf):
+            self._misfits.append(
+                f"models.{name}.lanes.{kind}.context: {lane.context} tokens are more than the "
+                f"{can.context} its engine was started with; start that with more, or say less"
+            )
+            log.error(self._misfits[-1])
+
     async def _first_look(self) -> None:
-        """Wait a moment for a word of every engine, so that the first request is served."""
+        """Wait a moment for a word of every engine, so that the first request is served.
+
+        Raises:
+            SettingsError: One cannot do what the settings say.
+        """
         heard = [event.wait() for event in self._heard]
         with contextlib.suppress(TimeoutError):
             # Our own engine is there, however busy the machine: it is worth waiting for.
             async with asyncio.timeout(EMBEDDED_START_S if self._embedded else FIRST_LOOK_S):
                 await asyncio.gather(*heard)
+        if self._misfits:
+            raise SettingsError("\n".join(self._misfits))
 
     # Ending
 

@@ -13,7 +13,7 @@ from gateway import discovery, settings
 from gateway.app import Gateway
 from gateway.settings import SettingsError
 from tests.conftest import Running, StartGateway
-from tests.faults.conftest import chat
+from tests.faults.conftest import alone, chat
 
 
 async def ask(running: Running, **fields: object) -> str:
@@ -135,6 +135,16 @@ async def test_a_broken_model_file_stops_the_start_and_shows_the_log(
     with pytest.raises(SettingsError, match="does not start"):
         async with start_gateway(embedded={"model": str(broken)}):
             pass
+
+
+async def test_a_context_that_its_engine_has_not_stops_the_start(
+    start_gateway: StartGateway,
+) -> None:
+    async with FakeEngine("vllm", ["m"], context=2048) as vllm:
+        how = alone(vllm, "m", context=32768)
+        with pytest.raises(SettingsError, match=r"m.lanes.vllm.context: 32768 .* than the 2048"):
+            async with start_gateway(**how):
+                pass
 
 
 async def test_models_that_come_and_go_are_served_and_not() -> None:
