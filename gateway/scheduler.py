@@ -224,7 +224,7 @@ class Scheduler:
 
         In order: operator's pin, request's pin, what the lane can take, health, policy.
         """
-        if pin := self.policy.pin or ticket.pin:
+        if pin := self._pin(ticket):
             pinned = self.lanes.get(pin)
             return pinned if pinned is not None and pinned.usable(ticket.without) else None
         chosen = self.lanes.get(self.policy.lane)
@@ -235,10 +235,18 @@ class Scheduler:
                 return lane
         return None
 
+    def _pin(self, ticket: Ticket) -> str | None:
+        """The lane that somebody has named, the operator before the request."""
+        pin = self.policy.pin
+        if pin in self.lanes and self.held and self.policy.lane in self.lanes:
+            return self.policy.lane  # the GPU could not be brought to the pin: serve where it is
+        return pin or ticket.pin
+
     def _why(self, ticket: Ticket, lane: Lane) -> str:
         """The reason for this choice, for people."""
-        if self.policy.pin:
-            return "pinned by the operator"
+        if pin := self.policy.pin:
+            away = f"the GPU could not be brought to {pin}, where the operator wants it"
+            return "pinned by the operator" if lane.name == pin else away
         if ticket.pin:
             return "pinned by the request"
         chosen = self.lanes.get(self.policy.lane)
@@ -261,7 +269,7 @@ class Scheduler:
         return next((r.trouble for r in lane.replicas if r.trouble), "is not usable")
 
     def _no_lane(self, ticket: Ticket) -> NoLane:
-        pin = self.policy.pin or ticket.pin
+        pin = self._pin(ticket)
         if pin and pin not in self.lanes:
             message = f"The operator keeps the GPU at {pin}, which does not have this model."
             return NoLane(message, retry_after=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from gateway import profile
 from gateway.errors import NoLane, QueueFull
-from gateway.policy import Overlap, Policy, Served
+from gateway.policy import HandOver, Overlap, Policy, Served
 from gateway.profile import Profile
 from gateway.scheduler import Action, Lane, Move, Refuse, Replica, Scheduler, Start, Ticket
 
@@ -624,6 +625,140 @@ def test_a_slot_comes_back_to_the_replica_that_gave_it() -> None:
     assert second.running == 1
 
 
+# One GPU, which only one lane can have
+
+PATIENCE_S = 5.0
+#: Longer than any hand-over here, and than what follows one that has failed.
+LONG_S = 100.0
+
+
+def sharing(holder: str | None = "ollama", by: Profile = STILL) -> Scheduler:
+    """The GPU is with this lane, and moves only for those who need the other."""
+    lanes = [Lane("ollama", [replica(1)], 8), Lane("vllm", [replica(4)], 8)]
+    names = ("ollama", "vllm")
+    price = HandOver(assumed_s=1.0, patience_s=PATIENCE_S)
+    shared = Policy(names, {"": Served(names, by)}, price)
+    scheduler = Scheduler(lanes, shared, exclusive=True)
+    scheduler.hold(holder)
+    if holder is not None:
+        shared.settled(0.0, holder)
+    return scheduler
+
+
+def handed_over(scheduler: Scheduler, now: float, lane: str) -> list[Action]:
+    """The GPU has come to this lane, or has gone back to it."""
+    scheduler.policy.settled(now, lane)
+    scheduler.hold(lane)
+    return scheduler.changed(now)
+
+
+def test_while_nobody_has_the_gpu_it_is_asked_for_and_nobody_starts() -> None:
+    scheduler = sharing(holder=None)
+    ticket = Ticket()
+
+    assert scheduler.arrived(ticket, 1.0) == [Move()]
+    assert handed_over(scheduler, 2.0, "ollama") == [Start(ticket)]
+
+
+def test_nobody_waits_so_nobody_asks_for_the_gpu() -> None:
+    scheduler = sharing(holder=None)
+
+    assert scheduler.passed(1.0) == scheduler.changed(2.0) == []
+
+
+def test_from_the_decision_on_nothing_starts_until_the_gpu_has_come() -> None:
+    scheduler = sharing()
+    running, waits = Ticket(), Ticket()
+    arrive(scheduler, running)
+    scheduler.policy.pin = "vllm"
+    decided = scheduler.changed(1.0)
+    arrived = arrive(scheduler, waits)
+    left = scheduler.left(running, 2.0)
+
+    assert (decided, arrived, left) == ([Move()], [], [])
+    assert handed_over(scheduler, 3.0, "vllm") == [Start(waits)]
+    assert waits.lane is scheduler.lanes["vllm"]
+
+
+def test_a_slot_that_comes_free_at_the_moment_of_the_decision_is_given_to_nobody() -> None:
+    scheduler = sharing()
+    running, waits = Ticket(), Ticket(pin="ollama")
+    arrive(scheduler, running, Ticket(pin="vllm"), waits)
+
+    assert scheduler.left(running, scheduler.policy.due()) == [Move()]
+    assert handed_over(scheduler, 10.0, "ollama") == [Start(waits)]
+
+
+def test_after_a_hand_over_that_failed_it_goes_on_where_it_was() -> None:
+    scheduler = sharing()
+    arrive(scheduler, Ticket(pin="vllm"))
+    [move] = scheduler.passed(scheduler.policy.due())
+    arrive(scheduler, waits := Ticket())
+
+    assert move == Move()
+    assert handed_over(scheduler, 20.0, "ollama") == [Start(waits)]
+    assert waits.lane is scheduler.lanes["ollama"]
+
+
+def test_where_the_gpu_cannot_be_brought_to_the_operators_pin_it_serves_where_it_is() -> None:
+    scheduler = sharing()
+    scheduler.policy.pin = "vllm"
+    scheduler.changed(1.0)
+    arrive(scheduler, waits := Ticket(pin="ollama"))
+    while_moving = scheduler.lane_for(waits)
+
+    assert while_moving == "vllm"
+    assert handed_over(scheduler, 2.0, "ollama") == [Start(waits)]
+    assert waits.reason == "the GPU could not be brought to vllm, where the operator wants it"
+
+
+@pytest.mark.parametrize("needs", [Ticket(pin="vllm"), Ticket(able=frozenset({"vllm"}))])
+def test_who_needs_the_other_lane_is_waited_for_and_no_longer_than_patience(needs: Ticket) -> None:
+    scheduler = sharing()
+    arrive(scheduler, needs, now=1.0)
+    due = scheduler.policy.due()
+
+    assert due <= 1.0 + PATIENCE_S
+    assert scheduler.passed(due - 0.01) == []
+    assert scheduler.passed(due) == [Move()]
+    assert handed_over(scheduler, due + 1, "vllm") == [Start(needs)]
+
+
+def test_a_background_call_that_needs_the_other_lane_moves_nothing() -> None:
+    scheduler = sharing()
+    arrive(scheduler, Ticket(pin="vllm", background=True))
+
+    assert scheduler.policy.due() == math.inf
+    assert scheduler.passed(LONG_S) == []
+
+
+def test_who_waits_for_a_gpu_that_others_have_for_a_while_is_refused_and_told() -> None:
+    scheduler = sharing()
+    arrive(scheduler, Ticket(), waits := Ticket())
+
+    scheduler.hold(None, "is not loaded: the operator has released the GPU")
+    [refusal] = scheduler.changed(2.0)
+    [at_once] = scheduler.arrived(Ticket(), 3.0)
+
+    for action, ticket in ((refusal, waits), (at_once, None)):
+        assert isinstance(action, Refuse)
+        assert ticket is None or action.ticket is ticket
+        assert "the operator has released the GPU" in action.error.message
+    assert handed_over(scheduler, 4.0, "ollama") == []
+
+
+def test_whose_engine_fails_has_the_gpu_moved_to_the_other() -> None:
+    scheduler = sharing()
+    arrive(scheduler, ticket := Ticket())
+    ticket.without.update(scheduler.lanes["ollama"].replicas)
+    out(scheduler, "ollama")
+    scheduler.left(ticket, 3.0)
+
+    assert scheduler.arrived(ticket, 3.0, again=True) == []
+    assert scheduler.passed(3.0 + PATIENCE_S) == [Move()]
+    assert handed_over(scheduler, 10.0, "vllm") == [Start(ticket)]
+
+
 # Under any sequence of events
 
 KEYS = st.sampled_from(["a", "b", "c"])
@@ -665,17 +800,15 @@ class Pass:
 
 Event: TypeAlias = Arrive | Leave | Room | Pin | Pass
 
-EVENTS = st.lists(
-    st.one_of(
-        st.builds(Arrive, KEYS, st.booleans(), PINS, ABLE),
-        st.builds(Arrive, KEYS, st.just(value=False), st.none(), st.just(frozenset[str]())),
-        st.builds(Leave, st.integers(0, 30), st.booleans()),
-        st.builds(Room, st.integers(0, 2), st.integers(0, 3)),
-        st.builds(Pin, PINS),
-        st.builds(Pass, st.floats(0, 10)),
-    ),
-    max_size=60,
+ANY = st.one_of(
+    st.builds(Arrive, KEYS, st.booleans(), PINS, ABLE),
+    st.builds(Arrive, KEYS, st.just(value=False), st.none(), st.just(frozenset[str]())),
+    st.builds(Leave, st.integers(0, 30), st.booleans()),
+    st.builds(Room, st.integers(0, 2), st.integers(0, 3)),
+    st.builds(Pin, PINS),
+    st.builds(Pass, st.floats(0, 10)),
 )
+EVENTS = st.lists(ANY, max_size=60)
 
 
 @dataclass
@@ -699,13 +832,17 @@ class Ledger:
                 assert ticket.replica is not None
                 assert ticket.replica not in ticket.without
                 self.running[ticket] = ticket.replica
-                pin = self.scheduler.policy.pin or ticket.pin
+                pin = self.pinned(ticket)
                 assert ticket.lane is not None
                 assert not pin or ticket.lane.name == pin
                 assert pin or not ticket.able or ticket.lane.name in ticket.able
         for replica in {a.ticket.replica for a in actions if isinstance(a, Start)}:
             assert replica is not None
             assert replica.running <= replica.room, "started more than there is room for"
+
+    def pinned(self, ticket: Ticket) -> str | None:
+        """Where it has to be served."""
+        return self.scheduler.policy.pin or ticket.pin
 
     def play(self, event: Event) -> None:
         scheduler = self.scheduler
@@ -769,6 +906,163 @@ def test_whatever_happens_the_counts_are_right_and_nobody_is_started_twice_or_af
         ledger.play(Leave(ledger.all.index(ticket), failed=False))
         ledger.check()
     assert state(ledger.scheduler) == (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Settle:
+    """The hand-over is over, if there is one; else the GPU is given to who should have it."""
+
+    well: bool
+
+
+@dataclass(frozen=True)
+class Free:
+    """Whoever has the GPU gives it back: for want of requests, or to somebody else (barred)."""
+
+    barred: str
+
+
+SHARED = st.lists(
+    st.one_of(
+        st.tuples(st.booleans(), ANY),
+        st.tuples(st.booleans(), ANY),
+        st.builds(Settle, st.booleans()),
+        st.builds(Free, st.sampled_from(["", "is not loaded"])),
+    ),
+    max_size=60,
+)
+
+
+class Sharer(Ledger):
+    """One model of several that share a GPU."""
+
+    def __init__(self, scheduler: Scheduler, owner: Owner) -> None:
+        super().__init__(scheduler)
+        self.owner = owner
+
+    def take(self, actions: list[Action]) -> None:
+        decided: list[Action] = [a for a in actions if not isinstance(a, Move)]
+        for action in decided:
+            if isinstance(action, Start):
+                assert Move() not in actions, "started on its way out"
+                assert action.ticket.lane is not None
+                assert action.ticket.lane.name == self.owner.holder, "started without the GPU"
+        super().take(decided)
+        if len(decided) < len(actions):
+            self.owner.wanted()
+
+    def pinned(self, ticket: Ticket) -> str | None:
+        """Where it has to be served; the operator's pin is where the GPU is, if need be."""
+        lanes, operator = self.scheduler.lanes, self.scheduler.policy.pin
+        if operator in lanes and self.owner.holder in lanes:
+            return self.owner.holder
+        return operator or ticket.pin
+
+    def check(self) -> None:
+        super().check()
+        if self.waiting and self.owner.holder is None and not self.scheduler.policy.moving:
+            assert self.owner.asked, "waits, and nobody was asked for the GPU"
+
+
+class Owner:
+    """The GPU's part in it: it brings the GPU where it is wanted, some time."""
+
+    def __init__(self) -> None:
+        both, only = ("ollama", "vllm"), ("vllm",)
+        served = {"both": Served(both, CROSSING), "only": Served(only, CROSSING)}
+        self.policy = Policy(both, served, HandOver(1.0, 2, PATIENCE_S))
+        self.sharers = [self._sharer(name, lanes.lanes) for name, lanes in served.items()]
+        self.holder: str | None = None
+        self.former = "ollama"
+        self.barred = ""
+        self.asked = False
+        self.now = 1.0
+
+    def _sharer(self, name: str, lanes: tuple[str, ...]) -> Sharer:
+        made = [Lane(lane, [replica(2)], waiting=3) for lane in lanes]
+        scheduler = Scheduler(made, self.policy, model=name, exclusive=True)
+        scheduler.hold(None)
+        return Sharer(scheduler, self)
+
+    def wanted(self) -> None:
+        self.asked = True
+        if self.holder is not None and self.policy.lane != self.holder:
+            self.former, self.holder = self.holder, None
+            self.tell()
+
+    def tell(self) -> None:
+        for sharer in self.sharers:  # what one does about it may change it for the next, as in Gpu
+            sharer.scheduler.hold(self.holder, self.barred)
+            sharer.take(sharer.scheduler.changed(self.now))
+
+    def open(self, lane: str) -> None:
+        self.holder, self.barred, self.asked = lane, "", False
+        self.policy.settled(self.now, lane)
+        self.tell()
+
+    def play(self, event: Settle | Free | tuple[bool, Event]) -> None:
+        match event:
+            case Settle(well) if self.policy.moving:
+                self.open(self.policy.lane if well else self.former)
+            case Settle() if self.holder is None:
+                self.open(self.policy.pin or self.policy.lane)
+            case Free(barred) if self.holder is not None:
+                self.former, self.holder, self.barred = self.holder, None, barred
+                self.policy.settled(self.now, self.former)
+                self.tell()
+            case (first, its):
+                self.play_one(self.sharers[0 if first else 1], its)
+
+    def play_one(self, sharer: Sharer, event: Event) -> None:
+        sharer.now = self.now
+        match event:
+            case Room(which, slots):
+                lanes = list(sharer.scheduler.lanes.values())
+                lanes[which % len(lanes)].replicas[0].room = slots
+                sharer.take(sharer.scheduler.changed(self.now))
+            case Pin(lane):
+                self.policy.pin = lane
+                self.tell()
+            case _:
+                sharer.play(event)
+        self.now = sharer.now
+
+    def check(self) -> None:
+        for sharer in self.sharers:
+            sharer.check()
+
+
+@settings(max_examples=300, deadline=None)
+@given(SHARED)
+def test_whatever_happens_to_the_gpu_nothing_starts_without_it_and_nobody_waits_for_ever(
+    events: list[Settle | Free | tuple[bool, Event]],
+) -> None:
+    owner = Owner()
+    owner.open("ollama")
+
+    for event in events:
+        owner.play(event)
+        owner.check()
+
+    # From now on all is well: whoever waits is served, in a few turns of the GPU.
+    owner.policy.pin = None
+    for sharer in owner.sharers:
+        for lane in sharer.scheduler.lanes.values():
+            lane.replicas[0].room = 2
+    owner.tell()
+    for _ in range(60):
+        owner.now += LONG_S
+        owner.play(Settle(well=True))
+        for sharer in owner.sharers:
+            for ticket in list(sharer.running):
+                owner.play_one(sharer, Leave(sharer.all.index(ticket), failed=False))
+            owner.play_one(sharer, Pass(0.0))
+        owner.check()
+    for sharer in owner.sharers:
+        assert all(ticket.background for ticket in sharer.waiting), "waits for ever"
+        for number in range(len(sharer.all)):
+            owner.play_one(sharer, Leave(number, failed=False))
+        assert state(sharer.scheduler) == (0, 0, 0)
 
 
 @given(st.lists(KEYS), st.lists(st.tuples(KEYS, st.booleans())))
