@@ -225,6 +225,7 @@ def main() -> None:
     it with so many seconds of grace. The end of stdin ends it, too, and so does SIGTERM.
     """
     where, *command = sys.argv[1:]
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # uvloop lets through what may be inherited
     sys.exit(outer(command, heard=where == "pipe"))
 
 

@@ -108,13 +108,14 @@ class Bench:
         return False
 
     async def close(self) -> None:
-        for engine in self._engines:
-            await engine.stop(0)
-        left = self.left()
-        for one in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        assert left == []
+        try:
+            for engine in self._engines:
+                await engine.stop(0)
+            assert self.left() == []
+        finally:
+            for one in self.left():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
 
 
 @pytest.fixture
@@ -122,6 +123,12 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     bench = Bench(tmp_path / "engine.log")
     yield bench
     await bench.close()
+
+
+@pytest.fixture
+def long_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine, a program that ends has ended within it."""
+    monkeypatch.setattr(process, "MOMENT_S", 30.0)
 
 
 async def until(condition: Callable[[], object], within_s: float = 30.0) -> None:
@@ -228,13 +235,27 @@ async def test_it_gets_our_environment_but_none_of_our_settings(
     assert "our-secret" not in bench.said()
 
 
+async def test_it_inherits_no_open_file_of_ours(bench: Bench) -> None:
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)
+    try:
+        await bench.running(PLAIN)
+        os.close(writer)
+        assert await asyncio.to_thread(os.read, reader, 1) == b""  # nobody has it any more
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.usefixtures("long_moment")
+async def test_signals_that_python_ignores_are_not_ignored_by_it(bench: Bench) -> None:
+    with pytest.raises(StartFailed, match=r"SigIgn:\s+[0-9a-f]+$") as ended:
+        await bench.command("grep", "SigIgn", "/proc/self/status").start()
+    ignored = int(str(ended.value).split()[-1], 16)
+
+    assert not ignored & (1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1)
+
+
 # Starts that fail
-
-
-@pytest.fixture
-def long_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However busy the machine, a program that ends has ended within it."""
-    monkeypatch.setattr(process, "MOMENT_S", 30.0)
 
 
 async def test_a_program_that_is_not_there_does_not_start(bench: Bench) -> None:
@@ -379,6 +400,13 @@ async def test_a_stop_ends_what_hides_too(bench: Bench) -> None:
 
     assert len(there) >= 4  # two keepers, the engine, and that
     assert bench.left() == []
+
+
+async def test_what_outlives_its_engine_is_asked_to_go_before_it_is_killed(bench: Bench) -> None:
+    engine = await bench.running("import os, time\nif os.fork(): time.sleep(600)\n" + POLITE)
+    await engine.stop(30)
+
+    assert bench.said().endswith("ready\nbye\n")
 
 
 async def test_a_stop_that_is_given_up_happens_all_the_same(bench: Bench) -> None:
