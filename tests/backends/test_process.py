@@ -238,12 +238,12 @@ async def test_it_gets_our_environment_but_none_of_our_settings(
 async def test_it_inherits_no_open_file_of_ours(bench: Bench) -> None:
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
-    try:
-        await bench.running(PLAIN)
-        os.close(writer)
-        assert await asyncio.to_thread(os.read, reader, 1) == b""  # nobody has it any more
-    finally:
-        os.close(reader)
+    os.set_blocking(reader, False)
+    await bench.running(PLAIN)
+    os.close(writer)
+
+    assert os.read(reader, 1) == b""  # the end: nobody else has it
+    os.close(reader)
 
 
 @pytest.mark.usefixtures("long_moment")
