@@ -169,6 +169,9 @@ class Admission:
             )
         replica.back_s = due - now if due is not None else 5.0
         room = breaker.room(now)
+        if room and not replica.room and not breaker.dormant:
+            for ticket in self._waiting:  # it is back: whom it has failed may go there again
+                ticket.without.discard(replica)
         replica.trouble = breaker.trouble(now)
         changed = room != replica.room
         replica.room = room

@@ -227,6 +227,8 @@ class Scheduler:
         if pin := self._pin(ticket):
             pinned = self.lanes.get(pin)
             return pinned if pinned is not None and pinned.usable(ticket.without) else None
+        if ticket.without and self._failed_by_holder(ticket):
+            return None
         chosen = self.lanes.get(self.policy.lane)
         if chosen is not None and self._takes(chosen, ticket) and chosen.usable(ticket.without):
             return chosen
@@ -234,6 +236,14 @@ class Scheduler:
             if lane is not chosen and self._takes(lane, ticket) and lane.usable(ticket.without):
                 return lane
         return None
+
+    def _failed_by_holder(self, ticket: Ticket) -> bool:
+        """Whether the engine that has the GPU has failed it, and is well: no reason to move."""
+        return self.exclusive and any(
+            lane.holds and replica.room > 0 and replica in ticket.without
+            for lane in self.lanes.values()
+            for replica in lane.replicas
+        )
 
     def _pin(self, ticket: Ticket) -> str | None:
         """The lane that somebody has named, the operator before the request."""

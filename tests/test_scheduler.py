@@ -759,6 +759,16 @@ def test_whose_engine_fails_has_the_gpu_moved_to_the_other() -> None:
     assert handed_over(scheduler, 10.0, "vllm") == [Start(ticket)]
 
 
+def test_who_fails_at_an_engine_that_is_well_is_refused_and_not_moved_for() -> None:
+    scheduler = sharing()
+    arrive(scheduler, ticket := Ticket())
+    ticket.without.update(scheduler.lanes["ollama"].replicas)
+    scheduler.left(ticket, 3.0)
+
+    assert refused(scheduler.arrived(ticket, 3.0, again=True)) == {ticket: NoLane}
+    assert scheduler.policy.due() == math.inf
+
+
 # Under any sequence of events
 
 KEYS = st.sampled_from(["a", "b", "c"])
