@@ -40,6 +40,7 @@ from backends.base import (
     Unreachable,
     Unsupported,
 )
+from backends.ollama import Ollama
 from backends.process import Supervised
 from gateway.gpu import Memory, MemoryUnknown
 from gateway.policy import Policy
@@ -173,6 +174,11 @@ class Occupant:
         await self.engine.load(self.models[0])
         if cold:
             self.cold_s = time.monotonic() - began
+        if isinstance(self.engine, Ollama):
+            part = await self.engine.on_gpu(self.models[0])
+            if part is not None and 0 < part < 1:  # none of it: there is no GPU
+                told = "only %.0f %% of %s are on the GPU, the rest on the CPU, which is slow"
+                log.warning(told, part * 100, self.models[0])
 
     async def _there(self) -> None:
         """Return when it can be spoken to."""
@@ -257,7 +263,8 @@ class Gpu:
         self.memory = memory
         self.holder: str | None = None
         self.step = Step.FREE
-        self.trouble = ""
+        self.toward = policy.lane  # who has it, or is to have it next
+        self.trouble = ""  # why no engine can be made to hold it
         self.released = False  # by the operator
         self.held_once = False
         self.passages: deque[Passage] = deque(maxlen=50)
@@ -278,12 +285,12 @@ class Gpu:
     @property
     def moving(self) -> bool:
         """Whether people wait for the GPU now, rather than for a slot."""
-        return self.step not in (Step.HELD, Step.FREE, Step.DOWN)
+        return self.step not in (Step.HELD, Step.FREE, Step.DOWN) and not self.trouble
 
     @property
     def movement(self) -> str:
         """Where the GPU is on its way, for people; empty where it is not."""
-        return f"The GPU goes to {self.policy.lane}: {self.step}" if self.moving else ""
+        return f"The GPU goes to {self.toward}: {self.step}" if self.moving else ""
 
     def moving_s(self) -> float:
         """Seconds in which nothing could start, in all; time in a queue does not count them."""
@@ -297,6 +304,7 @@ class Gpu:
         From now on nothing starts on the lane that is left.
         """
         if self.step is Step.HELD and self.policy.lane != self.holder:
+            self.toward = self.policy.lane
             self._enter(Step.DRAINING)
         self._wake.set()
 
@@ -417,6 +425,7 @@ class Gpu:
         passage.waited = self.policy.waited
 
     async def _take(self, kind: str, passage: Passage | None = None) -> None:
+        self.toward = kind
         occupant = self.occupants[kind]
         await self._do(Step.FREEING, kind, lambda: self._freed(occupant), passage)
         await self._do(Step.LOADING, kind, occupant.take, passage)
@@ -433,7 +442,14 @@ class Gpu:
             self._open(source)
 
     async def _recover(self, why: str) -> None:
-        """No engine holds: try each, the quickest to start first, until one does."""
+        """No engine holds: try each, the quickest to start first, until one does.
+
+        Who waits is let wait for the first attempt. After that everybody is refused, and
+        told to come again, until one holds.
+        """
+        if self.holder is not None:  # a hand-over to whoever it may be has failed
+            self.policy.settled(time.monotonic(), self.holder)
+            self.holder = None
         pause = FIRST_PAUSE_S
         while not self.released:
             for kind in sorted(self.occupants, key=self._reluctance):
@@ -449,19 +465,26 @@ class Gpu:
                     return
             self._enter(Step.DOWN, why)
             log.error("no engine can be made to serve: %s; again in %g s", why, pause)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._wake.wait()
-            self._wake.clear()
+            await self._rest(pause)
             pause = min(LONGEST_PAUSE_S, pause * 2)
-        self.holder = None
-        self._enter(Step.FREE)
+        await self._empty(list(self.occupants))
+
+    async def _rest(self, seconds: float) -> None:
+        """Return after so long, or as soon as the operator wants something else."""
+        self._wake.clear()  # that an engine has ended meanwhile is no news
+        if not self.released:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._wake.wait()
 
     def _reluctance(self, kind: str) -> tuple[bool, float]:
         return kind != self.policy.pin, self.occupants[kind].cold_s
 
-    async def _clear(self, kind: str) -> None:
-        """Whatever it takes that this engine has none of the memory; by force where it is ours."""
+    async def _clear(self, kind: str) -> bool:
+        """Whatever it takes that this engine has none of the memory; by force where it is ours.
+
+        False: it would not, and is not ours to end.
+        """
         occupant = self.occupants[kind]
         try:
             await self._do(Step.UNLOADING, kind, occupant.give)
@@ -471,17 +494,27 @@ class Gpu:
                 await occupant.stop()
             except BackendError as error:
                 log.warning("%s", error)  # if it matters, the memory will not be seen free
+            return occupant.process is not None
+        return True
 
     async def _give_up(self, why: str) -> None:
         """Give the memory back to whoever wants it."""
         assert self.holder is not None  # noqa: S101 - seen by the caller
         source, self.holder = self.holder, None
         log.info("%s gives the GPU back: %s", source, why)
-        with contextlib.suppress(StepFailed):  # who still runs when the time is over is cut
+        with contextlib.suppress(StepFailed):  # an engine that is ours ends with who still runs
             await self._do(Step.DRAINING, source, lambda: self._drained(source))
-        await self._clear(source)
+        await self._empty([source])
         self.policy.settled(time.monotonic(), source)
-        self._enter(Step.FREE)
+
+    async def _empty(self, kinds: Sequence[str]) -> None:
+        """Have these engines give the memory back, until they have or somebody asks again."""
+        for kind in kinds:
+            while not await self._clear(kind):
+                if any(tenant.waiting for tenant in self._tenants):
+                    break
+                await asyncio.sleep(FIRST_PAUSE_S)
+        self._enter(Step.FREE, "")
 
     # Steps
 
@@ -533,11 +566,14 @@ class Gpu:
 
     # Telling
 
-    def _enter(self, step: Step, trouble: str = "") -> None:
+    def _enter(self, step: Step, trouble: str | None = None) -> None:
+        """The next step; what is the trouble stays the trouble until that is over."""
         now = time.monotonic()
         if self.moving:
             self._moving_s += now - self._since
-        self.step, self.trouble, self._since = step, trouble, now
+        self.step, self._since = step, now
+        if trouble is not None:
+            self.trouble = trouble
         self._tell()
 
     def _open(self, kind: str) -> None:
@@ -546,7 +582,8 @@ class Gpu:
         self.held_once = True
         self.policy.settled(time.monotonic(), kind)
         log.info("%s has the GPU", kind)
-        self._enter(Step.HELD)
+        self.toward = kind
+        self._enter(Step.HELD, "")
 
     def _tell(self) -> None:
         for tenant in self._tenants:  # what one does about it may change it for the next
@@ -556,7 +593,7 @@ class Gpu:
     def _barred(self) -> str:
         if self.released:
             return "is not loaded: the operator has released the GPU"
-        if self.step is Step.DOWN:
+        if self.trouble:
             return "could not be loaded; it is tried again"
         return ""
 
@@ -565,7 +602,7 @@ class Gpu:
         return {
             "holder": self.holder,
             "step": self.step.value,
-            "to": self.policy.lane,
+            "to": self.toward,
             "since_s": round(time.monotonic() - self._since, 1),
             "deadline_s": self.deadlines.of(self.step) if self.moving else None,
             "trouble": self.trouble,
