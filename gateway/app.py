@@ -437,7 +437,10 @@ class Gateway:
             await engine.close()
         self._client.close()
         if self._embedded is not None:
-            await self._embedded.stop()
+            try:
+                await self._embedded.stop()
+            except BackendError as exc:
+                log.warning("%s", exc)
 
     # What the operator may want
 

@@ -27,6 +27,7 @@ from backends import base, http
 from gateway import settings
 from gateway.app import Gateway
 from gateway.settings import KINDS, Kind, Settings, SettingsError
+from gateway.simulate.command import add_command as add_simulate
 
 #: For the error events of answers that a drain has cut short.
 LAST_WORD_S = 2.0
@@ -115,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         "are refused with 503 until `twolane pin auto`.",
     )
     release.set_defaults(run=_pin, path="/admin/release", lane=None)
+
+    add_simulate(commands)
 
     status = commands.add_parser(
         "status",

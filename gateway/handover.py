@@ -51,6 +51,8 @@ log = logging.getLogger("gateway.handover")
 LOOK_S = 0.1
 #: How long an engine that is not ours to start may be away, as when its container restarts.
 AWAY_S = 30.0
+#: How long the engines of a gateway that was killed may take to end.
+LEFTOVER_S = 15.0
 #: Seconds to start from nothing, to choose whom to start when the holder has died.
 #: Assumed; the last start of each takes their place.
 COLD_S: Mapping[Kind, float] = {"ollama": 20.0, "llamacpp": 20.0, "vllm": 120.0}
@@ -163,9 +165,21 @@ class Occupant:
         except BackendError:
             return False
 
+    async def leftover_gone(self) -> None:
+        """Return when what a gateway before us has started is gone: its keepers are ending it.
+
+        Somebody else's server at our address is not waited for longer than that can take.
+        """
+        if self.process is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEFTOVER_S):
+                while await self.engine.ready(self.models[0]) is not Readiness.DOWN:  # noqa: ASYNC110
+                    await asyncio.sleep(LOOK_S)
+
     async def take(self) -> None:
         """Return when its first model is in memory; raises `BackendError`."""
-        cold = self.process is not None and not self.process.running
+        cold = self.process is not None and not (self.process.wanted and self.process.running)
         began = time.monotonic()
         if cold:
             assert self.process is not None  # noqa: S101 - it is what makes it cold
@@ -356,7 +370,12 @@ class Gpu:
 
     async def _adopt(self) -> None:
         """Begin with what is loaded already, so that a restart costs nobody a load."""
-        resident = [kind for kind, who in self.occupants.items() if await who.resident()]
+        await asyncio.gather(*(who.leftover_gone() for who in self.occupants.values()))
+        resident = [
+            kind
+            for kind, who in self.occupants.items()
+            if who.process is None and await who.resident()
+        ]
         if not resident:
             return
         keep = self.policy.lane if self.policy.lane in resident else resident[0]
@@ -505,7 +524,7 @@ class Gpu:
         with contextlib.suppress(StepFailed):  # an engine that is ours ends with who still runs
             await self._do(Step.DRAINING, source, lambda: self._drained(source))
         await self._empty([source])
-        self.policy.settled(time.monotonic(), source)
+        self.policy.freed(time.monotonic())
 
     async def _empty(self, kinds: Sequence[str]) -> None:
         """Have these engines give the memory back, until they have or somebody asks again."""

@@ -32,6 +32,15 @@ LEAST = 0.25
 #: After so many seconds of nobody the crowd is gone, and a move costs nothing. Assumed.
 FORGOTTEN_S = 10.0
 
+#: How many round trips staying must have cost before a move pays. Half of one is what
+#: theory asks for; demand is lower on the faster lane just because it is faster, so what
+#: the slower would lose is underrated. Chosen in simulation, over seeds.
+TRIPS = 1.5
+#: No hand-over is reckoned quicker than this, seconds: what it disturbs besides (prompt
+#: caches, streams held back) is not in its cost. Chosen in simulation, over seeds.
+QUICKEST_S = 15.0
+#: The demand at which it is looked whether one lane is always better.
+MATTERS = range(1, 33)
 #: How much the newest hand-over counts in what one costs, once there were a few.
 NEWEST = 0.25
 #: How far the bar may grow after hand-overs that did not pay.
@@ -105,8 +114,8 @@ class HandOver:
             where no other can serve it, before the GPU is moved for it.
 
     A move costs the request-seconds that people waited because of it; what it will cost
-    is the mean of those before, each direction for itself. The bar is half a round trip,
-    times how wary the moves to that lane have made us: twice as wary after a stay that
+    is the mean of those before, each direction for itself. The bar is one and a half round
+    trips, times how wary the moves to that lane have made us: twice as wary after a stay that
     did not earn its round trip or a move that failed, half as wary after one that did.
     """
 
@@ -120,7 +129,7 @@ class HandOver:
         self._wary: dict[str, float] = {}
         self._failures: dict[str, int] = {}
         self._not_before = -math.inf  # after a failure nothing is tried for a while
-        self._counted: deque[float] = deque(maxlen=max(1, moves_per_hour))
+        self._counted: deque[float] = deque(maxlen=max(1, 2 * moves_per_hour))
         # The recent past, fading: seconds with demand, their request-seconds, and those
         # that each lane would have lost against the one that was there.
         self._busy_s = 0.0
@@ -208,27 +217,34 @@ class HandOver:
 
     # What it costs, and when it may be
 
-    def bar(self, here: str, there: str, demand: int) -> float:
-        """Request-seconds that staying here must have lost before a move to there pays."""
-        trip = self._cost(here, there, demand) + self._cost(there, here, demand)
-        return self._wary.get(there, 1.0) * trip / 2
+    def bar(self, here: str, there: str, demand: int, *, for_good: bool) -> float:
+        """Request-seconds that staying here must have lost before a move to there pays.
+
+        `for_good`: it is better there at any demand, so nobody will want to come back.
+        """
+        least = QUICKEST_S * self._mean(demand)
+        ways = [(here, there)] if for_good else [(here, there), (there, here)]
+        trip = sum(max(least, self._cost(*way, demand)) for way in ways)
+        return self._wary.get(there, 1.0) * (trip if for_good else TRIPS * trip)
 
     def allowed_at(self, here: str, there: str, now: float, rent: float) -> float:
         """From when on a move for the sake of speed may be made, if nothing changes.
 
-        Leaving the lane where demand is at home needs an hour without a move, so that
-        the way back can be gone at any time; the way back needs less than the limit.
+        Of the moves that two hours may have, leaving the lane where demand is at home
+        needs two to be left, so that the way back can be gone at any time; going home
+        needs one.
         """
         if there == self._way_back:
             return self._not_before
         if self.moves_per_hour < 1:
             return math.inf
-        if not self._counted:
-            return self._not_before
-        full = len(self._counted) == self.moves_per_hour
-        back = self._counted[0] + HOUR_S if full else -math.inf
         home_at = self._home_at(here, there, now, rent)
-        return max(self._not_before, min(self._counted[-1] + HOUR_S, max(back, home_at)))
+        return max(self._not_before, min(self._free_at(2), max(self._free_at(1), home_at)))
+
+    def _free_at(self, moves: int) -> float:
+        """From when on so many moves are left of those that two hours may have."""
+        over = len(self._counted) + moves - 2 * self.moves_per_hour
+        return self._counted[over - 1] + 2 * HOUR_S if over > 0 else -math.inf
 
     def forced_at(self, since: float, here: str, there: str) -> float:
         """From when on a move is made for those who wait for it since then."""
@@ -253,8 +269,11 @@ class HandOver:
     def _cost(self, here: str, there: str, demand: float) -> float:
         if seen := self._seen.get((here, there)):
             return seen.cost
-        mean = self._demand_s / self._busy_s if self._busy_s else demand
-        return self.takes_s(here, there) * max(1.0, mean)
+        return self.takes_s(here, there) * self._mean(demand)
+
+    def _mean(self, demand: float) -> float:
+        """Mean demand of the recent past, where there was any; at least one."""
+        return max(1.0, self._demand_s / self._busy_s if self._busy_s else demand)
 
     def _home_at(self, here: str, there: str, now: float, rent: float) -> float:
         """From when on the recent past will have been cheaper over there."""
@@ -301,13 +320,16 @@ class _Model:
         if demand.stranded:
             self.either = max(0, demand.n - sum(demand.stranded.values()))
 
-    def rent(self, here: str, there: str) -> float:
-        """Request-seconds lost a second here, less those that would be lost there."""
+    def rent_at(self, here: str, there: str, n: int) -> float:
+        """Request-seconds lost a second at this demand, less those that would be lost there."""
         table = self._rents[here, there]
-        if self.either >= len(table):
-            more = range(len(table), 2 * self.either + 1)
-            table.extend(self._rent(here, there, n) for n in more)
-        rent = table[self.either]
+        if n >= len(table):
+            table.extend(self._rent(here, there, more) for more in range(len(table), 2 * n + 1))
+        return table[n]
+
+    def rent(self, here: str, there: str) -> float:
+        """The same at the demand of now, with those who wait for one of the two alone."""
+        rent = self.rent_at(here, there, self.either)
         if self.stranded:
             rent += self.stranded.get(there, 0) - self.stranded.get(here, 0)
         return rent
@@ -354,6 +376,17 @@ class Policy:
         self.pin: str | None = None
         self._lanes = tuple(lanes)
         self._models = {name: _Model(lanes, served) for name, served in models.items()}
+        self._for_good = {
+            (here, there)
+            for here in lanes
+            for there in lanes
+            if here != there
+            and all(
+                model.rent_at(here, there, n) > 0
+                for model in self._models.values()
+                for n in MATTERS
+            )
+        }
         self._overlap = price if isinstance(price, Overlap) else None
         self._hand_over = price if isinstance(price, HandOver) else None
         self._at = 0.0
@@ -363,6 +396,7 @@ class Policy:
         self._rents = dict.fromkeys(lanes[1:], 0.0)
         self._best = lanes[1] if len(lanes) > 1 else lanes[0]
         self._since: dict[str, float] = {}  # by lane, since when somebody is stranded
+        self._free = False  # no lane holds, in an exclusive placement
         self._left = self.lane  # by the move under way
         self._forced = False  # so is that move: not for the sake of speed
         self._why = ""
@@ -384,7 +418,8 @@ class Policy:
     def price(self) -> float:
         """What leaving this lane costs now, request-seconds."""
         if self._hand_over is not None:
-            return self._hand_over.bar(self.lane, self._best, self._demand)
+            for_good = (self.lane, self._best) in self._for_good
+            return self._hand_over.bar(self.lane, self._best, self._demand, for_good=for_good)
         assert self._overlap is not None  # noqa: S101 - one of the two
         model = next(iter(self._models.values()))
         return self._overlap.bar(
@@ -412,6 +447,9 @@ class Policy:
         seen = self._models[model]
         if len(seen.lanes) == 1:
             return "the model's only lane"
+        return self._compared(seen)
+
+    def _compared(self, seen: _Model) -> str:
         n = max(1, seen.n)
         here_s = seen.seconds(self.lane, n)
         others = [
@@ -459,7 +497,15 @@ class Policy:
             return self._shared()
         if demand.stranded or self._since:
             self._note_stranded(now)
+        if self._free:
+            self._turn_to_the_faster()
+            return False
         return not self.moving and self._exclusive(now, self._hand_over)
+
+    def _turn_to_the_faster(self) -> None:
+        if self._rent > 0:
+            self.lane = self._best
+            self._weigh()
 
     def settled(self, now: float, lane: str) -> None:
         """The hand-over is over and this lane holds the GPU, whichever was wanted.
@@ -474,11 +520,18 @@ class Policy:
             self._hand_over.ended(now, self._left, lane, forced=self._forced)
         else:
             self._hand_over.failed(now, self.lane)
-        self.moving = False
+        self.moving = self._free = False
         self.lane = lane
         self.regret = 0.0
         self._since.pop(lane, None)
         self._weigh()
+
+    def freed(self, now: float) -> None:
+        """No lane holds the GPU: whichever is next, a move costs nothing until `settled`."""
+        self._pass(now)
+        self.moving = False
+        self.regret = 0.0
+        self._free = True
 
     def due(self) -> float:
         """The moment at which it will move if nothing changes before; inf if never."""
@@ -486,7 +539,7 @@ class Policy:
             if self._rent <= 0:
                 return math.inf
             return self._at + (self.price - self.regret) / self._rent
-        if self.moving:
+        if self.moving or self._free:
             return math.inf
         if self.pin is not None:
             wanted = self.pin != self.lane
@@ -507,7 +560,7 @@ class Policy:
         if self._overlap is not None:
             self._overlap.passed(now, self._demand)
             self.regret = max(0.0, self.regret + self._rent * passed)
-        elif self._hand_over is not None and passed > 0:
+        elif self._hand_over is not None and passed > 0 and not self._free:
             if self.moving:
                 self._hand_over.waited(passed, max(0, self._demand - self._running))
                 return

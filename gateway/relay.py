@@ -189,6 +189,7 @@ class Heart:
         self._period_s = period_s
         self._beat = beat
         self._beating: asyncio.Task[None] | None = None
+
     def __enter__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._reply.last = time.monotonic()

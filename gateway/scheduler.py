@@ -342,10 +342,11 @@ class Scheduler:
         if not self.exclusive:
             self.policy.observe(now, self.model, Demand(self.demand, running, _NONE))
             return False
-        if self.held or self.policy.moving:
-            demand = Demand(self.demand, running, self._stranded())
-            return self.policy.observe(now, self.model, demand)
-        return self.waiting > 0
+        decided = self.policy.observe(
+            now, self.model, Demand(self.demand, running, self._stranded())
+        )
+        nobody = not self.held and not self.policy.moving
+        return decided or (nobody and self.waiting > 0)
 
     def _stranded(self) -> dict[str, int]:
         """Foreground requests that wait for a lane without the GPU, which no other can serve."""

@@ -52,14 +52,14 @@ BACKGROUND = {"x-task": "title_generation"}
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hand-over costs next to nothing, and an hour may have any number of them."""
-    monkeypatch.setattr(HandOver, "bar", lambda *_: 0.5)
+    monkeypatch.setattr(HandOver, "bar", lambda *_, **__: 0.5)
     monkeypatch.setattr(HandOver, "allowed_at", lambda price, *_: price.not_before)
 
 
 @pytest.fixture
 def never_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """No hand-over is ever made for the sake of speed."""
-    monkeypatch.setattr(HandOver, "bar", lambda *_: math.inf)
+    monkeypatch.setattr(HandOver, "bar", lambda *_, **__: math.inf)
 
 
 # Who has it at the start

@@ -3,8 +3,9 @@
 A gateway starts the real Ollama and the real vLLM itself. A budget of memory stands for the
 GPU: the two do not fit into it together, so the gateway must have one stopped, or its model
 unloaded, before the other may load. One person asks, then a crowd, then one person again,
-each without a pause; the GPU goes to vLLM and comes back. All of it is written down:
-every request, and twice a second who holds the GPU, what is asked, and regret and price.
+each without a pause; the GPU goes to vLLM and, after a while of nobody, to Ollama. All of it
+is written down: every request, and twice a second who holds the GPU, what is asked, and
+regret and price.
 
     python -m tests.engines.switch --picture docs/switch.svg --json switch.json
 """
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ def configuration(ports: dict[str, int], port: int, scratch: Path) -> dict[str, 
         "gpu": {
             "budget_gib": BUDGET_GIB,
             "handover_s": 5,
+            "idle_release_s": 15,
             "load_s": 300,
             "lease": str(scratch / "lease"),
         },
@@ -154,8 +156,13 @@ def staged(scratch: Path) -> Iterator[Stage]:
             process.wait(120)
 
 
-async def play(stage: Stage, record: Record) -> None:
-    """One, a crowd, one; returns when the GPU is back at Ollama and has answered there."""
+async def play(stage: Stage, record: Record, *, patient: bool = False) -> None:
+    """One, a crowd, one; returns when the GPU is back at Ollama and has answered there.
+
+    After the crowd everybody is gone until the memory is given back, so that the one who
+    comes finds the GPU free; or (`patient`) one goes on asking until regret has paid for
+    the way back, a quarter of an hour.
+    """
     limits = httpx.Limits(max_connections=None)
     async with (
         httpx.AsyncClient(base_url=stage.url, timeout=600, limits=limits) as client,
@@ -167,8 +174,11 @@ async def play(stage: Stage, record: Record) -> None:
         async with asking(stage, client, record, CROWD):
             await until(client, held_by("vllm"))
             await asyncio.sleep(15)
-        async with asking(stage, client, record, 1):
-            await until(client, held_by("ollama"))
+        if patient:
+            async with asking(stage, client, record, 1):
+                await until(client, held_by("ollama"))
+        else:
+            await until(client, lambda gpu: gpu["step"] == "free")
         for _ in range(3):
             await ask(stage, client, record, 0)
         record.passages = (await status(client))["gpu"]["passages"]
@@ -317,11 +327,11 @@ def processes_of(stage: Stage, kind: str) -> list[psutil.Process]:
     return list(found)
 
 
-def run(scratch: Path, played: Callable[[Stage, Record], Awaitable[None]] = play) -> Record:
+def run(scratch: Path, *, patient: bool = False) -> Record:
     """The whole scenario, the engines started and ended."""
     record = Record()
     with staged(scratch) as stage:
-        asyncio.run(_played(played, stage, record))
+        asyncio.run(play(stage, record, patient=patient))
     record.exit_code = stage.process.returncode
     record.left = [
         f"{process.pid} {kind}" for kind in stage.ports for process in processes_of(stage, kind)
@@ -329,12 +339,6 @@ def run(scratch: Path, played: Callable[[Stage, Record], Awaitable[None]] = play
     lines = (scratch / "gateway.log").read_text().splitlines()
     record.log = [json.loads(line) for line in lines if line.startswith("{")]
     return record
-
-
-async def _played(
-    played: Callable[[Stage, Record], Awaitable[None]], stage: Stage, record: Record
-) -> None:
-    await played(stage, record)
 
 
 def draw(record: Record, path: Path) -> None:
@@ -393,9 +397,12 @@ def main() -> int:
     )
     parser.add_argument("--picture", type=Path, help="draw the timeline here (.svg or .png)")
     parser.add_argument("--json", type=Path, help="write everything that was seen here")
+    parser.add_argument(
+        "--patient", action="store_true", help="let regret bring the GPU back: a quarter of an hour"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        record = run(Path(scratch))
+        record = run(Path(scratch), patient=args.patient)
     for passage in record.passages:
         print(passage)  # noqa: T201 - a command's way to speak
     if args.json:

@@ -39,8 +39,9 @@ def test_load_rises_and_falls_and_the_gpu_goes_there_and_comes_back(
     assert ways == [
         (None, "ollama", "done"),
         ("ollama", "vllm", "done"),
-        ("vllm", "ollama", "done"),
+        (None, "ollama", "done"),
     ]
+    assert [m["step"] for m in record.moments if m.get("step") == "free"]
 
 
 def test_every_request_is_answered_once_and_to_its_end(record: switch.Record) -> None:
@@ -74,11 +75,8 @@ def test_streams_that_waited_for_the_gpu_got_heartbeats(record: switch.Record) -
 def test_what_the_moves_cost_is_measured(record: switch.Record) -> None:
     there, back = record.passages[1:]
 
-    for passage in (there, back):
-        assert list(passage["steps"]) == [
-            "draining", "unloading", "freeing", "loading", "probing",
-        ]  # fmt: skip
-        assert passage["waited"] > 0
+    assert list(there["steps"]) == ["draining", "unloading", "freeing", "loading", "probing"]
+    assert there["waited"] > there["steps"]["loading"]  # more than one has waited for it
     assert there["steps"]["loading"] > back["steps"]["loading"] > 0  # a start, and a load
 
 
