@@ -39,7 +39,7 @@ examples:
   twolane serve 2> gateway.log; twolane simulate --trace gateway.log
       the requests that really came, as they came
   twolane simulate
-      every trace on one profile at four hand-over times: minutes
+      every trace on every built-in profile at four hand-over times: minutes
 
 how to read it:
   A hand-over makes everybody wait, and pays only if the other engine stays the faster one
@@ -74,8 +74,9 @@ def add_command(commands: Any) -> None:
         help="who is there when, see below (all; with --people: " + ", ".join(ONE_SIZE) + ")",
     )  # fmt: skip
     parser.add_argument(
-        "--profile", nargs="+", default=["measured"], metavar="NAME|FILE",
-        help="seconds a request by lane and demand, see below; all: each built-in one (measured)",
+        "--profile", nargs="+", metavar="NAME|FILE",
+        help="seconds a request by lane and demand, see below; all: each built-in one (all; "
+        "with --people or --trace: measured)",
     )  # fmt: skip
     parser.add_argument(
         "--handover-s", type=_numbers, default=HANDOVERS_S, metavar="S,S",
@@ -180,7 +181,8 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     wanted = args.trace or (ONE_SIZE if args.people else ("all",))
     names = [one for name in wanted for one in (traces.BUILT_IN if name == "all" else (name,))]
     found = [name if name in traces.BUILT_IN else _read(name) for name in dict.fromkeys(names)]
-    known = [pair for name in args.profile for pair in _profiles(name)]
+    usual = ("measured",) if args.people or args.trace else ("all",)
+    known = [pair for name in args.profile or usual for pair in _profiles(name)]
     return [
         Case(
             trace=trace, label=label, profile=by, lanes=study.lanes_of(by),
