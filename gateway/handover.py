@@ -287,6 +287,7 @@ class Gpu:
         self._since = time.monotonic()
         self._moving_s = 0.0
         self._wake = asyncio.Event()
+        policy.freed(self._since)
         for occupant in occupants.values():
             if occupant.process is not None:
                 occupant.process.on_end = self._wake.set
@@ -469,6 +470,7 @@ class Gpu:
         if self.holder is not None:  # a hand-over to whoever it may be has failed
             self.policy.settled(time.monotonic(), self.holder)
             self.holder = None
+        self.policy.freed(time.monotonic())
         pause = FIRST_PAUSE_S
         while not self.released:
             for kind in sorted(self.occupants, key=self._reluctance):

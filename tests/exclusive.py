@@ -32,7 +32,7 @@ SHORT: Mapping[str, Any] = {
     "drain_s": 0.5,
     "unload_s": 0.5,
     "free_s": 0.5,
-    "load_s": 1.0,
+    "load_s": 0.6,
     "probe_s": 0.5,
 }
 #: What the gateway asks to see whether an engine generates.
