@@ -276,6 +276,8 @@ class Relay:
         In the queue it may still be told 429 or 503; only a hand-over is worth its silence.
         """
         if ticket.lane is not None:
+            if not reply.begun:  # it may have its slot, and not have been told yet
+                exchange.lane, exchange.reason = ticket.lane.name, ticket.reason
             return HEARTBEAT
         movement = model.admission.movement
         if not movement:
