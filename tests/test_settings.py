@@ -235,6 +235,113 @@ def test_a_pair_names_at_least_one_model(place: Place, lanes: str) -> None:
     assert "pair.chat" in place.mistake(f"pair: {{chat: {lanes}}}")
 
 
+# One GPU for several
+
+
+def shared_gpu(*models: str, engines: str = "", more: str = "") -> str:
+    """Settings in which each of these models, as JSON, is in exclusive placement."""
+    engines = engines or "{ollama: {urls: ['http://a:1']}, vllm: {urls: ['http://a:2']}}"
+    listed = "\n".join(
+        f"  m{number}: {{placement: exclusive, {model}}}" for number, model in enumerate(models)
+    )
+    return f"engines: {engines}\nmodels:\n{listed}\n{more}"
+
+
+BOTH = "lanes: {ollama: {model: 'a:1b'}, vllm: {model: A}}"
+
+
+def test_lanes_that_do_not_fit_together_share_a_gpu(place: Place) -> None:
+    read = place.load(shared_gpu(BOTH, "lanes: {vllm: {model: A}}", more="gpu: {drain_s: 5}"))
+
+    assert {model.placement for model in read.models.values()} == {"exclusive"}
+    assert (read.gpu.drain_s, read.gpu.patience_s, read.gpu.moves_per_hour) == (5, 30, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            shared_gpu(
+                BOTH,
+                engines="{ollama: {urls: ['http://a:1']}, "
+                "vllm: {urls: ['http://a:2', 'http://b:2']}}",
+            ),
+            "models.m0.lanes.vllm: one GPU has one server of an engine, not replicas",
+        ),
+        (
+            shared_gpu("lanes: {vllm: {model: A, urls: ['http://c:1']}}"),
+            "models.m0.lanes.vllm: one GPU has one server of an engine, not replicas",
+        ),
+        (
+            shared_gpu(
+                "lanes: {llamacpp: {model: a}}", engines="{llamacpp: {urls: ['http://a:3']}}"
+            ),
+            "a llama-server cannot unload its model; give engines.llamacpp.command",
+        ),
+        (
+            shared_gpu(BOTH, more="gpu: {patience_s: 60}"),
+            "gpu.patience_s (60) must be below limits.max_wait_s (60)",
+        ),
+        (
+            shared_gpu(BOTH, more="limits: {max_wait_s: 20}"),
+            "gpu.patience_s (30) must be below limits.max_wait_s (20)",
+        ),
+        (
+            shared_gpu(f"pin: vllm, {BOTH}", f"pin: ollama, {BOTH}"),
+            "pin: one GPU cannot be kept at ollama and vllm",
+        ),
+        (
+            shared_gpu("lanes: {vllm: {model: A, memory_gib: 5}}", more="gpu: {budget_gib: 4}"),
+            "models.m0.lanes.vllm.memory_gib: 5 is more than the whole budget of 4 GiB",
+        ),
+        (shared_gpu(BOTH, more="gpu: {drain_s: 0}"), "gpu.drain_s: Input should be greater than 0"),
+        (shared_gpu(BOTH, more="gpu: {drains: 1}"), "did you mean drain_s?"),
+        (shared_gpu("lanes: {vllm: {model: A, memory_gib: 0}}"), "memory_gib: Input should be gr"),
+    ],
+)
+def test_what_one_gpu_cannot_do_is_told_with_what_to_change(
+    place: Place, text: str, said: str
+) -> None:
+    assert said in place.mistake(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        shared_gpu(
+            "lanes: {llamacpp: {model: a}}",
+            engines="{llamacpp: {urls: ['http://a:3'], command: [llama-server, -m, a.gguf]}}",
+        ),
+        shared_gpu(f"pin: vllm, {BOTH}", f"pin: vllm, {BOTH}"),
+        shared_gpu("lanes: {vllm: {model: A, memory_gib: 4}}", more="gpu: {budget_gib: 4}"),
+        shared_gpu(BOTH, more="gpu: {patience_s: 30}\nlimits: {max_wait_s: 31}"),
+        # Of models whose lanes are all in memory none of this is asked.
+        shared_gpu(BOTH, more="limits: {max_wait_s: 20}").replace("exclusive", "shared"),
+        shared_gpu(f"pin: vllm, {BOTH}", f"pin: ollama, {BOTH}").replace("exclusive", "shared"),
+    ],
+)
+def test_what_one_gpu_can_do_is_let_pass(place: Place, text: str) -> None:
+    assert place.load(text).models
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (
+            "{urls: ['http://a:1', 'http://b:1'], command: [vllm, serve, A]}",
+            "engines.vllm: command: it starts one server, so name one URL",
+        ),
+        ("{urls: ['http://a:1'], log: /tmp/log}", "environment and log belong to a command"),
+        ("{urls: ['http://a:1'], environment: {A: b}}", "environment and log belong to a command"),
+        ("{urls: ['http://a:1'], command: ['']}", "engines.vllm.command.0: "),
+    ],
+)
+def test_a_command_is_of_one_server_and_only_that_has_a_log(
+    place: Place, engine: str, said: str
+) -> None:
+    assert said in place.mistake(f"engines: {{vllm: {engine}}}")
+
+
 # Keys
 
 
