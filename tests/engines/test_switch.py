@@ -14,6 +14,9 @@ import pytest
 
 from tests.engines import rig, switch
 
+#: The scenario waits for engines and moves, by deadlines of its own.
+pytestmark = pytest.mark.timeout(1500)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _installed() -> None:
