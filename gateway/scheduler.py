@@ -342,9 +342,9 @@ class Scheduler:
         if not self.exclusive:
             self.policy.observe(now, self.model, Demand(self.demand, running, _NONE))
             return False
-        decided = self.policy.observe(
-            now, self.model, Demand(self.demand, running, self._stranded())
-        )
+        # Where nobody holds, everybody waits for the GPU, and none for a lane in particular.
+        stranded = self._stranded() if self.held else _NONE
+        decided = self.policy.observe(now, self.model, Demand(self.demand, running, stranded))
         nobody = not self.held and not self.policy.moving
         return decided or (nobody and self.waiting > 0)
 

@@ -607,10 +607,12 @@ async def test_an_endless_answer_puts_the_move_off_and_is_not_cut(
                 await anext(parts)
             reason = meanwhile.headers["x-gateway-reason"]
             still = (box.ollama.running, box.asked("vllm", "/wake_up"))
+            loads = box.asked("ollama", "/api/generate")
         await served.until("vllm")
         moved = await served.ask("moved")
 
     assert meanwhile.headers["x-gateway-lane"] == "ollama"
     assert reason == "the GPU could not be brought to vllm, where the operator wants it"
     assert still == (1, [])
+    assert len(loads) == 1, "it was never away"
     assert moved.headers["x-gateway-lane"] == "vllm"
