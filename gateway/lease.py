@@ -78,6 +78,9 @@ class Lease:
         if self._file is not None:
             # It stays: who removes it while another opens it makes two owners.
             os.ftruncate(self._file, 0)
+            # Said, and not left to close(): a program that is being started right now has
+            # the file, too, until its exec() is through.
+            fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
             self._file = None
 

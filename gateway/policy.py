@@ -32,10 +32,13 @@ LEAST = 0.25
 #: After so many seconds of nobody the crowd is gone, and a move costs nothing. Assumed.
 FORGOTTEN_S = 10.0
 
-#: No hand-over is reckoned quicker than this, seconds: by chance alone, while as many people
-#: are there as before, regret goes up and down by about so many seconds of what is usual, and
-#: a move that costs less would follow the dice. Chosen in simulation: 15 to 25 do as well.
-QUICKEST_S = 20.0
+#: How many round trips staying must have cost before a move pays. Half of one is what
+#: theory asks for; demand is lower on the faster lane just because it is faster, so what
+#: the slower would lose is underrated. Chosen in simulation, over seeds.
+TRIPS = 1.5
+#: No hand-over is reckoned quicker than this, seconds: what it disturbs besides (prompt
+#: caches, streams held back) is not in its cost. Chosen in simulation, over seeds.
+QUICKEST_S = 15.0
 #: The demand at which it is looked whether one lane is always better.
 MATTERS = range(1, 33)
 #: How much the newest hand-over counts in what one costs, once there were a few.
@@ -111,13 +114,9 @@ class HandOver:
             where no other can serve it, before the GPU is moved for it.
 
     A move costs the request-seconds that people waited because of it; what it will cost
-    is the mean of those before, each direction for itself. The bar is a round trip, times how
-    wary the stays so far have made us: twice as wary after one that never had earned its round
-    trip or a move that failed, half as wary after one that had.
-
-    The bar is the same in both directions, and deliberately so is the wariness. Demand is
-    lower on the faster lane just because it is faster, so a stay there looks as if it had
-    earned little. Where both bars grow, the lane on which more is lost is the one that is left.
+    is the mean of those before, each direction for itself. The bar is one and a half round
+    trips, times how wary the moves to that lane have made us: twice as wary after a stay that
+    did not earn its round trip or a move that failed, half as wary after one that did.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class HandOver:
         self.moves_per_hour = moves_per_hour
         self.patience_s = patience_s
         self._seen: dict[tuple[str, str], _Moves] = {}
-        self._wary = 1.0
+        self._wary: dict[str, float] = {}
         self._failures: dict[str, int] = {}
         self._not_before = -math.inf  # after a failure nothing is tried for a while
         self._counted: deque[float] = deque(maxlen=max(1, 2 * moves_per_hour))
@@ -140,8 +139,7 @@ class HandOver:
         self._held_at = -math.inf
         self._former: str | None = None  # None: it did not come here for the sake of speed
         self._way_back: str | None = None  # where a forced move came from: no limit for that
-        self._earned = 0.0  # so far, and the most that was
-        self._most = 0.0
+        self._earned = 0.0
         self._began_at = 0.0
         self._waited = 0.0
 
@@ -163,7 +161,6 @@ class HandOver:
             self._lost[there] = self._lost.get(there, 0.0) - rent * seconds
         if self._former is not None:
             self._earned -= rents.get(self._former, 0.0) * seconds
-            self._most = max(self._most, self._earned)
 
     def waited(self, seconds: float, requests: int) -> None:
         """So long so many waited for the hand-over."""
@@ -181,7 +178,7 @@ class HandOver:
         self._learn((here, there), now - self._began_at)
         if self._former is not None and not forced:
             trip = self._cost(self._former, here, 0.0) + self._cost(here, self._former, 0.0)
-            self._judge(earned=self._most >= trip)
+            self._judge(here, earned=self._earned >= trip)
         if forced:
             if self._way_back is None:
                 self._way_back = here
@@ -190,14 +187,14 @@ class HandOver:
                 self._counted.append(self._began_at)
             self._way_back = None
         self._former = None if forced else here
-        self._earned = self._most = 0.0
+        self._earned = 0.0
         self._held_at = now
         self._failures.pop(there, None)
 
     def failed(self, now: float, there: str) -> None:
         """The hand-over has failed: wait before the next, twice as long each time."""
         failures = self._failures[there] = self._failures.get(there, 0) + 1
-        self._judge(earned=False)
+        self._judge(there, earned=False)
         took = max(self.assumed_s, now - self._began_at)
         self._not_before = now + took * min(WARIEST, 2.0 ** (failures - 1))
 
@@ -205,7 +202,7 @@ class HandOver:
         """A lane was found to hold the GPU."""
         self._held_at = now
         self._former = self._way_back = None
-        self._earned = self._most = 0.0
+        self._earned = 0.0
 
     def _learn(self, way: tuple[str, str], took_s: float) -> None:
         seen = self._seen.setdefault(way, _Moves())
@@ -214,8 +211,9 @@ class HandOver:
         seen.cost += (self._waited - seen.cost) * weight
         seen.seconds += (took_s - seen.seconds) * weight
 
-    def _judge(self, *, earned: bool) -> None:
-        self._wary = max(1.0, self._wary / 2) if earned else min(WARIEST, self._wary * 2)
+    def _judge(self, lane: str, *, earned: bool) -> None:
+        wary = self._wary.get(lane, 1.0)
+        self._wary[lane] = max(1.0, wary / 2) if earned else min(WARIEST, wary * 2)
 
     # What it costs, and when it may be
 
@@ -226,7 +224,8 @@ class HandOver:
         """
         least = QUICKEST_S * self._mean(demand)
         ways = [(here, there)] if for_good else [(here, there), (there, here)]
-        return self._wary * sum(max(least, self._cost(*way, demand)) for way in ways)
+        trip = sum(max(least, self._cost(*way, demand)) for way in ways)
+        return self._wary.get(there, 1.0) * (trip if for_good else TRIPS * trip)
 
     def allowed_at(self, here: str, there: str, now: float, rent: float) -> float:
         """From when on a move for the sake of speed may be made, if nothing changes.
@@ -343,8 +342,8 @@ class _Model:
         here_s, there_s = self.seconds(here, n), self.seconds(there, n)
         if here_s is None or there_s is None:
             return 0.0  # not measured: nothing to move for, nothing to stay for
-        # Little's law: coming as fast as they do, n here would be n * there_s / here_s there.
-        return n * (1 - there_s / here_s)
+        best = min(here_s, there_s)
+        return n * (best / there_s - best / here_s)
 
     def seconds(self, lane: str, n: int) -> float | None:
         return self.profile.seconds(lane, n) if lane in self.lanes else None
