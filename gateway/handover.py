@@ -424,6 +424,7 @@ class Gpu:
         """Hand the GPU over, or go back where a step fails."""
         passage = Passage(time.time(), source, target, why)
         self.passages.append(passage)
+        waited = self.policy.waited
         log.info("hand-over from %s to %s: %s", source or "nobody", target, why)
         try:
             if source is not None:
@@ -442,7 +443,7 @@ class Gpu:
         else:
             passage.outcome = "done"
             self._open(target)
-        passage.waited = self.policy.waited
+        passage.waited = self.policy.waited - waited
 
     async def _take(self, kind: str, passage: Passage | None = None) -> None:
         self.toward = kind

@@ -125,6 +125,7 @@ class HandOver:
         self.assumed_s = assumed_s
         self.moves_per_hour = moves_per_hour
         self.patience_s = patience_s
+        self.waited_s = 0.0  # request-seconds, by all that ever waited
         self._seen: dict[tuple[str, str], _Moves] = {}
         self._wary: dict[str, float] = {}
         self._failures: dict[str, int] = {}
@@ -141,7 +142,7 @@ class HandOver:
         self._way_back: str | None = None  # where a forced move came from: no limit for that
         self._earned = 0.0
         self._began_at = 0.0
-        self._waited = 0.0
+        self._waited_before = 0.0
 
     # What passes
 
@@ -163,15 +164,15 @@ class HandOver:
             self._earned -= rents.get(self._former, 0.0) * seconds
 
     def waited(self, seconds: float, requests: int) -> None:
-        """So long so many waited for the hand-over."""
-        self._waited += seconds * requests
+        """So long so many waited for a lane to hold the GPU."""
+        self.waited_s += seconds * requests
 
     # Moves
 
     def began(self, now: float) -> None:
         """A hand-over begins."""
         self._began_at = now
-        self._waited = 0.0
+        self._waited_before = self.waited_s
 
     def ended(self, now: float, here: str, there: str, *, forced: bool) -> None:
         """The hand-over from here to there has succeeded; `forced` if not for speed."""
@@ -208,7 +209,7 @@ class HandOver:
         seen = self._seen.setdefault(way, _Moves())
         seen.number += 1
         weight = max(1 / seen.number, NEWEST)
-        seen.cost += (self._waited - seen.cost) * weight
+        seen.cost += (self.waited_s - self._waited_before - seen.cost) * weight
         seen.seconds += (took_s - seen.seconds) * weight
 
     def _judge(self, lane: str, *, earned: bool) -> None:
@@ -250,11 +251,6 @@ class HandOver:
         """From when on a move is made for those who wait for it since then."""
         held = self._held_at + self.takes_s(here, there)
         return max(self._not_before, held, since + self.patience_s)
-
-    @property
-    def last_waited(self) -> float:
-        """Request-seconds that people have waited for the last hand-over, or the one under way."""
-        return self._waited
 
     @property
     def not_before(self) -> float:
@@ -435,8 +431,8 @@ class Policy:
 
     @property
     def waited(self) -> float:
-        """Request-seconds that people have waited for that move."""
-        return self._hand_over.last_waited if self._hand_over is not None else 0.0
+        """Request-seconds that people have waited for the GPU, in all."""
+        return self._hand_over.waited_s if self._hand_over is not None else 0.0
 
     def reason(self, model: str) -> str:
         """Why this lane, in words and numbers for the `X-Gateway-Reason` header."""
@@ -560,8 +556,8 @@ class Policy:
         if self._overlap is not None:
             self._overlap.passed(now, self._demand)
             self.regret = max(0.0, self.regret + self._rent * passed)
-        elif self._hand_over is not None and passed > 0 and not self._free:
-            if self.moving:
+        elif self._hand_over is not None and passed > 0:
+            if self.moving or self._free:
                 self._hand_over.waited(passed, max(0, self._demand - self._running))
                 return
             self._hand_over.passed(passed, self._demand, self.lane, self._rents)

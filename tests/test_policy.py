@@ -387,3 +387,22 @@ def test_the_reason_says_what_a_move_waits_for() -> None:
     assert policy.reason(MODEL) == (
         "a move to vllm does not pay yet: regret 3.0 of 36.0 request-seconds at demand 9"
     )
+
+
+# The GPU on its way
+
+
+def test_what_people_wait_is_counted_while_it_moves_and_while_nobody_holds() -> None:
+    policy = exclusive(price=HandOver(assumed_s=10.0))
+    policy.freed(0.0)
+    see(policy, 10.0, 3)
+    policy.settled(14.0, "ollama")
+    free = policy.waited
+    see(policy, 20.0, 3, on("ollama", 1))
+    policy.pin = "vllm"
+    see(policy, 30.0, 3, on("ollama", 1))
+    policy.settled(35.0, "vllm")
+
+    assert free == 3 * 4
+    assert policy.moves == 1
+    assert policy.waited - free == 2 * 5  # the one still running does not wait

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -351,14 +352,17 @@ def draw(record: Record, path: Path) -> None:
     colours = {"ollama": "#2a7f62", "vllm": "#c8553d", "moving": "#c9c9c9"}
     seen = [moment for moment in record.moments if "step" in moment]
     times = [moment["at_s"] for moment in seen]
+    holders: list[tuple[str, float, float]] = []
+    for one, after in itertools.pairwise(seen):
+        holder = one["holder"] if one["step"] == "held" else "moving"
+        first = holders.pop()[1] if holders and holders[-1][0] == holder else one["at_s"]
+        holders.append((holder, first, after["at_s"]))
     figure, (people, rent, answers) = plt.subplots(
         3, 1, sharex=True, figsize=(10, 7.5), height_ratios=(2, 2, 2), layout="constrained"
     )
     for axes in (people, rent, answers):
-        for one, after in zip(seen, [*seen[1:], seen[-1]], strict=True):
-            held = one["holder"] if one["step"] == "held" else "moving"
-            colour = colours.get(held or "moving", colours["moving"])
-            axes.axvspan(one["at_s"], after["at_s"], color=colour, alpha=0.18, linewidth=0)
+        for holder, first, last in holders:
+            axes.axvspan(first, last, color=colours[holder], alpha=0.18, linewidth=0)
     people.step(times, [m["demand"] for m in seen], where="post", color="black", label="demand")
     people.fill_between(
         times, [m["waiting"] for m in seen], step="post", color="black", alpha=0.3, label="waiting"
@@ -385,6 +389,7 @@ def draw(record: Record, path: Path) -> None:
     for axes in (people, rent, answers):
         axes.legend(loc="upper right", fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 

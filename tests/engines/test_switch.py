@@ -81,6 +81,7 @@ def test_what_the_moves_cost_is_measured(record: switch.Record) -> None:
     assert list(there["steps"]) == ["draining", "unloading", "freeing", "loading", "probing"]
     assert there["waited"] > there["steps"]["loading"]  # more than one has waited for it
     assert there["steps"]["loading"] > back["steps"]["loading"] > 0  # a start, and a load
+    assert there["waited"] > back["waited"] > 0
 
 
 def test_nothing_is_left_of_it(record: switch.Record) -> None:
