@@ -1,0 +1,243 @@
+"""One streamed answer, timed as its reader sees it.
+
+TTFT is from just before the request is sent to the first delta that has something in it:
+content, reasoning or a tool call. Gaps are between such deltas. TPOT is what a token takes
+after the first, by the server's own count of tokens. E2E is to the last byte. Every
+request has a connection of its own, so that no server gains or loses by keeping one open.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import httpx
+import msgspec
+
+#: Longest a server may be silent, seconds, and longest it may take to accept a connection.
+SILENCE_S = 600.0
+CONNECT_S = 10.0
+#: How much of a server's refusal is kept, characters.
+TOLD = 300
+
+Body: TypeAlias = dict[str, Any]
+
+
+class BadTarget(ValueError):
+    """What was written is no target; the text says how one is."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that speaks OpenAI's API.
+
+    Attributes:
+        label: What it is called in tables.
+        url: Without `/v1`.
+        model: Its name of the model.
+        key: Sent as a bearer token, where one is needed.
+    """
+
+    label: str
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def read(cls, text: str, key: str | None = None) -> Target:
+        """`LABEL=URL=MODEL`.
+
+        Raises:
+            BadTarget: It is not.
+        """
+        label, _, rest = text.partition("=")
+        url, _, model = rest.partition("=")
+        if not label or not model or not url.startswith(("http://", "https://")):
+            raise BadTarget(
+                f"{text!r} is no LABEL=URL=MODEL, as in ollama=http://127.0.0.1:11434=llama3.3:70b"
+            )
+        return cls(label, url.rstrip("/").removesuffix("/v1"), model, key)
+
+    def __str__(self) -> str:
+        return f"{self.label}={self.url}={self.model}"
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Any] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.content or self.reasoning_content or self.reasoning or self.tool_calls)
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta = msgspec.field(default_factory=_Delta)
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decoder = msgspec.json.Decoder(_Event)
+
+
+@dataclass
+class Timing:
+    """A streamed answer so far. Feed it what arrives; seconds are since `began`.
+
+    Attributes:
+        start: Unix time of the beginning.
+        deltas_s: When each delta with something in it arrived.
+        error: What went wrong, if anything.
+    """
+
+    began: float = field(default_factory=time.perf_counter)
+    start: float = field(default_factory=time.time)
+    deltas_s: list[float] = field(default_factory=list)
+    e2e_s: float = 0.0
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    finish: str | None = None
+    lane: str | None = None
+    reason: str | None = None
+    error: str | None = None
+    text: str = ""
+    _rest: bytes = b""
+    _done: bool = False
+
+    @property
+    def ttft_s(self) -> float | None:
+        return self.deltas_s[0] if self.deltas_s else None
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [b - a for a, b in zip(self.deltas_s, self.deltas_s[1:], strict=False)]
+
+    @property
+    def tpot_s(self) -> float | None:
+        if not self.tokens_out or self.tokens_out < 2 or not self.deltas_s:
+            return None
+        return (self.deltas_s[-1] - self.deltas_s[0]) / (self.tokens_out - 1)
+
+    def feed(self, piece: bytes) -> None:
+        """Bytes of an event stream that have just arrived."""
+        at_s = time.perf_counter() - self.began
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._look(line[5:].strip(), at_s)
+
+    def ended(self) -> None:
+        """The last byte is here: what has to be true of a whole answer?"""
+        self.e2e_s = time.perf_counter() - self.began
+        if self.error is None:
+            if not self._done and self.finish is None:
+                self.error = "the stream broke off: neither [DONE] nor a finish reason"
+            elif not self.deltas_s:
+                self.error = "the answer was empty: no token came"
+
+    def failed(self, why: str) -> None:
+        """It is over, and not as it should be."""
+        self.e2e_s = time.perf_counter() - self.began
+        self.error = self.error or why
+
+    def _look(self, data: bytes, at_s: float) -> None:
+        if data == b"[DONE]":
+            self._done = True
+            return
+        try:
+            event = _decoder.decode(data)
+        except msgspec.DecodeError as exc:
+            self.error = self.error or f"no event of the OpenAI API: {exc}"
+            return
+        if event.error:
+            self.error = self.error or _told(msgspec.json.encode(event.error))
+        if event.usage is not None:
+            self.tokens_in = event.usage.prompt_tokens
+            self.tokens_out = event.usage.completion_tokens
+        for choice in event.choices:
+            self.finish = choice.finish_reason or self.finish
+            if choice.delta:
+                self.deltas_s.append(at_s)
+                self.text += choice.delta.content or ""
+
+
+def client() -> httpx.Client:
+    """A client for one simulated user; close it when the user goes."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
+    return httpx.Client(limits=limits, timeout=timeout, trust_env=False)
+
+
+def body(target: Target, messages: list[dict[str, str]], tokens_out: int) -> Body:
+    """A streamed chat completion of at most so many tokens, usage included."""
+    return {
+        "model": target.model,
+        "messages": messages,
+        "max_tokens": tokens_out,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def ask(session: httpx.Client, target: Target, asked: Body, timing: Timing | None = None) -> Timing:
+    """Ask once and read to the end; whatever goes wrong is in `error`.
+
+    Args:
+        session: Of this user alone.
+        target: Whom.
+        asked: As `body` makes it.
+        timing: Where to write it down, for who wants to watch or to hang up meanwhile.
+    """
+    headers = {"authorization": f"Bearer {target.key}"} if target.key else {}
+    headers |= {"content-type": "application/json", "accept-encoding": "identity"}
+    content = msgspec.json.encode(asked)
+    if timing is None:
+        timing = Timing()
+    else:
+        timing.began, timing.start = time.perf_counter(), time.time()
+    try:
+        with session.stream(
+            "POST", f"{target.url}/v1/chat/completions", content=content, headers=headers
+        ) as answer:
+            timing.lane = answer.headers.get("x-gateway-lane")
+            timing.reason = answer.headers.get("x-gateway-reason")
+            if answer.status_code != httpx.codes.OK:
+                timing.failed(f"{answer.status_code}: {_told(answer.read())}")
+                return timing
+            for piece in answer.iter_raw():
+                timing.feed(piece)
+        timing.ended()
+    except httpx.HTTPError as exc:
+        timing.failed(f"{type(exc).__name__}: {exc}")
+    return timing
+
+
+class _Refusal(msgspec.Struct):
+    error: Any = None
+    message: str | None = None
+
+
+def _told(said: bytes) -> str:
+    """What a server says of a failure, in one line."""
+    try:
+        refusal = msgspec.json.decode(said, type=_Refusal)
+        told = refusal.error if refusal.error is not None else refusal.message
+        if isinstance(told, dict):
+            told = told.get("message", told)
+    except msgspec.DecodeError:
+        told = None
+    text = str(told) if told is not None else said.decode(errors="replace")
+    return " ".join(text.split())[:TOLD]
