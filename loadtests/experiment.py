@@ -7,7 +7,6 @@ that is made of them and can be made again.
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -124,7 +123,7 @@ class Experiment(msgspec.Struct, frozen=True, omit_defaults=True):
             text = msgspec.json.format(msgspec.json.encode(self), indent=1)
             whole = folder / f"{EXPERIMENT}.new"
             whole.write_bytes(text)
-            os.replace(whole, folder / EXPERIMENT)
+            whole.replace(folder / EXPERIMENT)
         except OSError as exc:
             raise ExperimentError(f"{folder} cannot be written: {exc.strerror}") from exc
 
