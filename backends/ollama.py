@@ -52,6 +52,11 @@ KNOWN = {
 }  # fmt: skip
 
 
+def full(model: str) -> str:
+    """A model's name with its tag, as Ollama lists it; its API takes it without, too."""
+    return model if ":" in model.rpartition("/")[2] else f"{model}:latest"
+
+
 class Ollama(Engine):
     """One Ollama server."""
 
@@ -70,7 +75,7 @@ class Ollama(Engine):
     async def ready(self, model: str) -> Readiness:
         # A model on disk is ready: Ollama loads it when it is first asked for.
         try:
-            return Readiness.READY if model in await self.models() else Readiness.ABSENT
+            return Readiness.READY if full(model) in await self.models() else Readiness.ABSENT
         except base.BackendError:
             return Readiness.DOWN
 
@@ -95,19 +100,19 @@ class Ollama(Engine):
                 return int(value)
         running = await self._asked(self._manage.ps())
         for loaded in running.models:
-            if loaded.model == model:
+            if loaded.model == full(model):
                 return loaded.context_length
         return None
 
     async def load(self, model: str) -> None:
         await self._asked(self._patient.generate(model=model, keep_alive=-1))
-        if model not in await self.resident():
+        if full(model) not in await self.resident():
             raise Broken(f"{self} said that it has loaded {model}, and does not have it")
 
     async def unload(self, model: str) -> None:
         # The answer comes at once, the memory later: only /api/ps tells when.
         await self._asked(self._manage.generate(model=model, keep_alive=0))
-        while model in await self.resident():  # noqa: ASYNC110 - Ollama has no event for it
+        while full(model) in await self.resident():  # noqa: ASYNC110 - Ollama has no event for it
             await asyncio.sleep(GONE_LOOK_S)
 
     async def close(self) -> None:
@@ -128,7 +133,7 @@ class Ollama(Engine):
         """
         running = await self._asked(self._manage.ps())
         for loaded in running.models:
-            if loaded.model == model:
+            if loaded.model == full(model):
                 return (loaded.size_vram or 0) / loaded.size if loaded.size else 0.0
         return None
 

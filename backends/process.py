@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,12 +21,19 @@ from pathlib import Path
 from backends import keeper
 from backends.base import BackendError
 
+log = logging.getLogger("backends.process")
+
 #: Between SIGTERM and SIGKILL, seconds.
 GRACE_S = 5.0
 #: How long what was killed may take to be gone, seconds: a driver may hold a process.
 KILLED_S = 10.0
 #: What ends sooner than this has not started, seconds.
 MOMENT_S = 0.3
+#: Between an end that nobody wanted and the next start, seconds.
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+#: What has run for so long was well, seconds.
+A_WHILE_S = 60.0
 #: How much of the log's end an error shows, bytes.
 TAIL = 1000
 
@@ -147,6 +156,27 @@ class Supervised:
                 f"{self.command[0]} was killed and is still there, below process {self.pid}: "
                 "a driver may hold it"
             ) from None
+
+    async def keep(self) -> None:
+        """Start it, and start it again whenever it has ended, until cancelled.
+
+        It is not stopped by that. Between two starts there is a pause, longer each time until
+        one has run for a while.
+        """
+        pause_s = FIRST_PAUSE_S
+        while True:
+            began = time.monotonic()
+            try:
+                await self.start()
+                await self._ended.wait()
+                why = self.last_words()
+            except BackendError as exc:
+                why = str(exc)
+            if time.monotonic() - began > A_WHILE_S:
+                pause_s = FIRST_PAUSE_S
+            log.error("%s is started again in %g s: %s", self.command[0], pause_s, why)
+            await asyncio.sleep(pause_s)
+            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
 
     def last_words(self) -> str:
         """How it ended, if it did, and the end of what it said since its start."""

@@ -82,6 +82,7 @@ class Gateway:
         self._heard: list[asyncio.Event] = []  # of each replica, when it has been looked at
         self._misfits: list[str] = []
         self._embedded: Supervised | None = None
+        self._kept: list[tuple[Supervised, asyncio.Task[None]]] = []
         self._lease: Lease | None = None
         self.gpu: Gpu | None = None
         self._owning: asyncio.Task[None] | None = None
@@ -134,6 +135,7 @@ class Gateway:
         await self._take_gpu(
             {name: model for name, model in configured.items() if model.placement == "exclusive"}
         )
+        self._keep_ours()
         for name, model in configured.items():
             self._add(name, model)
         if self.gpu is not None:
@@ -176,11 +178,7 @@ class Gateway:
         """One engine as a tenant of the GPU; raises SettingsError where it cannot give it back."""
         configured = self._settings.engines[kind]
         lanes = [model.lanes[kind] for model in models.values() if kind in model.lanes]
-        process = None
-        if configured.command:
-            file = configured.log or Path(tempfile.mkdtemp(prefix="twolane-")) / f"{kind}.log"
-            process = Supervised(configured.command, file, configured.environment)
-            log.info("%s is ours to start and stop (log: %s)", kind, file)
+        process = _supervised(kind, configured) if configured.command else None
         engine = self._engine(kind, configured.urls[0])
         if isinstance(engine, VLLM) and process is None:
             with contextlib.suppress(BackendError):  # one that is down cannot be asked yet
@@ -210,6 +208,14 @@ class Gateway:
                             f"not fit in the GPU's {total / GIB:.1f}; take a smaller model, a "
                             "smaller quantization or less context"
                         )
+
+    def _keep_ours(self) -> None:
+        """Have the engines run that are ours to start and have no GPU to wait for."""
+        for kind, configured in self._settings.engines.items():
+            waits = self.gpu is not None and kind in self.gpu.occupants
+            if configured.command and not waits:
+                process = _supervised(kind, configured)
+                self._kept.append((process, asyncio.create_task(process.keep())))
 
     @property
     def _discovers(self) -> bool:
@@ -428,19 +434,23 @@ class Gateway:
         if self._owning is not None:
             self._owning.cancel()
             ending.append(self._owning)
+        for _, keeping in self._kept:
+            keeping.cancel()
+            ending.append(keeping)
         await asyncio.gather(*ending, return_exceptions=True)
         if self.gpu is not None:
             await self.gpu.stop()
+        ours = [process for process, _ in self._kept]
+        ours += [self._embedded] if self._embedded is not None else []
+        stops = (process.stop() for process in ours)
+        for failed in await asyncio.gather(*stops, return_exceptions=True):
+            if failed is not None:
+                log.warning("%s", failed)
         if self._lease is not None:
             self._lease.release()
         for engine in self._engines.values():
             await engine.close()
         self._client.close()
-        if self._embedded is not None:
-            try:
-                await self._embedded.stop()
-            except BackendError as exc:
-                log.warning("%s", exc)
 
     # What the operator may want
 
@@ -513,6 +523,13 @@ class Gateway:
             "gpu": self.gpu.status() if self.gpu is not None else None,
             "models": {name: _status(model) for name, model in self.catalogue.models.items()},
         }
+
+
+def _supervised(kind: Kind, configured: settings.Engine) -> Supervised:
+    """An engine of the operator's command."""
+    file = configured.log or Path(tempfile.mkdtemp(prefix="twolane-")) / f"{kind}.log"
+    log.info("%s is ours to start and stop (log: %s)", kind, file)
+    return Supervised(configured.command, file, configured.environment)
 
 
 def _usual_lease() -> Path:

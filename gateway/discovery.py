@@ -60,6 +60,14 @@ async def find(client: http.Client, ports: Ports, *, own_port: int) -> dict[Kind
     return engines
 
 
+async def kind_of(client: http.Client, url: str) -> Kind | None:
+    """What kind of engine answers there; None where it is none that we know."""
+    for kind in SIGNS:
+        if await _is(client, kind, url):
+            return kind
+    return None
+
+
 async def _is(client: http.Client, kind: Kind, url: str) -> bool:
     """Whether an engine of this kind answers there."""
     engine = CLASSES[kind](url, client, timeouts=Timeouts(connect_s=PATIENCE_S))

@@ -7,13 +7,13 @@ that is made of them and can be made again.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
 
 import msgspec
-import psutil
 
 VERSION = 1
 EXPERIMENT = "experiment.json"
@@ -166,8 +166,8 @@ def this_machine(packages: dict[str, str]) -> Machine:
     gpus, driver = _gpus()
     return Machine(
         cpu=name,
-        cores=psutil.cpu_count() or 1,
-        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        cores=os.cpu_count() or 1,
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         gpus=gpus,

@@ -126,6 +126,11 @@ _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
 
 
+def decode(line: bytes) -> Line:
+    """One line; raises `msgspec.DecodeError` where it is none."""
+    return _decoder.decode(line)
+
+
 class Writer:
     """Appends lines to a file, which other processes may do at the same time.
 
@@ -187,7 +192,7 @@ def read(path: Path) -> Iterator[Line]:
         if not line:
             continue
         try:
-            said = _decoder.decode(line)
+            said = decode(line)
         except msgspec.DecodeError as exc:
             if _cut(lines, number):
                 continue
@@ -209,6 +214,35 @@ def _cut(lines: list[bytes], number: int) -> bool:
 def requests(lines: Iterable[Line]) -> list[Request]:
     """The requests among them."""
     return [line for line in lines if isinstance(line, Request)]
+
+
+def by_cell(lines: Iterable[Line]) -> list[tuple[Cell, list[Request]]]:
+    """Each cell with its requests of all phases.
+
+    A cell that was begun again after an interruption is there twice, and what belonged to
+    which is told by time: from the start of the generator that wrote the cell to its end.
+    """
+    since = 0.0
+    begun: list[tuple[float, Cell, list[Request]]] = []
+    asked: list[Request] = []
+    for line in lines:
+        if isinstance(line, Run):
+            since = line.at
+        elif isinstance(line, Cell):
+            begun.append((since, line, []))
+        else:
+            asked.append(line)
+    by_key: dict[tuple[str, str, float, int], list[tuple[float, Cell, list[Request]]]] = {}
+    for one in begun:
+        cell = one[1]
+        key = cell.target, cell.loop, cell.level, cell.repetition
+        by_key.setdefault(key, []).append(one)
+    for request in asked:
+        key = request.target, request.loop, request.level, request.repetition
+        for began, cell, its in by_key.get(key, ()):
+            if began <= request.start <= cell.ended:
+                its.append(request)
+    return [(cell, its) for _, cell, its in begun]
 
 
 def cells(lines: Iterable[Line]) -> list[Cell]:

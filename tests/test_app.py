@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -199,3 +202,24 @@ async def test_status_shows_lanes_demand_and_decisions(start_gateway: StartGatew
     assert (calm["demand"], calm["waiting"], calm["lanes"]["vllm"]["running"]) == (0, 0, 0)
     assert [d["lane"] for d in calm["decisions"]] == ["vllm", "vllm"]
     assert calm["profile"] == "assumed"
+
+
+async def test_an_engine_of_ones_own_command_runs_as_long_as_the_gateway(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "backends.fake", "--kind", "ollama", "--port", str(port)]
+    engine = {"urls": [f"http://127.0.0.1:{port}"], "command": command, "log": tmp_path / "log"}
+    async with start_gateway(
+        engines={"ollama": engine}, models={"chat": {"lanes": {"ollama": {"model": "m"}}}}
+    ) as running:
+        await running.until(
+            lambda gateway: gateway.ready()["ready"] and not gateway.ready()["waiting_for"], 20
+        )
+        lane = await ask(running, model="chat")
+
+    assert lane == "ollama"
+    with socket.socket() as client:
+        assert client.connect_ex(("127.0.0.1", port)) != 0

@@ -510,3 +510,39 @@ async def test_a_keeper_that_is_asked_to_go_takes_its_engine_with_it(bench: Benc
 
     assert bench.said().endswith("bye\n")
     assert bench.left() == []
+
+
+# Kept running
+
+
+async def test_what_is_kept_is_started_again_whenever_it_ends(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "FIRST_PAUSE_S", 0.01)
+    engine = bench.engine(PLAIN)
+    keeping = asyncio.create_task(engine.keep())
+    await until(lambda: engine.wanted and engine.running)
+    first = engine.pid
+    for one in bench.left():
+        one.kill()
+
+    await until(lambda: engine.running and engine.pid != first)
+
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    await engine.stop()
+    assert bench.left() == []
+
+
+async def test_between_starts_that_fail_there_is_a_pause_that_grows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(process, "LONGEST_PAUSE_S", 0.04)
+    keeping = asyncio.create_task(bench.command("no-such-program").keep())
+
+    await until(lambda: len(caplog.messages) >= 4)
+
+    keeping.cancel()
+    pauses = [message.partition(" in ")[2].partition(" s:")[0] for message in caplog.messages[:4]]
+    assert pauses == ["0.01", "0.02", "0.04", "0.04"]

@@ -1,0 +1,566 @@
+"""`twolane compare` and `twolane calibrate`: the lanes of a configuration on trial.
+
+The measuring is `loadtests`'s, which knows URLs and nothing of us. Here is what it cannot
+know: which engines a configuration has, how they are started, stopped and given the GPU,
+what they say of themselves, and how a gateway is put in front of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import shlex
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from backends import http
+from backends.base import BackendError, Engine
+from backends.process import Supervised
+from gateway import discovery, settings
+from gateway.handover import Occupant
+from gateway.settings import SLOTS, Kind, Settings, SettingsError
+from loadtests import compare, experiment, report, selfcheck
+from loadtests.compare import Entrant, VisitFailed
+from loadtests.experiment import Experiment, ExperimentError, Plan, Subject
+from loadtests.report import ReportError
+from loadtests.samples import SamplesError
+from loadtests.stopwatch import BadTarget, Target
+
+NEEDS = "the experiment needs its extra: pip install 'twolane[load]'"
+GATEWAY = "gateway"
+#: How long a gateway may take to be ready, engines that it starts included, seconds.
+READY_S = 900.0
+#: Of what made the load, the versions that a report names.
+PACKAGES = ("twolane", "locust", "gevent", "httpx", "plotly", "matplotlib")
+
+COMPARE = """\
+examples:
+  twolane compare --config twolane.yaml
+      every lane of the file's model, Ollama with one slot and with sixteen, and the gateway
+      in front of them, at 1, 4, 8, 16 and 32 at once, three times over
+  twolane compare --pair chat=ollama:llama3.3:70b,vllm:llama-70b-awq --levels 16,32
+      the classic: engines that run already, found on their usual ports
+  twolane compare --target a=http://127.0.0.1:8001=llama --target b=http://other:8000=llama
+      anything that speaks OpenAI's API
+  twolane compare --resume compare-20261123-0900
+      go on after Ctrl-C, a crash or a power cut
+
+Engines whose `command` is in the settings are started and stopped, one at a time; others
+are used as they run, and in an exclusive placement the GPU is handed from one to the next.
+Nobody else should use the machine meanwhile: every figure would be theirs, too.
+"""
+
+CALIBRATE = """\
+examples:
+  twolane calibrate --config twolane.yaml --out chat.json
+      measure both lanes of the file's model, a quarter of an hour at most
+  twolane calibrate --pair chat=ollama:llama3.3:70b,vllm:llama-70b-awq --minutes 5
+      the same for engines that run already
+
+Then write `profile: chat.json` under the model in twolane.yaml, and the gateway decides by
+it; `twolane profile show chat.json` draws it.
+"""
+
+
+def add_commands(commands: Any, pair: Callable[[str], Any]) -> None:
+    """Add `compare` and `calibrate` to the commands of `twolane`.
+
+    Args:
+        commands: What `ArgumentParser.add_subparsers` returned.
+        pair: Reads `NAME=ollama:MODEL,vllm:MODEL`.
+    """
+    compare = commands.add_parser(
+        "compare",
+        help="measure the engines against each other, and write a report",
+        description="Measure every engine at every number of requests at once, several times "
+        "over in alternating order, and write a report: report.html, report.md, report.json and "
+        "pictures. The stopwatch is checked first.",
+        epilog=COMPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_subjects(compare, pair)
+    compare.add_argument(
+        "--target", action="append", default=[], metavar="LABEL=URL=MODEL",
+        help="measure this, in place of a configuration's lanes; may be repeated",
+    )  # fmt: skip
+    compare.add_argument(
+        "--key", help="key of the targets (or OPENAI_API_KEY); it is written down nowhere"
+    )
+    compare.add_argument(
+        "--levels", type=_levels, default=(1, 4, 8, 16, 32), metavar="N,N",
+        help="requests at once (1,4,8,16,32)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--repetitions", type=_count, default=3, metavar="N", help="of the whole matrix (3)"
+    )
+    _add_load(compare, rounds=10)
+    compare.add_argument(
+        "--ollama-slots", type=_levels, default=(1, 16), metavar="N,N",
+        help="OLLAMA_NUM_PARALLEL of each Ollama to measure, where we start it (1,16: as "
+        "installed, and matched)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--no-gateway", action="store_true", help="measure the engines alone, not the gateway"
+    )
+    for name, what in (("ttft", "first token"), ("tpot", "token"), ("e2e", "whole answer")):
+        compare.add_argument(
+            f"--good-{name}-s", type=_seconds, metavar="S",
+            help=f"an answer is good (goodput) within so many seconds a {what}",
+        )  # fmt: skip
+    compare.add_argument("--out", type=Path, metavar="FOLDER", help="for everything (compare-DATE)")
+    compare.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with what is there")
+    compare.add_argument(
+        "--unchecked", action="store_true",
+        help="write a report even if the stopwatch did not pass its check; it will say so",
+    )  # fmt: skip
+    compare.add_argument(
+        "--processes", type=_count, default=1, metavar="N", help="of the load generator (1)"
+    )
+    compare.set_defaults(run=_compare, parser=compare)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure a profile for the gateway to decide by",
+        description="Measure how long a request takes on each lane at each number at once, "
+        "closer and closer around the point where the other lane becomes the faster one, and "
+        "write the profile that the gateway decides by.",
+        epilog=CALIBRATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_subjects(calibrate, pair)
+    calibrate.add_argument(
+        "--levels", type=_levels, default=(1, 4, 16, 32), metavar="N,N",
+        help="to begin with; more are added where the lanes cross (1,4,16,32)",
+    )  # fmt: skip
+    calibrate.add_argument(
+        "--minutes", type=_seconds, default=15.0, metavar="M",
+        help="after so many nothing new is begun (15)",
+    )  # fmt: skip
+    _add_load(calibrate, rounds=5)
+    calibrate.add_argument(
+        "--out", type=Path, metavar="FILE.json",
+        help="the profile (where the settings' model has it, else profile-MODEL.json)",
+    )  # fmt: skip
+    calibrate.set_defaults(run=_calibrate)
+
+
+def _add_subjects(parser: argparse.ArgumentParser, pair: Callable[[str], Any]) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the gateway's settings, YAML")
+    parser.add_argument("--model", metavar="NAME", help="which of them (the first with two lanes)")
+    parser.add_argument(
+        "--pair", action="append", default=[], type=pair, metavar="NAME=ollama:MODEL,vllm:MODEL",
+        help="models of engines that run already",
+    )  # fmt: skip
+
+
+def _add_load(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    parser.add_argument(
+        "--rounds", type=_count, default=rounds, metavar="N",
+        help=f"measured requests of each user at each level ({rounds})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--warm-up", type=_count, default=1, metavar="N", help="requests before those (1)"
+    )
+    parser.add_argument(
+        "--tokens-in", type=_count, default=80, metavar="N", help="of a prompt, about (80)"
+    )
+    parser.add_argument(
+        "--tokens-out", type=_count, default=64, metavar="N", help="of an answer, at most (64)"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="prompts of your own, one a line")
+    parser.add_argument(
+        "--cell-s", type=_seconds, default=600.0, metavar="S", help="longest a level may take (600)"
+    )
+
+
+def _levels(text: str) -> tuple[int, ...]:
+    try:
+        levels = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        levels = []
+    if not levels or levels[0] < 1 or levels[-1] > 1024:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write numbers from 1 to 1024, as 1,4,16; more at once than that "
+            "measures the load generator"
+        )
+    return tuple(levels)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 is needed")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 is needed")
+    return seconds
+
+
+# Who is measured
+
+
+class Lanes:
+    """The lanes of one model in a configuration, and how each is made to serve alone.
+
+    Args:
+        read: The settings.
+        name: The model's public name.
+        model: Its settings.
+        client: What talks to the engines.
+        folder: For what engines of ours say.
+    """
+
+    def __init__(
+        self, read: Settings, name: str, model: settings.Model, client: http.Client, folder: Path
+    ) -> None:
+        self.name = name
+        self._read = read
+        self._model = model
+        self._client = client
+        self._folder = folder
+        self._running: list[Occupant] = []  # those that are not ours to stop
+
+    def entrants(self, ollama_slots: Sequence[int | None] = (None,)) -> list[Entrant]:
+        """Every lane; Ollama once for each number of slots, where it is ours to start."""
+        found = []
+        for kind, lane in self._model.lanes.items():
+            ours = bool(self._engine_settings(kind).command)
+            several = ollama_slots if kind == "ollama" and ours else (None,)
+            found += [self._entrant(kind, lane, slots) for slots in several]
+        return found
+
+    def _engine_settings(self, kind: Kind) -> settings.Engine:
+        return self._read.engines[kind]
+
+    def _entrant(self, kind: Kind, lane: settings.Lane, slots: int | None) -> Entrant:
+        own = self._engine_settings(kind)
+        url = (lane.urls or own.urls)[0]
+        key = own.api_key.get_secret_value() if own.api_key else None
+        engine = discovery.CLASSES[kind](url, self._client, api_key=key)
+        process = None
+        if own.command:
+            environment = dict(own.environment)
+            if slots is not None:
+                environment["OLLAMA_NUM_PARALLEL"] = str(slots)
+            log = own.log or self._folder / f"{kind}.log"
+            process = Supervised(own.command, log, environment)
+        occupant = Occupant(engine, [lane.model], process=process)
+        if process is None:
+            self._running.append(occupant)
+        subject = Subject(
+            label=kind if slots in (None, 1) else f"{kind}-{slots}",
+            url=url,
+            model=lane.model,
+            engine=kind,
+            slots=slots or lane.slots or SLOTS[kind],
+            context=lane.context,
+            command=shown(own.command),
+        )
+        target = Target(subject.label, url, lane.model, key)
+        return Entrant(subject, target, partial(self._serving, occupant, subject))
+
+    @asynccontextmanager
+    async def _serving(self, occupant: Occupant, subject: Subject) -> AsyncIterator[Subject]:
+        """The one engine that serves, where only one can."""
+        try:
+            async with asyncio.timeout(self._read.gpu.load_s):
+                if self._model.placement == "exclusive":
+                    for other in self._running:
+                        if other is not occupant:
+                            await other.give()
+                await occupant.take()
+            facts = await described(occupant.engine, subject)
+        except TimeoutError:
+            await occupant.stop()
+            raise VisitFailed(
+                f"{subject.label} does not serve after {self._read.gpu.load_s:g} s (gpu.load_s)"
+            ) from None
+        except BackendError as exc:
+            await occupant.stop()
+            raise VisitFailed(f"{subject.label} does not serve: {exc}") from exc
+        try:
+            yield facts
+        finally:
+            await occupant.stop()
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command line for a report: without the folders of whoever ran it."""
+    text = shlex.join(command)
+    for place, short in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
+        if place != "/":
+            text = text.replace(place, short)
+    return text
+
+
+def in_front(
+    arguments: Sequence[str], read: Settings, name: str, before: Sequence[str], folder: Path
+) -> Entrant:
+    """A gateway of our own in front of the lanes, with everything on.
+
+    Args:
+        arguments: Of `twolane serve`, to serve what is measured.
+        read: The settings that these lead to.
+        name: The model's public name.
+        before: Labels of the lanes behind it.
+        folder: For what it says.
+    """
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "gateway", "serve", *arguments, "--port", str(port)]
+    environment = {k: v for k, v in settings.environment().items() if k.startswith("TWOLANE_")}
+    process = Supervised(command, folder / "gateway.log", environment)
+    subject = Subject(
+        label=GATEWAY,
+        url=url,
+        model=name,
+        engine=GATEWAY,
+        version=metadata.version("twolane"),
+        command=shown(["twolane", "serve", *arguments]),
+        before=tuple(before),
+    )
+    key = next(iter(read.keys()), None)
+
+    @asynccontextmanager
+    async def running() -> AsyncIterator[Subject]:
+        try:
+            await process.start()
+            await _until_ready(url, process)
+        except BackendError as exc:
+            await process.stop()
+            raise VisitFailed(f"the gateway does not serve: {exc}") from exc
+        try:
+            yield subject
+        finally:
+            await process.stop()
+
+    return Entrant(subject, Target(GATEWAY, url, name, key), running)
+
+
+async def _until_ready(url: str, process: Supervised) -> None:
+    """Return when it is; raises `BackendError`."""
+    deadline = time.monotonic() + READY_S
+    async with http.Client() as client:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(http.HttpError):
+                answer = await client.request(
+                    http.Origin.of(url), "GET", "/ready", {}, b"", connect_s=2, head_s=5
+                )
+                answer.close(reuse=False)
+                if answer.status == 200:
+                    return
+            if not process.running:
+                break
+            await asyncio.sleep(0.2)
+    raise BackendError(process.last_words())
+
+
+async def described(engine: Engine, subject: Subject) -> Subject:
+    """What an engine says of itself, now that it serves."""
+    return subject
+
+
+async def _strangers(targets: Sequence[Target], client: http.Client) -> list[Entrant]:
+    """Targets of which only the address is known."""
+    found = []
+    for target in targets:
+        kind = await discovery.kind_of(client, target.url)
+        subject = Subject(target.label, target.url, target.model, engine=kind or "")
+        found.append(Entrant(subject, target, partial(compare.as_it_is, subject)))
+    return found
+
+
+async def _configured(
+    args: argparse.Namespace, client: http.Client
+) -> tuple[Settings, str, settings.Model]:
+    """The settings, and the model of them that is to be measured; raises `SettingsError`."""
+    overrides: dict[str, Any] = {"pair": dict(args.pair)} if args.pair else {}
+    read = settings.load(args.config, overrides, settings.environment())
+    if not read.engines:
+        found = await discovery.find(client, discovery.USUAL, own_port=0)
+        engines = {kind: settings.Engine(urls=(url,)) for kind, url in found.items()}
+        read = read.model_copy(update={"engines": engines})
+    models = dict(read.models)
+    for name, lanes in read.pair.items():
+        models[name] = settings.Model(
+            lanes={kind: settings.Lane(model=model) for kind, model in lanes.items()}
+        )
+    if not models:
+        raise SettingsError(
+            "no model to measure: name one in the settings (--config), give one of each engine "
+            "that runs (--pair), or any address (--target)"
+        )
+    name = args.model or max(models, key=lambda one: len(models[one].lanes))
+    if name not in models:
+        raise SettingsError(f"there is no model {name}; there are: {', '.join(models)}")
+    for kind in models[name].lanes:
+        if kind not in read.engines:
+            raise SettingsError(
+                f"{name} has a lane on {kind}, and no {kind} runs on its usual port: start it, or "
+                f"say where it is in the settings (engines.{kind}.urls)"
+            )
+    return read, name, models[name]
+
+
+def _gateway_arguments(args: argparse.Namespace) -> list[str]:
+    """Of a gateway that serves what is measured."""
+    arguments = ["--config", str(args.config)] if args.config else []
+    for name, lanes in args.pair:
+        pairs = ",".join(f"{kind}:{model}" for kind, model in lanes.items())
+        arguments += ["--pair", f"{name}={pairs}"]
+    return arguments
+
+
+# compare
+
+
+def _compare(args: argparse.Namespace) -> None:
+    _need_the_extra()
+    try:
+        sys.exit(asyncio.run(_compared(args, Console())))
+    except (ExperimentError, SamplesError, BadTarget, ReportError) as exc:
+        raise SettingsError(str(exc)) from exc
+
+
+def _need_the_extra() -> None:
+    missing = [name for name in ("locust", "plotly") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SettingsError(NEEDS)
+
+
+def _begun(args: argparse.Namespace) -> tuple[argparse.Namespace, Path, Experiment]:
+    """What to measure, and where: as said now, or as it was said of what is gone on with."""
+    machine = experiment.this_machine(_packages())
+    if args.resume:
+        found = compare.resumed(args.resume, experiment.load(args.resume), machine)
+        said = args.parser.parse_args([*shlex.split(found.command)[2:]])
+        said.key, said.unchecked = args.key, args.unchecked
+        return said, args.resume, found
+    limits = experiment.Limits(args.good_ttft_s, args.good_tpot_s, args.good_e2e_s)
+    plan = Plan(
+        args.levels, args.repetitions, args.rounds, args.warm_up, args.tokens_in, args.tokens_out,
+        args.cell_s, prompts=args.prompts or "",
+    )  # fmt: skip
+    command = shlex.join(["twolane", *_without_key(sys.argv[1:])])
+    begun = Experiment(experiment.VERSION, time.time(), machine, plan, (), limits, command)
+    folder = args.out or Path(time.strftime("compare-%Y%m%d-%H%M"))
+    if (folder / experiment.EXPERIMENT).exists():
+        raise ExperimentError(f"{folder} holds an experiment: go on with --resume {folder}")
+    return args, folder, begun
+
+
+def _without_key(arguments: Sequence[str]) -> list[str]:
+    """What was said, less what nobody may read later."""
+    kept = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--key":
+            next(words, None)
+        elif not word.startswith("--key="):
+            kept.append(word)
+    return kept
+
+
+def _packages() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+async def _compared(asked: argparse.Namespace, console: Console) -> int:
+    """Check, measure, report; 0 where every target could be measured."""
+    args, folder, begun = _begun(asked)
+    checked = await _checked(args, folder, begun, console)
+    async with http.Client() as client:
+        if args.target:
+            key = args.key or settings.environment().get("OPENAI_API_KEY")
+            entrants = await _strangers([Target.read(one, key) for one in args.target], client)
+        else:
+            read, name, model = await _configured(args, client)
+            entrants = Lanes(read, name, model, client, folder).entrants(args.ollama_slots)
+            if not args.no_gateway:
+                before = [one.label for one in entrants]
+                arguments = _gateway_arguments(args)
+                entrants.append(in_front(arguments, read, name, before, folder))
+        labels = [one.label for one in entrants]
+        if len(set(labels)) < len(labels):
+            raise BadTarget(f"every target needs a label of its own: {', '.join(labels)}")
+        if begun.subjects and [one.label for one in begun.subjects] != labels:
+            raise ExperimentError(f"{folder} was begun with other targets: begin a new one")
+        begun = msgspec.structs.replace(begun, subjects=tuple(one.subject for one in entrants))
+        console.print(f"measuring {', '.join(labels)} into [bold]{folder}[/]")
+        try:
+            failures = await compare.run(folder, begun, entrants, console)
+        except asyncio.CancelledError:
+            console.print(f"\nkept in {folder}; go on with: twolane compare --resume {folder}")
+            raise
+    page = report.write(folder, unchecked=not checked)
+    console.print(f"the report is [bold]{page}[/], and beside it report.md, report.json, pictures")
+    return 1 if failures else 0
+
+
+async def _checked(
+    args: argparse.Namespace, folder: Path, begun: Experiment, console: Console
+) -> bool:
+    """Whether the stopwatch can be trusted here; raises `ExperimentError` if it must be."""
+    level = max(begun.plan.levels)
+    found = selfcheck.load(folder) if (folder / experiment.SELFCHECK).exists() else None
+    if found is None or not found.passed or found.level < level:
+        console.print(f"checking the stopwatch on a server of known times, {level} at once")
+        found = await asyncio.to_thread(selfcheck.check, level, processes=args.processes)
+        found.save(folder)
+    if not found.passed and not args.unchecked:
+        raise ExperimentError(f"the stopwatch is off, so nothing was measured: {found.why}")
+    return found.passed
+
+
+# calibrate
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    _need_the_extra()
+    try:
+        asyncio.run(_calibrated(args, Console()))
+    except (ExperimentError, SamplesError, VisitFailed, ProfileError) as exc:
+        raise SettingsError(str(exc)) from exc
+
+
+async def _calibrated(args: argparse.Namespace, console: Console) -> None:
+    """Measure the lanes of one model, and write the profile."""
+    plan = Plan(
+        args.levels, 1, args.rounds, args.warm_up, args.tokens_in, args.tokens_out, args.cell_s,
+        prompts=args.prompts or "",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="twolane-") as scratch:
+        folder = Path(scratch)
+        async with http.Client() as client:
+            read, name, model = await _configured(args, client)
+            entrants = {one.label: one for one in Lanes(read, name, model, client, folder).entrants()}
+            visits = [Visit(label, 1, plan.levels) for label in entrants]
+            with Progressing(console, plan, visits) as view:
+                async with Session(folder, plan, entrants, view) as session:
+                    await calibrate.measure(session, plan.levels, args.minutes)
+                    subjects = session.subjects
+    out = args.out or model.profile or Path(f"profile-{name}.json")
