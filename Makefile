@@ -8,7 +8,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 RUN := .venv/bin/python -m
 PYTEST := $(RUN) pytest
 
-.PHONY: serve test engines test-engines bench day switch check clean
+.PHONY: serve test engines test-engines bench day switch compare calibrate agreement check clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -56,6 +56,12 @@ day: .venv/dev
 
 switch: .venv/dev
 	$(RUN) tests.engines.switch $(ARGS)
+
+compare calibrate: .venv/dev
+	$(RUN) tests.engines.experiment $@ $(ARGS)
+
+agreement: .venv/dev
+	$(RUN) tests.engines.agreement $(ARGS)
 
 check: .venv/dev
 	.venv/bin/ruff check .

@@ -28,6 +28,7 @@ from gateway import settings
 from gateway.app import Gateway
 from gateway.settings import KINDS, Kind, Settings, SettingsError
 from gateway.simulate.command import add_command as add_simulate
+from gateway.trial import add_commands as add_trials
 
 #: For the error events of answers that a drain has cut short.
 LAST_WORD_S = 2.0
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     release.set_defaults(run=_pin, path="/admin/release", lane=None)
 
     add_simulate(commands)
+    add_trials(commands, _pair)
 
     status = commands.add_parser(
         "status",

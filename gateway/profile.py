@@ -1,33 +1,73 @@
 """How long a request takes on each lane at each concurrency.
 
-A profile is what the policy decides by. Until one is measured on this machine the
-built-in one is used, and everything that shows it says `assumed`.
+A profile is what the policy decides by. Until one is measured on this machine
+(`twolane calibrate`) the built-in one is used, and everything that shows it says `assumed`.
+The file is the `Profile` below as JSON; only `version`, `source` and, of each lane, `at_once` and
+`seconds` must be there.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
 import msgspec
 
 VERSION = 1
 
+#: Of what a lane was measured on, what makes it another one.
+CHANGES = ("engine", "model", "version", "weights", "slots", "context", "command")
+
 
 class ProfileError(Exception):
     """A profile file cannot be used; the text says why and what to do."""
 
 
-class Lane(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Mean seconds a request, by requests at once: `seconds[i]` at `at_once[i]`."""
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a lane was measured on; where that changes, so may its figures.
+
+    Attributes:
+        version: The engine's own.
+        weights: Their precision, as far as it was told.
+        command: Its command line, where we started it.
+    """
+
+    engine: str
+    model: str
+    version: str = ""
+    weights: str = ""
+    slots: int | None = None
+    context: int | None = None
+    command: str = ""
+
+
+class Lane(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Mean seconds a request, by requests at once: `seconds[i]` at `at_once[i]`.
+
+    Attributes:
+        low_s: Mean of the fastest repetition.
+        high_s: Mean of the slowest repetition.
+        ttft_s: Median seconds to the first token.
+        tokens_per_s: Output of all requests together.
+        on: What it was measured on.
+    """
 
     at_once: tuple[int, ...]
     seconds: tuple[float, ...]
+    low_s: tuple[float, ...] = ()
+    high_s: tuple[float, ...] = ()
+    ttft_s: tuple[float, ...] = ()
+    tokens_per_s: tuple[float, ...] = ()
+    on: Measured | None = None
 
     def __post_init__(self) -> None:
         if not self.at_once or len(self.at_once) != len(self.seconds):
             raise ValueError("`at_once` and `seconds` must be of one length, and not empty")
+        for more in (self.low_s, self.high_s, self.ttft_s, self.tokens_per_s):
+            if more and len(more) != len(self.at_once):
+                raise ValueError("what is said of levels must be said of each of them")
         if any(a >= b for a, b in zip(self.at_once, self.at_once[1:], strict=False)):
             raise ValueError("`at_once` must grow")
         if self.at_once[0] < 1 or min(self.seconds) <= 0:
@@ -52,7 +92,18 @@ class _Versioned(msgspec.Struct):
     version: int
 
 
-class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Crossover(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Requests at once from which on the other lane is the faster one.
+
+    `low` and `high` are its 95 % confidence interval, where enough was measured for one.
+    """
+
+    level: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Measured (or assumed) lanes of one model on one machine.
 
     Attributes:
@@ -60,6 +111,10 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         lanes: By engine kind.
         machine: Where it was measured, in words.
         measured_at: ISO date and time, UTC.
+        tokens_in: Of a prompt, about, when it was measured.
+        tokens_out: Of an answer, at most.
+        crossover: Where the faster lane changes, if it does so once.
+        command: What measured it.
     """
 
     version: int
@@ -67,11 +122,48 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lanes: Mapping[str, Lane]
     machine: str = ""
     measured_at: str = ""
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    crossover: Crossover | None = None
+    command: str = ""
 
     def seconds(self, lane: str, demand: float) -> float | None:
         """Seconds a request on this lane at this demand; None where it is not known."""
         known = self.lanes.get(lane)
         return None if known is None else known.at(demand)
+
+    def age_s(self, now: float) -> float | None:
+        """Seconds since it was measured, at this Unix time; None where it does not say."""
+        try:
+            return max(0.0, now - datetime.fromisoformat(self.measured_at).timestamp())
+        except ValueError:
+            return None
+
+    def told(self, now: float) -> str:
+        """In a few words: whether it was measured, and how long ago."""
+        age_s = self.age_s(now) if self.source == "measured" else None
+        return self.source if age_s is None else f"{self.source} {_ago(age_s)}"
+
+    def changed(self, lane: str, now: Measured) -> list[str]:
+        """What is otherwise than when this lane was measured, each in a sentence's part."""
+        known = self.lanes.get(lane)
+        if known is None or known.on is None:
+            return []
+        then = known.on
+        pairs = [(name, getattr(then, name), getattr(now, name)) for name in CHANGES]
+        return [
+            f"{lane}'s {name} is {is_now}, and was {was}"
+            for name, was, is_now in pairs
+            if was and is_now and was != is_now
+        ]
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            many = int(seconds // size)
+            return f"{many} {unit}{'s' if many > 1 else ''} ago"
+    return "just now"
 
 
 def load(path: Path) -> Profile:
@@ -93,6 +185,21 @@ def load(path: Path) -> Profile:
         raise ProfileError(f"the profile {path} cannot be read: {exc.strerror}") from exc
     except (msgspec.DecodeError, ValueError) as exc:
         raise ProfileError(f"the profile {path} is no profile: {exc}") from exc
+
+
+def save(path: Path, profile: Profile) -> None:
+    """Write a profile file, whole or not at all.
+
+    Raises:
+        ProfileError: It cannot be written.
+    """
+    text = msgspec.json.format(msgspec.json.encode(profile), indent=1)
+    whole = path.with_name(f"{path.name}.new")
+    try:
+        whole.write_bytes(text)
+        whole.replace(path)
+    except OSError as exc:
+        raise ProfileError(f"the profile {path} cannot be written: {exc.strerror}") from exc
 
 
 #: Ollama 0.24 as installed (1 slot) and vLLM 0.32, SmolLM2-135M, 80 tokens in and 64 out,

@@ -14,32 +14,36 @@ import importlib.util
 import shlex
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.bar import Bar
 from rich.console import Console
+from rich.table import Table
 
 from backends import http
 from backends.base import BackendError, Engine
 from backends.process import Supervised
-from gateway import discovery, settings
+from gateway import discovery, profile, settings
 from gateway.handover import Occupant
 from gateway.settings import SLOTS, Kind, Settings, SettingsError
-from loadtests import compare, experiment, report, selfcheck
-from loadtests.compare import Entrant, VisitFailed
+from loadtests import analysis, calibrate, compare, experiment, report, samples, selfcheck
+from loadtests.compare import Entrant, Progressing, Session, Visit, VisitFailed
 from loadtests.experiment import Experiment, ExperimentError, Plan, Subject
-from loadtests.report import ReportError
 from loadtests.samples import SamplesError
 from loadtests.stopwatch import BadTarget, Target
 
 NEEDS = "the experiment needs its extra: pip install 'twolane[load]'"
 GATEWAY = "gateway"
+COLOURS = {"ollama": "green", "vllm": "red", "llamacpp": "blue"}
 #: How long a gateway may take to be ready, engines that it starts included, seconds.
 READY_S = 900.0
 #: Of what made the load, the versions that a report names.
@@ -154,6 +158,21 @@ def add_commands(commands: Any, pair: Callable[[str], Any]) -> None:
         help="the profile (where the settings' model has it, else profile-MODEL.json)",
     )  # fmt: skip
     calibrate.set_defaults(run=_calibrate)
+
+    looked = commands.add_parser("profile", help="look at what the gateway decides by")
+    actions = looked.add_subparsers(required=True, metavar="ACTION")
+    shown = actions.add_parser(
+        "show",
+        help="draw a profile",
+        description="Draw a profile: seconds a request on each lane at each number at once, the "
+        "faster lane in bold, and where they cross. Without a file: what a model of the settings "
+        "has, or the built-in one, which is assumed. A ? marks what lies between two "
+        "measured levels or beyond the last.",
+    )
+    shown.add_argument("file", type=Path, nargs="?", metavar="FILE.json")
+    shown.add_argument("--config", type=Path, metavar="FILE", help="the gateway's settings, YAML")
+    shown.add_argument("--model", metavar="NAME", help="which of them (the first)")
+    shown.set_defaults(run=_show)
 
 
 def _add_subjects(parser: argparse.ArgumentParser, pair: Callable[[str], Any]) -> None:
@@ -376,8 +395,41 @@ async def _until_ready(url: str, process: Supervised) -> None:
 
 
 async def described(engine: Engine, subject: Subject) -> Subject:
-    """What an engine says of itself, now that it serves."""
-    return subject
+    """A subject with what its engine says of itself, now that it serves."""
+    version = weights = ""
+    context = subject.context
+    with contextlib.suppress(BackendError):
+        if engine.kind == "ollama":
+            version = (await engine.told("/api/version", _Version)).version
+            shown = await engine.post("/api/show", {"model": subject.model}, timeout_s=10)
+            weights = msgspec.json.decode(shown, type=_Shown).details.quantization_level
+        elif engine.kind == "vllm":
+            version = (await engine.told("/version", _Version)).version
+            weights = _precision(subject.command)
+    with contextlib.suppress(BackendError):
+        context = context or (await engine.capabilities(subject.model)).context
+    return msgspec.structs.replace(subject, version=version, weights=weights, context=context)
+
+
+class _Version(msgspec.Struct):
+    version: str = ""
+
+
+class _Details(msgspec.Struct):
+    quantization_level: str = ""
+
+
+class _Shown(msgspec.Struct):
+    details: _Details = msgspec.field(default_factory=_Details)
+
+
+def _precision(command: str) -> str:
+    """What a vLLM was told about its weights, where we have its command line."""
+    words = shlex.split(command)
+    for flag in ("--quantization", "-q", "--dtype"):
+        if flag in words[:-1]:
+            return words[words.index(flag) + 1]
+    return ""
 
 
 async def _strangers(targets: Sequence[Target], client: http.Client) -> list[Entrant]:
@@ -438,7 +490,7 @@ def _compare(args: argparse.Namespace) -> None:
     _need_the_extra()
     try:
         sys.exit(asyncio.run(_compared(args, Console())))
-    except (ExperimentError, SamplesError, BadTarget, ReportError) as exc:
+    except (ExperimentError, SamplesError, BadTarget) as exc:
         raise SettingsError(str(exc)) from exc
 
 
@@ -543,7 +595,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     _need_the_extra()
     try:
         asyncio.run(_calibrated(args, Console()))
-    except (ExperimentError, SamplesError, VisitFailed, ProfileError) as exc:
+    except (ExperimentError, SamplesError, VisitFailed, profile.ProfileError) as exc:
         raise SettingsError(str(exc)) from exc
 
 
@@ -557,10 +609,130 @@ async def _calibrated(args: argparse.Namespace, console: Console) -> None:
         folder = Path(scratch)
         async with http.Client() as client:
             read, name, model = await _configured(args, client)
-            entrants = {one.label: one for one in Lanes(read, name, model, client, folder).entrants()}
+            lanes = Lanes(read, name, model, client, folder)
+            entrants = {one.label: one for one in lanes.entrants()}
             visits = [Visit(label, 1, plan.levels) for label in entrants]
             with Progressing(console, plan, visits) as view:
                 async with Session(folder, plan, entrants, view) as session:
                     await calibrate.measure(session, plan.levels, args.minutes)
                     subjects = session.subjects
+        cells = analysis.closed_cells(samples.read(folder / experiment.RAW))
+    found = _profile(plan, subjects, cells)
     out = args.out or model.profile or Path(f"profile-{name}.json")
+    profile.save(out, found)
+    show(found, console)
+    console.print(f"written to [bold]{out}[/]")
+    if model.profile != out:
+        console.print(f"let the gateway decide by it: models.{name}.profile: {out}")
+
+
+def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: analysis.Cells) -> profile.Profile:
+    """What was measured, as the gateway reads it."""
+    rows = analysis.rows(cells, tokens_out=plan.tokens_out, limits=experiment.Limits())
+    lanes = {}
+    for label, subject in subjects.items():
+        mine = [row for row in rows if row.target == label and row.e2e is not None]
+        by_repetition = analysis.seconds(cells, label)
+        means = {n: [sum(one) / len(one) for one in by_repetition[n]] for n in by_repetition}
+        lanes[label] = profile.Lane(
+            tuple(means),
+            tuple(sum(of) / len(of) for of in means.values()),
+            tuple(min(of) for of in means.values()),
+            tuple(max(of) for of in means.values()),
+            tuple(row.ttft.median if row.ttft else 0.0 for row in mine),
+            tuple(row.tokens_per_s.value for row in mine),
+            profile.Measured(
+                subject.engine, subject.model, subject.version, subject.weights, subject.slots,
+                subject.context, subject.command,
+            ),
+        )  # fmt: skip
+    machine = experiment.this_machine({})
+    return profile.Profile(
+        profile.VERSION,
+        "measured",
+        lanes,
+        machine=f"{machine.cpu}, {machine.cores} cores" + "".join(f", {g}" for g in machine.gpus),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        tokens_in=plan.tokens_in,
+        tokens_out=plan.tokens_out,
+        crossover=_crossover(list(subjects), cells),
+        command=shlex.join(["twolane", *_without_key(sys.argv[1:])]),
+    )
+
+
+def _crossover(labels: Sequence[str], cells: analysis.Cells) -> profile.Crossover | None:
+    if len(labels) != 2:
+        return None
+    known = analysis.crossover(*(analysis.seconds(cells, label) for label in labels))
+    if known.level is not None:
+        return profile.Crossover(known.level, known.low, known.high)
+    level = calibrate.crossing(*(calibrate.mean_seconds(cells, label) for label in labels))
+    return profile.Crossover(level) if level is not None else None
+
+
+# profile
+
+
+def _show(args: argparse.Namespace) -> None:
+    file = args.file
+    if file is None and args.config is not None:
+        models = settings.load(args.config, {}, settings.environment()).models
+        name = args.model or next(iter(models), "")
+        if name not in models:
+            raise SettingsError(f"there is no model {name}; there are: {', '.join(models)}")
+        file = models[name].profile
+    try:
+        show(profile.ASSUMED if file is None else profile.load(file), Console())
+    except profile.ProfileError as exc:
+        raise SettingsError(str(exc)) from exc
+
+
+def show(found: profile.Profile, console: Console) -> None:
+    """A profile as a table, and its lanes side by side as bars."""
+    console.print(f"[bold]{found.told(time.time())}[/] {found.machine}")
+    lanes = list(found.lanes)
+    levels = sorted({level for lane in found.lanes.values() for level in lane.at_once})
+    longest = max(lane.at(level) for lane in found.lanes.values() for level in levels)
+    table = Table("at once", "lane", "seconds", "", "spread", "TTFT, s", "tok/s", box=None)
+    for level in levels:
+        seconds = {label: found.lanes[label].at(level) for label in lanes}
+        best = min(seconds, key=lambda label: seconds[label])
+        for label in lanes:
+            lane = found.lanes[label]
+            here = lane.at_once.index(level) if level in lane.at_once else None
+            table.add_row(
+                str(level) if label == lanes[0] else "",
+                f"[bold]{label}[/]" if label == best else label,
+                f"{seconds[label]:.2f}" + ("" if here is not None else " ?"),
+                Bar(longest, 0, seconds[label], width=24, color=COLOURS.get(label, "default")),
+                _spread(lane, here),
+                _at(lane.ttft_s, here, ".2f"),
+                _at(lane.tokens_per_s, here, ".0f"),
+            )
+    console.print(table)
+    console.print(_where(found))
+    for label, lane in found.lanes.items():
+        if lane.on is not None:
+            said = [lane.on.engine, lane.on.version, lane.on.model, lane.on.weights]
+            said += [f"{lane.on.slots} slots"] if lane.on.slots else []
+            console.print(f"{label}: {', '.join(part for part in said if part)}")
+
+
+def _spread(lane: profile.Lane, here: int | None) -> str:
+    if here is None or not lane.low_s or lane.low_s[here] == lane.high_s[here]:
+        return ""
+    return f"{lane.low_s[here]:.2f}-{lane.high_s[here]:.2f}"
+
+
+def _at(values: Sequence[float], here: int | None, how: str) -> str:
+    return format(values[here], how) if here is not None and values else ""
+
+
+def _where(found: profile.Profile) -> str:
+    """Where the faster lane changes, in words."""
+    at = found.crossover
+    if at is None:
+        return "no crossover is known: see which lane is in bold"
+    if at.low is None or at.high is None:
+        return f"the lanes cross near {at.level:.1f} at once (not enough data for an interval)"
+    return f"the lanes cross at {at.level:.1f} at once (95 %: {at.low:.1f} to {at.high:.1f})"

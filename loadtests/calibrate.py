@@ -9,12 +9,11 @@ again for as long as there is time: a point without a spread is no point.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeAlias
 
-from loadtests import samples
+from loadtests import analysis, samples
 from loadtests.compare import Session, Visit
 from loadtests.experiment import RAW
 
@@ -22,9 +21,6 @@ from loadtests.experiment import RAW
 REPETITIONS = 3
 #: Levels on each side of the crossover that are measured again.
 AROUND = 2
-
-#: Seconds of each request, by level and repetition.
-Times: TypeAlias = Mapping[int, Mapping[int, Sequence[float]]]
 
 
 def bracket(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, int] | None:
@@ -47,11 +43,19 @@ def between(a: Mapping[int, float], b: Mapping[int, float]) -> int | None:
     low, high = found
     if high - low <= max(1, low // 8):
         return None
-    gap_low, gap_high = abs(a[low] - b[low]), abs(a[high] - b[high])
-    crossing = low + (high - low) * gap_low / (gap_low + gap_high)
     quarter = (high - low) / 4
-    wanted = round(min(high - quarter, max(low + quarter, crossing)))
+    wanted = round(min(high - quarter, max(low + quarter, crossing(a, b) or 0)))
     return min(high - 1, max(low + 1, wanted))
+
+
+def crossing(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
+    """Where the straight lines cross, if the faster one changes."""
+    found = bracket(a, b)
+    if found is None:
+        return None
+    low, high = found
+    gap_low, gap_high = abs(a[low] - b[low]), abs(a[high] - b[high])
+    return low + (high - low) * gap_low / (gap_low + gap_high)
 
 
 def around(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, ...]:
@@ -65,23 +69,11 @@ def around(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, ...]:
     return tuple(below[-AROUND:] + above[:AROUND])
 
 
-def times(lines: Iterable[samples.Line], label: str) -> dict[int, dict[int, list[float]]]:
-    """E2E of one target's measured requests that did not fail, by level and repetition."""
-    found: dict[int, dict[int, list[float]]] = {}
-    for cell, requests in samples.by_cell(lines):
-        if cell.target != label or cell.outcome != "complete":
-            continue
-        good = [one.e2e_s for one in requests if one.phase == "measured" and not one.error]
-        if good:
-            found.setdefault(int(cell.level), {})[cell.repetition] = good
-    return found
-
-
-def mean_seconds(seen: Times) -> dict[int, float]:
+def mean_seconds(cells: analysis.Cells, label: str) -> dict[int, float]:
     """Mean seconds a request, by level; every repetition counts the same."""
     return {
-        level: sum(sum(one) / len(one) for one in by_repetition.values()) / len(by_repetition)
-        for level, by_repetition in seen.items()
+        level: sum(sum(one) / len(one) for one in by_repetition) / len(by_repetition)
+        for level, by_repetition in analysis.seconds(cells, label).items()
     }
 
 
@@ -116,6 +108,6 @@ async def measure(session: Session, levels: Sequence[int], minutes: float) -> No
 
 def seen(raw: Path, labels: Sequence[str]) -> tuple[dict[int, float], dict[int, float]]:
     """Mean seconds by level of the first two, as the raw file has them."""
-    lines = list(samples.read(raw))
-    first, second = (mean_seconds(times(lines, label)) for label in labels[:2])
+    cells = analysis.closed_cells(samples.read(raw))
+    first, second = (mean_seconds(cells, label) for label in labels[:2])
     return first, second

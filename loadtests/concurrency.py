@@ -1,0 +1,413 @@
+"""So many at once, on one target after another: the experiment, as a Locust file.
+
+    locust -f loadtests/concurrency.py --headless --levels 16,32 \
+        --target ollama=http://127.0.0.1:11434=llama3.3:70b --target vllm=http://127.0.0.1:8001=llama
+
+A cell is one target at one level, once. Its users start together and ask without a pause:
+first the warm-up, then the rounds that count, then on, so that the level is kept until the
+last one's last counted answer is there. Every request is a line of the raw file (`samples`);
+Locust's tables show TTFT and E2E. The process that leads (`Matrix`) goes from cell to cell;
+those that have users (`Crowd`) are told by messages, and tell when a user has all its answers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import sys
+import time
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import gevent
+import gevent.pool
+from locust import LoadTestShape, User, events, task
+from locust.env import Environment
+from locust.runners import MasterRunner, Runner, WorkerRunner
+
+from loadtests import samples, stopwatch
+from loadtests.load import (
+    BadOptions,
+    Cell,
+    Load,
+    add_options,
+    preflight,
+    read_options,
+    without_key,
+)
+from loadtests.people import Notes, runner, say
+from loadtests.samples import SamplesError, Writer
+from loadtests.stopwatch import Timing
+
+#: Seconds a person waits after a request that failed: who is down need not be beaten.
+AFTER_A_FAILURE_S = 0.5
+#: A target is given up when so many requests have failed, and none was answered.
+HOPELESS = 5
+#: Arrivals within so many seconds of an open loop do not count.
+OPEN_WARM_UP_S = 5.0
+#: How often the generator looks whether it is on time, seconds.
+BEAT_S = 0.01
+#: How long workers may take to tell how they fared, seconds.
+METERS_S = 5.0
+#: What the numbers of a worker's users begin with: no two have the same.
+SEATS = 10_000
+
+Ticks: TypeAlias = Generator[tuple[int, float], None, None]
+
+
+# In every process that has users
+
+
+class Crowd:
+    """The users of this process: what they are to do now, and how this process fares.
+
+    Args:
+        environment: Locust's.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._runner = runner(environment)
+        self._notes: Notes | None = None
+        self._load: Load | None = None
+        self.cell: Cell | None = None
+        self.workers = 1
+        self._seats = itertools.count()
+        self._first = self._last = 0.0
+        self._answered = self._failed = 0
+        self._meter = Meter()
+        self._runner.register_message("cell", self._begin)
+        self._runner.register_message("over", self._end)
+
+    @property
+    def load(self) -> Load:
+        assert self._load is not None  # noqa: S101 - there from the first cell on
+        return self._load
+
+    def seat(self) -> int:
+        """A number for a user, that no other has in this cell."""
+        index = self._runner.worker_index if isinstance(self._runner, WorkerRunner) else 0
+        return SEATS * max(0, index) + next(self._seats)
+
+    def _begin(self, environment: Environment, msg: Any, **_: Any) -> None:
+        said = msg.data
+        asked = read_options(environment.parsed_options, said["users"])
+        self._load = replace(asked, raw=Path(said["raw"]))
+        if self._notes is None:
+            self._notes = Notes(environment, Writer(self._load.raw))
+        target = self._load.targets[said["target"]]
+        self.cell = Cell(said["number"], target, said["loop"], said["level"], said["repetition"])
+        self.workers = said["workers"]
+        self._seats = itertools.count()
+        self._first = self._last = 0.0
+        self._answered = self._failed = 0
+        self._meter.start()
+
+    def _end(self, environment: Environment, msg: Any, **_: Any) -> None:
+        cpu, lag_p50_s, lag_p99_s = self._meter.stop()
+        self._tell(
+            "metered", msg.data["number"], cpu=cpu, lag_p50_s=lag_p50_s, lag_p99_s=lag_p99_s,
+            began=self._first, ended=self._last,
+        )  # fmt: skip
+
+    def ask(self, cell: Cell, user: int, number: int, phase: samples.Phase) -> bool:
+        """One request, written down however it ends; whether it was answered."""
+        where = cell.target.label, cell.repetition, cell.level, user, number
+        question = {"role": "user", "content": self.load.prompts.prompt(*where)}
+        asked = stopwatch.body(cell.target, [question], self.load.tokens_out)
+        timing = Timing()
+        try:
+            stopwatch.ask(cell.target, asked, timing)
+        except gevent.GreenletExit:
+            timing.failed("cut")
+            raise
+        finally:
+            self._note(cell, user, number, phase, timing)
+        return timing.error is None
+
+    def _note(
+        self, cell: Cell, user: int, number: int, phase: samples.Phase, timing: Timing
+    ) -> None:
+        assert self._notes is not None  # noqa: S101 - there from the first cell on
+        self._notes.add(
+            timing, target=cell.target.label, loop=cell.loop, level=cell.level,
+            repetition=cell.repetition, user=user, number=number, phase=phase,
+        )  # fmt: skip
+        if phase == "measured":
+            self._first = self._first or timing.start
+            self._last = timing.start + timing.e2e_s
+        if timing.error is None:
+            self._answered += 1
+        elif timing.error != "cut":
+            self._failed += 1
+            if not self._answered and self._failed >= max(HOPELESS, cell.users / self.workers):
+                self._tell("hopeless", cell.number, why=timing.error)
+
+    def finished(self, cell: Cell) -> None:
+        """A user has all the answers that count."""
+        self._tell("finished", cell.number)
+
+    def _tell(self, what: str, number: int, **more: Any) -> None:
+        self._runner.send_message(what, {"number": number, **more})
+
+
+class Meter:
+    """How much of a processor this process uses, and how late it is for what it wants to do."""
+
+    def __init__(self) -> None:
+        self._beating: gevent.Greenlet | None = None
+        self._lags: list[float] = []
+        self._began = self._cpu = 0.0
+
+    def start(self) -> None:
+        """From now on."""
+        self.stop()
+        self._lags = []
+        self._began, self._cpu = time.perf_counter(), time.process_time()
+        self._beating = gevent.spawn(self._beat)
+
+    def stop(self) -> tuple[float, float, float]:
+        """CPU seconds a second, and the lag's median and 99th percentile, seconds."""
+        if self._beating is not None:
+            self._beating.kill()
+            self._beating = None
+        if len(self._lags) < 2:
+            return 0.0, 0.0, 0.0
+        cuts = statistics.quantiles(self._lags, n=100, method="inclusive")
+        passed = time.perf_counter() - self._began
+        return (time.process_time() - self._cpu) / passed, cuts[49], cuts[98]
+
+    def _beat(self) -> None:
+        while True:
+            wanted = time.perf_counter() + BEAT_S
+            gevent.sleep(BEAT_S)
+            self._lags.append(time.perf_counter() - wanted)
+
+
+class Person(User):
+    """Asks without a pause for as long as the cell lasts; in an open loop, lets others come."""
+
+    @task
+    def live(self) -> None:
+        """The whole life; Locust ends it with the cell."""
+        crowd: Crowd = self.environment.crowd
+        cell = crowd.cell
+        if cell is None:
+            gevent.sleep(BEAT_S)
+        elif cell.loop == "open":
+            self._let_them_come(crowd, cell)
+        else:
+            self._ask_again_and_again(crowd, cell)
+
+    def _ask_again_and_again(self, crowd: Crowd, cell: Cell) -> None:
+        seat = crowd.seat()
+        warm_up, rounds = crowd.load.warm_up, crowd.load.rounds
+        for number in itertools.count():
+            phase: samples.Phase = "measured"
+            if number < warm_up:
+                phase = "warm-up"
+            elif rounds is not None and number >= warm_up + rounds:
+                phase = "trailing"
+            answered = crowd.ask(cell, seat, number, phase)
+            if rounds is not None and number == warm_up + rounds - 1:
+                crowd.finished(cell)
+            if not answered:
+                gevent.sleep(AFTER_A_FAILURE_S)
+
+    def _let_them_come(self, crowd: Crowd, cell: Cell) -> None:
+        """Arrivals of a Poisson process; each worker has its share of them."""
+        dice = random.Random(f"{cell}/{crowd.seat()}")
+        share = max(1, crowd.load.arrivals // crowd.workers)
+        left = [share]
+        people: Any = gevent.pool.Group()
+
+        def arrive(phase: samples.Phase) -> None:
+            crowd.ask(cell, crowd.seat(), 0, phase)
+            if phase == "measured":
+                left[0] -= 1
+                if not left[0]:
+                    crowd.finished(cell)
+
+        began = time.perf_counter()
+        measured = 0
+        try:
+            while True:
+                gevent.sleep(dice.expovariate(cell.level / crowd.workers))
+                phase: samples.Phase = "trailing"
+                if time.perf_counter() - began < OPEN_WARM_UP_S:
+                    phase = "warm-up"
+                elif measured < share:
+                    phase = "measured"
+                    measured += 1
+                people.spawn(arrive, phase)
+        finally:
+            people.kill()
+
+
+# In the one process that leads
+
+
+class Matrix(LoadTestShape):
+    """Leads from cell to cell; Locust asks it every second how many users there should be."""
+
+    use_common_options: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users: int | None = None  # -u, where it was given
+        self._leading: Ticks | None = None
+        self._number = -1  # of the cell
+        self._finished = 0
+        self._given_up = ""
+        self._metered: list[dict[str, float]] = []
+
+    def tick(self) -> tuple[int, float] | None:
+        """How many users there should be, and how many may start a second; None at the end."""
+        if self._leading is None:
+            self._leading = self._lead()
+        try:
+            return next(self._leading, None)
+        except (BadOptions, SamplesError) as exc:
+            say(str(exc))
+            self._environment.process_exit_code = 2
+            return None
+
+    def ended(self, **_: Any) -> None:
+        """The test is over, whether we led it to its end or not."""
+        if self._leading is not None:
+            self._leading.close()
+            self._leading = None
+
+    def _lead(self) -> Ticks:
+        """Cell after cell; in between everybody leaves."""
+        load = read_options(self._environment.parsed_options, self.users)
+        writer = Writer(load.raw)
+        writer.write(samples.Run(samples.VERSION, time.time(), without_key(sys.argv)))
+        for target in load.targets:
+            preflight(target)
+        for cell in load.cells():
+            users = self._workers if cell.loop == "open" else cell.users
+            outcome = "interrupted"
+            self._announce(cell, load)
+            began = time.time()
+            try:
+                until = time.monotonic() + load.cell_s
+                while not (ending := self._ending(users, load, until)):
+                    yield users, users
+                outcome = ending
+                yield 0, users
+                self._runner.send_message("over", {"number": cell.number})
+                until = time.monotonic() + METERS_S
+                while len(self._metered) < self._workers and time.monotonic() < until:
+                    yield 0, users
+            finally:
+                writer.write(self._measured(cell, outcome, began))
+            if self._time_is_up(load):
+                return
+            rested = time.monotonic() + load.cooldown_s
+            while time.monotonic() < rested:
+                yield 0, users
+
+    @property
+    def _runner(self) -> Runner:
+        assert self.runner is not None  # noqa: S101 - Locust has set it
+        return self.runner
+
+    @property
+    def _environment(self) -> Environment:
+        return self._runner.environment
+
+    @property
+    def _workers(self) -> int:
+        return self._runner.worker_count if isinstance(self._runner, MasterRunner) else 1
+
+    def _announce(self, cell: Cell, load: Load) -> None:
+        self._number = cell.number
+        self._finished = 0
+        self._given_up = ""
+        self._metered = []
+        told = {
+            "number": cell.number, "target": load.targets.index(cell.target), "loop": cell.loop,
+            "level": cell.level, "repetition": cell.repetition, "users": self.users,
+            "raw": str(load.raw), "workers": self._workers,
+        }  # fmt: skip
+        self._runner.send_message("cell", told)
+
+    def _ending(self, users: int, load: Load, until: float) -> str:
+        """How the cell ends, if it does: all that counts is there, or will not come any more."""
+        if self._finished >= users:
+            return "complete"
+        if self._given_up:
+            return self._given_up
+        if self._time_is_up(load):
+            return "complete" if load.rounds is None else "interrupted"
+        return f"not over after {load.cell_s:g} s" if time.monotonic() > until else ""
+
+    def _time_is_up(self, load: Load) -> bool:
+        passed = time.perf_counter() - self.start_time
+        return load.run_s is not None and passed > load.run_s
+
+    def _measured(self, cell: Cell, outcome: str, began: float) -> samples.Cell:
+        told = self._metered
+        return samples.Cell(
+            cell.target.label, cell.loop, cell.level, cell.repetition,
+            min((one["began"] for one in told if one["began"]), default=began),
+            max((one["ended"] for one in told if one["ended"]), default=time.time()),
+            outcome,
+            max((one["cpu"] for one in told), default=0.0),
+            max((one["lag_p50_s"] for one in told), default=0.0),
+            max((one["lag_p99_s"] for one in told), default=0.0),
+        )  # fmt: skip
+
+    # What workers tell
+
+    def finished(self, environment: Environment, msg: Any, **_: Any) -> None:
+        """A user has all its answers."""
+        self._finished += msg.data["number"] == self._number
+
+    def hopeless(self, environment: Environment, msg: Any, **_: Any) -> None:
+        """Nothing but failures."""
+        if msg.data["number"] == self._number:
+            self._given_up = f"every request failed: {msg.data['why']}"
+
+    def metered(self, environment: Environment, msg: Any, **_: Any) -> None:
+        """How a worker fared."""
+        if msg.data["number"] == self._number:
+            self._metered.append(msg.data)
+
+    def broken(self, environment: Environment, msg: Any, **_: Any) -> None:
+        """Nothing can be written any more."""
+        if environment.process_exit_code is None:
+            say(msg.data["why"])
+        environment.process_exit_code = 2
+        gevent.spawn(self._runner.quit)
+
+
+@events.init_command_line_parser.add_listener
+def _add_options(parser: Any, **_: Any) -> None:
+    add_options(parser)
+
+
+@events.init.add_listener
+def _take_part(environment: Environment, **_: Any) -> None:
+    """Before anything is asked: learn to listen, and refuse what cannot be measured."""
+    shape, options = environment.shape_class, environment.parsed_options
+    assert options is not None  # noqa: S101 - Locust was called with them
+    if not isinstance(environment.runner, MasterRunner):
+        environment.crowd = Crowd(environment)  # type: ignore[attr-defined]
+    if isinstance(shape, Matrix) and not isinstance(environment.runner, WorkerRunner):
+        for name in ("finished", "hopeless", "metered", "broken"):
+            runner(environment).register_message(name, getattr(shape, name))
+        environment.events.test_stop.add_listener(shape.ended)
+        shape.users = options.num_users  # Locust makes it 1 later on
+        # The page has our levels in place of its number of users.
+        shape.use_common_options = options.headless  # type: ignore[misc]
+        if options.headless:
+            try:
+                read_options(options, shape.users)
+            except BadOptions as exc:
+                say(str(exc))
+                raise SystemExit(2) from exc

