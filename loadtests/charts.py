@@ -92,8 +92,8 @@ def panels(table: Sequence[Row]) -> list[Panel]:
                 into.setdefault(row.target, []).append((row.level, spread))
         tokens.setdefault(row.target, []).append((row.level, row.tokens_per_s))
     return [
-        Panel("E2E, seconds", e2e, _ticks(e2e)),
-        Panel("TTFT, seconds", ttft, _ticks(ttft)),
+        Panel("E2E, seconds (log)", e2e, _ticks(e2e)),
+        Panel("TTFT, seconds (log)", ttft, _ticks(ttft)),
         Panel("output tokens a second", tokens),
     ]
 
@@ -185,6 +185,8 @@ def scatter_plot(
     data = []
     for place, (label, requests) in enumerate(points.items()):
         shown = thinned(requests)
+        _, mark = PLOTLY[look[label].variant]
+        mark += "-open" if look[label].variant else ""
         data.append(
             {
                 "name": html.escape(label),
@@ -196,9 +198,10 @@ def scatter_plot(
                 "hovertemplate": "%{text}",
                 "marker": {
                     "color": look[label].colour,
-                    "symbol": ["x" if one.error else "circle" for one in shown],
+                    "symbol": ["x" if one.error else mark for one in shown],
                     "size": [7 if one.error else 4 for one in shown],
                     "opacity": 0.55,
+                    "line": {"width": 0 if mark == "circle" else 1},
                 },
             }
         )
@@ -275,12 +278,19 @@ def draw_scatter(
     for place, (label, requests) in enumerate(points.items()):
         shown = thinned(requests)
         xs = _scattered(shown, place, len(points))
-        for failed, mark, size in ((False, "o", 5), (True, "x", 22)):
+        colour, variant = look[label].colour, look[label].variant
+        for failed in (False, True):
             these = [index for index, one in enumerate(shown) if bool(one.error) == failed]
             axes.scatter(
-                [xs[index] for index in these], [shown[index].e2e_s for index in these], s=size,
-                marker=mark, color=look[label].colour, alpha=0.5, linewidths=float(failed),
-            )  # fmt: skip
+                [xs[index] for index in these],
+                [shown[index].e2e_s for index in these],
+                s=22 if failed else 5,
+                marker="x" if failed else MATPLOTLIB[variant][1],
+                facecolors="none" if variant and not failed else colour,
+                edgecolors=None if failed else colour,
+                linewidths=0.6 if failed or variant else 0,
+                alpha=0.55,
+            )
     _against_levels(axes, _levels(table))
     axes.set_title("E2E of every request, seconds", loc="left", fontsize=11)
     _name(figure, look, list(points))

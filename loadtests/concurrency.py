@@ -137,8 +137,8 @@ class Crowd:
             repetition=cell.repetition, user=user, number=number, phase=phase,
         )  # fmt: skip
         if phase == "measured":
-            self._first = self._first or timing.start
-            self._last = timing.start + timing.e2e_s
+            self._first = min(self._first or timing.start, timing.start)
+            self._last = max(self._last, timing.start + timing.e2e_s)
         if timing.error is None:
             self._answered += 1
         elif timing.error != "cut":

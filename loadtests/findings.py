@@ -239,7 +239,9 @@ class Sight:
         yield Claim(f"a request {at}, {vllm}", "about 9 s", _e2e(b))
         e2e = analysis.ratio(a, b, "e2e") if a and b else None
         tokens = analysis.ratio(b, a, "tokens") if a and b else None
-        yield Claim(f"vLLM answers so many times as fast {at}", "about 1.9x", spread(e2e, "x"))
+        yield Claim(
+            f"vLLM answers so many times as fast {at}", "about 1.9x (17 / 9)", spread(e2e, "x")
+        )
         yield Claim(f"vLLM's tokens a second {at}, over Ollama's", "about 2x", spread(tokens, "x"))
         for label, above in zip(self._pair, (a, b), strict=True):
             below = self._by_key.get((label, DECLINES_AT))
@@ -317,6 +319,8 @@ def fairness(subjects: Sequence[Subject], table: Sequence[Row]) -> Iterator[Judg
 
 def _unequal(judgements: Iterable[Judgement]) -> Iterator[str]:
     """What must be said beside every headline."""
+    if any((one.what, one.verdict) == ("repetitions", "not fair") for one in judgements):
+        yield "Repeated too little: how much of this is chance is not known."
     unequal = [one.what for one in judgements if one.verdict == "not fair"]
     if unequal:
         yield f"Not equal for all: {', '.join(unequal)}. What that means is told below."

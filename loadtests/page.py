@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -95,8 +94,8 @@ def number(value: float | None) -> str:
         return "-"
     if not value:
         return "0"
-    places = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{places}f}"
+    places = 2 - int(f"{value:.2e}".partition("e")[2])
+    return f"{value:,.{max(0, places)}f}"
 
 
 # --- HTML ---------------------------------------------------------------------------------

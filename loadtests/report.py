@@ -62,7 +62,9 @@ FORMULAS = {
     f"same, straight lines between levels; the interval is of {analysis.DRAWS} draws, repetitions "
     f"first, then requests within each. It needs {analysis.REPETITIONS} repetitions and "
     f"{analysis.REQUESTS} requests of each at the levels it hangs on, and that "
-    f"{analysis.AGREEING:.0%} of the draws cross once. With few repetitions it is rough",
+    f"{analysis.AGREEING:.0%} of the draws cross once. Of three repetitions it is rough: "
+    "simulated, it held the truth 95 times in 100 where these differed by 1 %, and 77 times "
+    "where by 5 %",
     "gateway's cost": "its median less the median of the lane behind it whose E2E is lower",
     "saturated": f"the generator's busiest process uses over {analysis.CPU_MOST:.0%} of a core, "
     f"or is late by over {analysis.LATE_P50:.0%} of the median TTFT in the median, or "
@@ -207,7 +209,7 @@ def sections(found: Findings, key: Key, lines: Chart, scatter: Chart) -> list[Se
         Section("All cells", [*_cells(found.rows)]),
         Section("Goodput", [*_goodput(found)]),
         Section("Where the faster one changes", [*_crossovers(found.crossings)]),
-        Section("Errors", [*_errors(found.rows)]),
+        Section("Errors", [*_errors(found)]),
         Section("Achieved concurrency, and the load generator itself", [*_achieved(found.rows)]),
         Section("Answers that ended early", [*_early(found)]),
         Section("What the gateway costs", [*_costs(found)]),
@@ -361,18 +363,26 @@ def _crossovers(crossings: Sequence[Crossing]) -> Iterator[Block]:
         )
 
 
-def _errors(table: Sequence[Row]) -> Iterator[Block]:
-    asked = sum(row.asked for row in table)
-    if not any(row.failed or row.cut for row in table):
-        yield Text(f"Of {asked:,} measured requests none failed and none was cut.")
-        return
+def _errors(found: Findings) -> Iterator[Block]:
+    asked = sum(row.asked for row in found.rows)
+    failed = sum(row.failed for row in found.rows)
+    cut = sum(row.cut for row in found.rows)
     yield Text(
-        f"Of {asked:,} measured requests {sum(row.failed for row in table):,} failed and "
-        f"{sum(row.cut for row in table):,} were cut because the time of their cell was over."
+        f"{asked:,} measured requests; failed: {failed:,}; cut, because the time of their cell was "
+        f"over: {cut:,}."
     )
-    told = [(_name(row), str(n), why) for row in table for why, n in row.errors.items()]
+    told = [(_name(row), str(n), why) for row in found.rows for why, n in row.errors.items()]
     if told:
         yield Grid(("", "how many", "what was said"), told, numbers=False)
+    there = {(row.target, row.level) for row in found.rows}
+    missing = [
+        f"{one.label} at {level}"
+        for one in found.experiment.subjects
+        for level in found.experiment.plan.levels
+        if (one.label, level) not in there
+    ]
+    if missing:
+        yield Text(f"Not measured at all: {', '.join(missing)}.")
 
 
 def _achieved(table: Sequence[Row]) -> Iterator[Block]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests import samples
-from loadtests.calibrate import around, between, bracket, mean_seconds, times
+from loadtests import analysis, samples
+from loadtests.calibrate import around, between, bracket, crossing, mean_seconds
+from loadtests.samples import Request
 
 COARSE = (1, 4, 16, 32)
 
@@ -31,18 +32,18 @@ def test_lanes_that_do_not_cross_need_no_more_levels() -> None:
 
 
 @given(
-    crossing=st.floats(1.01, 31.99),
+    at=st.floats(1.01, 31.99),
     slope=st.floats(0.05, 0.9),
     bend=st.floats(0.5, 1.5),
 )
 def test_levels_are_added_until_the_crossover_is_between_neighbours(
-    crossing: float, slope: float, bend: float
+    at: float, slope: float, bend: float
 ) -> None:
     def queue(n: int) -> float:
         return float(n**bend)
 
     def batch(n: int) -> float:
-        return crossing**bend + slope * (n - crossing) * min(1.0, bend) * crossing ** (bend - 1)
+        return float(at**bend + slope * (n - at) * min(1.0, bend) * at ** (bend - 1))
 
     a, b = measured(queue), measured(batch)
     steps = 0
@@ -64,31 +65,26 @@ def test_what_decides_lies_on_both_sides_of_the_crossover() -> None:
     assert around(measured(float, levels), measured(lambda _: 8.5, levels)) == (4, 8, 9, 16)
 
 
-def test_times_are_those_of_measured_requests_that_did_not_fail() -> None:
-    def asked(repetition: int, e2e_s: float, **other: object) -> samples.Request:
-        said: Mapping[str, object] = {"phase": "measured", **other}
-        return samples.Request(
-            "a",
-            "closed",
-            4,
-            repetition,
-            user=0,
-            number=0,
-            start=10.0,
-            e2e_s=e2e_s,
-            **said,  # type: ignore[arg-type]
-        )
+def test_every_repetition_counts_the_same_and_failures_do_not() -> None:
+    def asked(repetition: int, start: float, e2e_s: float, error: str | None = None) -> Request:
+        return Request(
+            "a", "closed", 4, repetition, user=0, number=0, phase="measured", start=start,
+            e2e_s=e2e_s, error=error,
+        )  # fmt: skip
 
     lines: list[samples.Line] = [
         samples.Run(samples.VERSION, 0.0, []),
-        asked(1, 1.0), asked(1, 3.0), asked(1, 99.0, error="500: no"),
-        asked(1, 99.0, phase="warm-up"),
+        asked(1, 10, 1.0), asked(1, 11, 3.0), asked(1, 12, 99.0, error="500: no"),
         samples.Cell("a", "closed", 4, 1, 9.0, 20.0),
-        asked(2, 4.0),
-        samples.Cell("a", "closed", 4, 2, 9.0, 20.0),
-        asked(3, 99.0),
-        samples.Cell("a", "closed", 4, 3, 9.0, 20.0, outcome="interrupted"),
+        asked(2, 30, 4.0),
+        samples.Cell("a", "closed", 4, 2, 29.0, 40.0),
+        asked(3, 50, 99.0),
+        samples.Cell("a", "closed", 4, 3, 49.0, 60.0, outcome="interrupted"),
     ]  # fmt: skip
 
-    assert times(lines, "a") == {4: {1: [1.0, 3.0], 2: [4.0]}}
-    assert mean_seconds(times(lines, "a"))[4] == pytest.approx(3.0)
+    assert mean_seconds(analysis.closed_cells(lines), "a") == {4: pytest.approx(3.0)}
+
+
+def test_lanes_cross_on_the_straight_line_between_two_levels() -> None:
+    assert crossing({1: 1.0, 5: 5.0}, {1: 2.0, 5: 2.0}) == pytest.approx(2.0)
+    assert crossing({1: 1.0, 5: 5.0}, {1: 2.0, 5: 6.0}) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from loadtests import samples
@@ -57,7 +59,7 @@ def test_before_anything_is_done_nobody_knows_how_long_it_takes() -> None:
 def test_a_key_is_in_no_command_line() -> None:
     target = Target("a", "http://127.0.0.1:1", "m", key="sk-secret")
 
-    command = locust_command(target, PLAN, Visit("a", 2, (4,)), samples.Path("raw.jsonl"))
+    command = locust_command(target, PLAN, Visit("a", 2, (4,)), Path("raw.jsonl"))
 
     assert "sk-secret" not in " ".join(command)
     assert "a=http://127.0.0.1:1=m" in command

@@ -1,0 +1,118 @@
+"""Servers that answer as they are told, for tests of what asks them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+DONE = "[DONE]"
+
+
+def delta(**fields: Any) -> dict[str, Any]:
+    """An event of a streamed answer."""
+    return {"choices": [{"index": 0, "delta": fields, "finish_reason": None}]}
+
+
+def finish(reason: str = "length") -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+
+
+def usage(tokens_in: int, tokens_out: int) -> dict[str, Any]:
+    return {
+        "choices": [],
+        "usage": {"prompt_tokens": tokens_in, "completion_tokens": tokens_out},
+    }
+
+
+#: A whole answer of three tokens.
+WHOLE: list[Any] = [
+    delta(role="assistant", content=""), delta(content="a"), delta(content="b"),
+    delta(content="c"), finish(), usage(7, 3), DONE,
+]  # fmt: skip
+
+
+class Scripted(ThreadingHTTPServer):
+    """Answers every request with what `answer` says: a status and a body, or events.
+
+    Attributes:
+        asked: Headers and body of each request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, answer: Callable[[int], tuple[int, Any]]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answer = answer
+        self.asked: list[tuple[dict[str, str], Any]] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Scripted
+
+    def do_GET(self) -> None:
+        body = b'{"object":"list","data":[{"id":"first"},{"id":"second"}]}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append(
+            ({name.lower(): value for name, value in self.headers.items()}, json.loads(body))
+        )
+        status, said = self.server.answer(len(self.server.asked))
+        self.send_response(status)
+        self.send_header("x-gateway-lane", "vllm")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if status != 200:
+            self.wfile.write(json.dumps(said).encode())
+            return
+        for event in said:
+            text = event if isinstance(event, str) else json.dumps(event)
+            self.wfile.write(f"data: {text}\n\n".encode())
+
+    def log_message(self, *_: Any) -> None:
+        """A test says what matters."""
+
+
+@contextmanager
+def scripted(answer: Callable[[int], tuple[int, Any]]) -> Iterator[Scripted]:
+    """Such a server for as long as the context is open."""
+    with Scripted(answer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def always(*events: Any) -> Callable[[int], tuple[int, Any]]:
+    """The same stream to everybody."""
+    return lambda _: (200, list(events))
+
+
+def nobody() -> str:
+    """A URL at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def locust(file: str, *arguments: object, within_s: float = 50) -> subprocess.CompletedProcess[str]:
+    """A Locust file of ours, run to its end without a page."""
+    command = [sys.executable, "-m", "locust", "-f", f"loadtests/{file}.py", "--headless"]
+    command += ["--only-summary", "--loglevel", "WARNING", "--exit-code-on-error", "0"]
+    command += map(str, arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=within_s, check=False)

@@ -1,0 +1,440 @@
+"""Figures of requests whose truth is known."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.profile import Lane
+from loadtests import analysis
+from loadtests.analysis import Row, Seconds, Summary, crossover, percentile
+from loadtests.experiment import Limits
+from loadtests.samples import Cell, Line, Request, Run
+
+ANY = Limits()
+#: Ten rounds are enough for a median.
+ROUNDS = 10
+
+
+def request(start: float = 0.0, e2e_s: float = 2.0, **more: Any) -> Request:
+    """Five tokens, a chunk each: the first after a second, the last at the end."""
+    asked: dict[str, Any] = {
+        "target": "a", "loop": "closed", "level": 1, "repetition": 1, "user": 0, "number": 0,
+        "phase": "measured", "ttft_s": 1.0, "gaps_s": [(e2e_s - 1) / 4] * 4,
+        "tpot_s": (e2e_s - 1) / 4, "tokens_out": 5, "finish": "length",
+    }  # fmt: skip
+    return Request(**(asked | more), start=start, e2e_s=e2e_s)
+
+
+def cell(began: float = 0.0, ended: float = 10.0, **more: Any) -> Cell:
+    named: dict[str, Any] = {"target": "a", "loop": "closed", "level": 1, "repetition": 1}
+    return Cell(**(named | more), began=began, ended=ended)
+
+
+def row(
+    requests: Sequence[Request], *, limits: Limits = ANY, tokens_out: int = 5, **more: Any
+) -> Row:
+    """The row of one cell."""
+    (only,) = analysis.rows([(cell(**more), [*requests])], tokens_out=tokens_out, limits=limits)
+    return only
+
+
+def rounds(e2e_s: Callable[[int], float], **more: Any) -> list[Request]:
+    """One user's requests, one after another."""
+    return [request(e2e_s=e2e_s(number), number=number, **more) for number in range(ROUNDS)]
+
+
+# percentiles
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60), st.floats(0, 1))
+def test_a_percentile_is_what_numpy_says(values: list[float], p: float) -> None:
+    assert percentile(values, p) == pytest.approx(float(np.quantile(values, p)), abs=1e-6)
+
+
+def test_a_percentile_between_two_values_is_linear() -> None:
+    assert percentile([30.0, 10.0, 20.0, 40.0], 0.5) == 25.0
+    assert percentile([30.0, 10.0, 20.0, 40.0], 0.9) == pytest.approx(37.0)
+
+
+def test_a_known_distribution_is_found_again() -> None:
+    dice = random.Random(4)
+    waits = [[dice.expovariate(2.0) for _ in range(20_000)] for _ in range(3)]
+
+    found = Summary.of(waits)
+
+    assert found is not None
+    truth = {"median": math.log(2) / 2, "p90": math.log(10) / 2, "p99": math.log(100) / 2}
+    assert found.mean == pytest.approx(0.5, rel=0.02)
+    for name, value in truth.items():
+        assert getattr(found, name) == pytest.approx(value, rel=0.03)
+
+
+def test_the_spread_is_the_lowest_and_the_highest_repetitions_median() -> None:
+    found = Summary.of([[1, 2, 9], [], [3, 4, 5], [0, 3, 3]])
+
+    assert found is not None
+    assert (found.low, found.median, found.high) == (2, 3, 4)
+
+
+# a row
+
+
+def test_requests_that_failed_are_counted_beside_and_are_no_latency() -> None:
+    bad = [request(e2e_s=0.01, error="503: full"), request(e2e_s=9.0, error="cut")]
+    found = row([*rounds(lambda _: 2.0), *bad, bad[0]])
+
+    assert (found.asked, found.answered, found.failed, found.cut) == (13, 10, 2, 1)
+    assert found.errors == {"503: full": 2}
+    assert found.e2e is not None
+    assert (found.e2e.count, found.e2e.mean, found.e2e.p99) == (10, 2.0, 2.0)
+
+
+def test_only_measured_requests_make_a_latency() -> None:
+    others = [request(e2e_s=50.0, phase="warm-up"), request(e2e_s=50.0, phase="trailing")]
+
+    assert row([*rounds(lambda _: 2.0), *others]).value("e2e") == 2.0
+
+
+def test_a_row_of_nothing_but_errors_has_no_latency() -> None:
+    found = row([request(e2e_s=0.1, error="refused")])
+
+    assert (found.e2e, found.ttft, found.tpot, found.answered) == (None, None, None, 0)
+    assert found.saturation() == ""
+
+
+def test_answers_that_ended_early_are_a_share_of_all_answers() -> None:
+    early = request(tokens_out=3, finish="stop")
+    silent = request(tokens_out=None, finish="stop")
+    failed = request(tokens_out=1, error="broke off")
+
+    assert row([request(), request(), early, silent, failed]).early_share == 0.5
+
+
+def test_a_last_token_that_is_the_end_of_the_answer_is_not_early() -> None:
+    assert row([request(tokens_out=5, finish="stop")]).early == 0
+
+
+def test_without_usage_tpot_is_what_a_chunk_takes() -> None:
+    found = row([request(e2e_s=5.0, tokens_out=None, tpot_s=None)] * ROUNDS)
+
+    assert found.uncounted == ROUNDS
+    assert found.value("tpot") == 1.0
+
+
+def test_gaps_are_over_all_chunks() -> None:
+    found = row([request(gaps_s=[0.1] * 99), request(gaps_s=[1.1])])
+
+    assert found.gap_p50_s == pytest.approx(0.1)
+    assert found.gap_p99_s == pytest.approx(0.11)
+
+
+def test_fewer_than_ten_answers_of_a_user_make_an_ill_defined_median() -> None:
+    assert row(rounds(lambda _: 2.0)[1:]).is_thin
+    assert not row(rounds(lambda _: 2.0)).is_thin
+
+
+def test_a_generator_without_time_to_spare_is_told() -> None:
+    requests = rounds(lambda _: 2.0)
+
+    assert row(requests).saturation() == ""
+    assert "0.91 of a core" in row(requests, cpu=0.91).saturation()
+    assert "late by 30.0 ms in the median" in row(requests, lag_p50_s=0.03).saturation()
+    assert "400.0 ms in the 99th" in row(requests, lag_p99_s=0.4).saturation()
+
+
+# what is said of a second
+
+
+def test_tokens_count_when_their_chunk_comes_whatever_the_phase() -> None:
+    warm = request(start=-4.5, e2e_s=5.0, phase="warm-up")  # its last chunk is inside
+    whole = request(start=1.0, e2e_s=5.0)
+    trailing = request(start=7.5, e2e_s=5.0, phase="trailing", error="cut")  # two are inside
+
+    assert row([warm, whole, trailing]).tokens_per_s.value == pytest.approx((1 + 5 + 2) / 10)
+
+
+def test_a_chunk_is_worth_its_requests_tokens_over_its_chunks() -> None:
+    assert row([request(tokens_out=20)]).tokens_per_s.value == pytest.approx(2.0)
+
+
+def test_a_chunk_of_unknown_worth_has_the_cells_median() -> None:
+    told = [request(tokens_out=10), request(tokens_out=15), request(tokens_out=500)]
+    silent = request(tokens_out=None)
+
+    assert row([*told, silent]).tokens_per_s.value == pytest.approx((10 + 15 + 500 + 15) / 10)
+
+
+def test_where_nobody_tells_usage_a_chunk_is_a_token() -> None:
+    assert row([request(tokens_out=None)]).tokens_per_s.value == pytest.approx(0.5)
+
+
+def test_achieved_concurrency_is_the_integral_over_the_window() -> None:
+    asked = [request(start=-5.0, e2e_s=10.0), request(start=0.0, e2e_s=10.0), request(9.0, 60.0)]
+
+    assert row(asked).at_once.value == pytest.approx((5 + 10 + 1) / 10)
+
+
+def test_requests_a_second_are_those_answered_in_the_window() -> None:
+    asked = [request(0.0, 2.0), request(2.0, 2.0, error="x"), request(9.0, 2.0, phase="trailing")]
+
+    assert row(asked).requests_per_s.value == pytest.approx(0.1)
+
+
+def test_rates_are_by_repetition_with_their_spread() -> None:
+    cells = [(cell(ended=10.0 * n, repetition=n), [request(repetition=n)]) for n in (1, 2, 4)]
+    (found,) = analysis.rows(cells, tokens_out=5, limits=Limits())
+
+    spread = found.tokens_per_s
+    assert (spread.low, spread.value, spread.high) == pytest.approx((0.125, 0.25, 0.5))
+
+
+# goodput
+
+
+@pytest.mark.parametrize(
+    ("limits", "good"),
+    [
+        (Limits(), 2),
+        (Limits(ttft_s=1.0, tpot_s=1.0, e2e_s=5.0), 2),
+        (Limits(ttft_s=0.9), 0),
+        (Limits(tpot_s=0.5), 1),
+        (Limits(e2e_s=2.5), 1),
+    ],
+)
+def test_good_is_what_keeps_every_stated_limit(limits: Limits, good: int) -> None:
+    found = row([request(e2e_s=2.0), request(e2e_s=5.0), request(error="x")], limits=limits)
+
+    assert found.good == good
+    assert found.good_per_s.value == pytest.approx(good / 10)
+
+
+def test_a_request_that_failed_keeps_no_limit() -> None:
+    assert row([request()] * 19 + [request(error="x")]).keeps
+    assert not row([request()] * 18 + [request(error="x")] * 2).keeps
+
+
+def level_by_level(*e2e_s: float) -> list[Row]:
+    """A target at 1, 2, 4, … at once."""
+    cells = [
+        (cell(level=2**n), [request(e2e_s=seconds, level=2**n)]) for n, seconds in enumerate(e2e_s)
+    ]
+    return analysis.rows(cells, tokens_out=5, limits=Limits(e2e_s=3.0))
+
+
+@pytest.mark.parametrize(
+    ("e2e_s", "level", "fails"),
+    [
+        ((2.0, 2.0, 4.0, 2.0), 2, 4),  # that 8 keeps them again is luck
+        ((4.0, 2.0), None, 1),
+        ((2.0, 2.0), 2, None),
+    ],
+)
+def test_the_highest_level_that_keeps_the_limits_is_a_measured_one_with_all_below(
+    e2e_s: tuple[float, ...], level: int | None, fails: int | None
+) -> None:
+    (found,) = analysis.kept(level_by_level(*e2e_s))
+
+    assert (found.level, found.fails) == (level, fails)
+
+
+# which cells
+
+
+def test_of_a_cell_that_was_begun_again_the_complete_one_counts() -> None:
+    lines: list[Line] = [
+        Run(1, -1.0, []), request(0.0, 7.0), cell(outcome="interrupted"),
+        Run(1, 99.0, []), request(100.0, 2.0), cell(100.0, 110.0),
+        Run(1, 199.0, []), request(200.0, 9.0), cell(200.0, 210.0, outcome="interrupted"),
+    ]  # fmt: skip
+    found = analysis.closed_cells(lines)
+
+    assert [one.began for one, _ in found] == [100.0]
+    assert [one.e2e_s for one in found[0][1]] == [2.0]
+
+
+def test_what_was_never_completed_is_shown_and_said_to_be_incomplete() -> None:
+    found = analysis.closed_cells([request(), cell(outcome="600 s were over")])
+
+    (only,) = analysis.rows(found, tokens_out=5, limits=Limits())
+    assert only.unfinished == ["repetition 1: 600 s were over"]
+
+
+def test_an_open_loop_is_not_at_so_many_at_once() -> None:
+    assert analysis.closed_cells([cell(loop="open")]) == []
+
+
+# two targets
+
+
+def test_a_ratio_has_the_spread_of_the_ratios_within_each_repetition() -> None:
+    def at(seconds: tuple[float, float]) -> Row:
+        cells = [
+            (cell(repetition=n), [request(e2e_s=e2e_s)] * ROUNDS)
+            for n, e2e_s in enumerate(seconds, 1)
+        ]
+        return analysis.rows(cells, tokens_out=5, limits=Limits())[0]
+
+    found = analysis.ratio(at((4.0, 8.0)), at((2.0, 2.0)), "e2e")
+
+    assert found is not None
+    assert (found.low, found.value, found.high) == (2.0, 3.0, 4.0)
+
+
+def test_a_gateway_is_held_against_the_better_of_its_lanes() -> None:
+    cells = [
+        (cell(target=label, level=level), [request(e2e_s=e2e_s)] * ROUNDS)
+        for label, level, e2e_s in [
+            ("a", 1, 2.0), ("b", 1, 3.0), ("gateway", 1, 2.2),
+            ("a", 8, 9.0), ("b", 8, 4.0), ("gateway", 8, 4.0),
+        ]
+    ]  # fmt: skip
+    table = analysis.rows(cells, tokens_out=5, limits=Limits())
+    low, high = analysis.costs(table, "gateway", ("a", "b"))
+
+    assert (low.level, low.lane, low.e2e_s, low.is_noise) == (1, "a", (2.2, 2.0), False)
+    assert (high.level, high.lane, high.e2e_s, high.is_noise) == (8, "b", (4.0, 4.0), True)
+
+
+# crossover
+
+LEVELS = (1, 4, 8, 16, 32)
+
+
+def measured(
+    mean: Callable[[int], float],
+    *,
+    seed: int = 1,
+    repetitions: int = 3,
+    per_user: int = 10,
+    noise: float = 0.1,
+    drift: float = 0.01,
+) -> Seconds:
+    """Requests of a known mean: each a little off, and each repetition as a whole."""
+    dice = random.Random(seed)
+    shift = [dice.gauss(1, drift) for _ in range(repetitions)]
+    return {
+        level: [
+            [mean(level) * by * dice.gauss(1, noise) for _ in range(level * per_user)]
+            for by in shift
+        ]
+        for level in LEVELS
+    }
+
+
+def queue(level: int) -> float:
+    return 0.3 + 0.9 * level
+
+
+def batch(level: int) -> float:
+    return 3.0 + 0.3 * level
+
+
+TRUTH = 4.5  # where those two are equal
+
+
+def test_the_crossover_of_two_known_lines_is_found_with_its_interval() -> None:
+    found = crossover(measured(queue), measured(batch, seed=2))
+
+    assert (found.verdict, found.faster) == ("crosses", "a")
+    assert found.low is not None
+    assert found.level is not None
+    assert found.high is not None
+    assert found.low < TRUTH < found.high
+    assert found.level == pytest.approx(TRUTH, rel=0.1)
+
+
+def test_it_is_the_same_from_the_other_side() -> None:
+    found = crossover(measured(batch, seed=2), measured(queue))
+
+    assert (found.verdict, found.faster) == ("crosses", "b")
+    assert found.told("vLLM", "Ollama").startswith("Ollama is faster below 4.")
+
+
+def test_the_interval_has_the_truth_in_it_about_as_often_as_it_says() -> None:
+    inside = 0
+    for seed in range(30):
+        found = crossover(measured(queue, seed=seed), measured(batch, seed=1000 + seed))
+        inside += (found.low or 0) <= TRUTH <= (found.high or 0)
+
+    assert inside >= 24  # three repetitions make it rough
+
+
+def test_the_lines_are_those_the_gateway_decides_by() -> None:
+    a, b = measured(queue), measured(batch, seed=2)
+    found = crossover(a, b)
+
+    lanes = [
+        Lane(LEVELS, tuple(statistics.fmean(map(statistics.fmean, of[n])) for n in LEVELS))
+        for of in (a, b)
+    ]
+    assert found.level is not None
+    assert lanes[0].at(found.level) == pytest.approx(lanes[1].at(found.level))
+
+
+def test_the_same_samples_have_the_same_interval() -> None:
+    a, b = measured(queue), measured(batch, seed=2)
+
+    assert crossover(a, b) == crossover(a, b)
+
+
+def test_who_is_faster_everywhere_never_crosses() -> None:
+    found = crossover(measured(lambda n: 2.0 * n + 4), measured(batch, seed=2))
+
+    assert (found.verdict, found.faster) == ("never", "b")
+    assert found.told("a", "b") == "no crossover: b is faster at every level measured"
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ({"repetitions": 2}, "at 4 at once there are 2 repetitions, 3 are needed"),
+        (
+            {"per_user": 1, "noise": 0.01},
+            "at 4 at once there are 12 requests of each, 20 are needed",
+        ),
+    ],
+)
+def test_too_little_is_not_enough_data(how: dict[str, Any], why: str) -> None:
+    found = crossover(measured(queue, **how), measured(batch, seed=2, **how))
+
+    assert (found.verdict, found.level, found.why) == ("unknown", None, why)
+    assert found.told("a", "b") == f"not enough data: {why}"
+
+
+def test_levels_far_from_the_crossover_need_no_repetitions() -> None:
+    a, b = (dict(measured(mean, seed=5)) for mean in (queue, batch))
+    for one in (a, b):
+        one[32] = one[32][:1]
+
+    assert crossover(a, b).verdict == "crosses"
+
+
+def test_two_that_are_alike_have_no_crossover_that_anybody_could_name() -> None:
+    found = crossover(measured(batch), measured(batch, seed=2))
+
+    assert found.verdict == "unknown"
+
+
+def test_one_level_in_common_is_not_enough_data() -> None:
+    a, b = measured(queue), measured(batch)
+
+    assert crossover({1: a[1], 4: a[4]}, {4: b[4], 8: b[8]}).verdict == "unknown"
+
+
+def test_seconds_are_those_of_complete_cells() -> None:
+    cells = [
+        (cell(), [request(e2e_s=2.0), request(e2e_s=3.0, error="x"), request(phase="warm-up")]),
+        (cell(repetition=2, outcome="interrupted"), [request(e2e_s=4.0)]),
+        (cell(target="b"), [request(e2e_s=5.0)]),
+    ]
+
+    assert analysis.seconds(cells, "a") == {1: [[2.0]]}

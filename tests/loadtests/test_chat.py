@@ -1,0 +1,66 @@
+"""A team's day as a Locust file: chats that grow, people who think, and who hang up."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from loadtests import samples
+from tests.loadtests.servers import WHOLE, always, locust, scripted
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    return tmp_path / "chat.jsonl"
+
+
+def test_what_was_said_goes_along_with_every_question(raw: Path) -> None:
+    with scripted(always(*WHOLE)) as server:
+        done = locust(
+            "chat", "--host", server.url, "-u", 2, "-t", "4s", "--think-s", 0.05, "--turns", 3,
+            "--hang-up", 0, "--raw", raw,
+        )  # fmt: skip
+        chats = [body["messages"] for _, body in server.asked[1:]]
+
+    assert done.returncode == 0, done.stderr
+    longest = max(chats, key=len)
+    roles = [message["role"] for message in longest]
+    assert roles[:4] == ["system", "user", "assistant", "user"]
+    assert {m["content"] for m in longest if m["role"] == "assistant"} == {"abc"}
+    asked = samples.requests(samples.read(raw))
+    assert {(one.loop, one.level, one.target) for one in asked} == {("chat", 2, "host")}
+    assert len({one.user for one in asked}) == 2
+
+
+def test_some_hang_up_and_that_is_no_failure_of_the_server(raw: Path) -> None:
+    with scripted(lambda number: (200, WHOLE) if number < 2 else _hang()) as server:
+        done = locust(
+            "chat", "--host", server.url, "-u", 1, "-t", "5s", "--think-s", 0.05, "--hang-up", 1,
+            "--patience-s", 0.2, "--raw", raw,
+        )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert {one.error for one in samples.requests(samples.read(raw))} == {"cut"}
+
+
+def _hang() -> tuple[int, list[object]]:
+    """A server that thinks for longer than its reader."""
+    time.sleep(1.0)
+    return 200, WHOLE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--hang-up", "2"], "from 0 to 1"),
+        (["--think-s", "0"], "--think-s must be above zero"),
+        (["--tokens-out", "-1"], "--tokens-out must be above zero"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments: list[str], why: str) -> None:
+    done = locust("chat", "--host", "http://127.0.0.1:9", "--model", "m", *arguments)
+
+    assert done.returncode == 2
+    assert why in done.stderr

@@ -1,0 +1,240 @@
+"""The experiment as a Locust file: what it measures, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loadtests import samples
+from loadtests.samples import Cell, Request
+from tests.loadtests.servers import WHOLE, always, locust, nobody, scripted
+
+#: Quick and exact enough: what is measured is checked elsewhere (test_selfcheck).
+QUICK = ["--ttft-s", "0.05", "--gap-s", "0.005", "--tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def known() -> Iterator[str]:
+    """The URL of a server of known times."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "loadtests.known", "--port", "0", *QUICK],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        try:
+            yield server.stdout.readline().strip()
+        finally:
+            server.terminate()
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    return tmp_path / "raw.jsonl"
+
+
+def by_cell(raw: Path) -> list[tuple[Cell, list[Request]]]:
+    return samples.by_cell(samples.read(raw))
+
+
+def test_every_level_is_kept_and_everybody_has_all_rounds(known: str, raw: Path) -> None:
+    done = locust(
+        "concurrency", "--target", f"a={known}=known", "--levels", "1,3", "--rounds", 2,
+        "--repetitions", 2, "--cooldown-s", 0, "--tokens-out", 8, "--raw", raw,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    cells = by_cell(raw)
+    assert [(cell.level, cell.repetition) for cell, _ in cells] == [(1, 1), (3, 1), (1, 2), (3, 2)]
+    for cell, requests in cells:
+        phases = Counter((one.user, one.phase) for one in requests)
+        users = {one.user for one in requests}
+        assert (cell.outcome, len(users)) == ("complete", cell.level)
+        assert all(phases[user, "warm-up"] == 1 for user in users)
+        assert all(phases[user, "measured"] == 2 for user in users)
+        measured = [one for one in requests if one.phase == "measured"]
+        assert cell.began == min(one.start for one in measured)
+        assert [one.error for one in measured] == [None] * len(measured)
+        assert {one.tokens_out for one in measured} == {8}
+
+
+def test_targets_come_forth_and_then_back(known: str, raw: Path) -> None:
+    locust(
+        "concurrency", "--target", f"a={known}=known", "--target", f"b={known}=known",
+        "--levels", "1", "--rounds", 1, "--repetitions", 2, "--cooldown-s", 0, "--raw", raw,
+    )  # fmt: skip
+
+    assert [cell.target for cell, _ in by_cell(raw)] == ["a", "b", "b", "a"]
+
+
+def test_locusts_own_tables_have_ttft_and_e2e_of_their_own(known: str, raw: Path) -> None:
+    done = locust(
+        "concurrency", "--host", known, "--levels", "2", "--rounds", 1, "--raw", raw
+    )  # fmt: skip
+
+    rows = [line.split()[0] for line in done.stderr.splitlines() if "host, 2 at once" in line]
+    assert sorted(set(rows)) == ["E2E", "TTFT"]
+
+
+def test_users_in_several_processes_are_as_many_and_no_two_the_same(known: str, raw: Path) -> None:
+    done = locust(
+        "concurrency", "--host", known, "--levels", "4", "--rounds", 2, "--processes", 2,
+        "--raw", raw,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    ((cell, requests),) = by_cell(raw)
+    measured = Counter(one.user for one in requests if one.phase == "measured")
+    assert cell.outcome == "complete"
+    assert sorted(measured.values()) == [2, 2, 2, 2]
+    assert len({user // 10_000 for user in measured}) == 2
+
+
+def test_with_a_number_of_users_and_a_time_it_is_a_locust_file_as_any_other(
+    known: str, raw: Path
+) -> None:
+    done = locust("concurrency", "--host", known, "-u", 3, "-t", "4s", "--raw", raw)
+
+    assert done.returncode == 0, done.stderr
+    ((cell, requests),) = by_cell(raw)
+    assert (cell.level, cell.outcome) == (3, "complete")
+    assert len([one for one in requests if one.phase == "measured"]) > 3
+
+
+def test_in_an_open_loop_requests_come_whoever_waits(known: str, raw: Path) -> None:
+    done = locust(
+        "concurrency", "--host", known, "--rate", "20", "--arrivals", 30, "--raw", raw
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    ((cell, requests),) = by_cell(raw)
+    measured = [one for one in requests if one.phase == "measured"]
+    assert (cell.loop, cell.level, cell.outcome, len(measured)) == ("open", 20, "complete", 30)
+    assert 10 < len(measured) / (cell.ended - cell.began) < 40
+
+
+def test_a_key_is_sent_and_written_nowhere(raw: Path) -> None:
+    with scripted(always(*WHOLE)) as server:
+        done = locust(
+            "concurrency", "--host", server.url, "--model", "m", "--levels", "1", "--rounds", 1,
+            "--api-key", "sk-secret", "--raw", raw,
+        )  # fmt: skip
+        headers = {headers["authorization"] for headers, _ in server.asked}
+
+    assert headers == {"Bearer sk-secret"}
+    assert "sk-secret" not in raw.read_text() + done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "nobody to ask"),
+        (["--target", "x"], "LABEL=URL=MODEL"),
+        (["--target", "a=http://a=m", "--target", "a=http://b=m"], "label of its own"),
+        (["--host", "http://a", "--model", "m", "--levels", "0"], "--levels 0"),
+        (["--host", "http://a", "--model", "m", "--levels", "10000"], "from 1 to 1024"),
+        (["--host", "http://a", "--model", "m", "--levels", "a"], "--levels a"),
+        (["--host", "http://a", "--model", "m", "--levels", "1.5"], "whole numbers"),
+        (["--host", "http://a", "--model", "m", "--rate", "-1"], "--rate -1"),
+        (["--host", "http://a", "--model", "m", "--rounds", "0"], "--rounds 0"),
+        (["--host", "http://a", "--model", "m", "--tokens-out", "0"], "--tokens-out 0"),
+        (["--host", "http://a", "--model", "m", "--prompts", "no-such"], "no-such cannot be read"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line_before_anybody_is_asked(
+    arguments: list[str], why: str
+) -> None:
+    done = locust("concurrency", *arguments)
+
+    said = [line for line in done.stderr.splitlines() if line.startswith("twolane: ")]
+    assert done.returncode == 2
+    assert len(said) == 1
+    assert why in said[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "hint"),
+    [
+        (404, "no such model", "its own name of the model"),
+        (401, "wrong key", "--api-key"),
+        (500, "on fire", "look into its log"),
+    ],
+)
+def test_a_target_that_refuses_its_first_request_is_named_with_what_to_do(
+    raw: Path, status: int, message: str, hint: str
+) -> None:
+    with scripted(lambda _: (status, {"error": {"message": message}})) as server:
+        done = locust("concurrency", "--host", server.url, "--model", "m", "--raw", raw)
+
+    assert done.returncode == 2
+    assert f"({status}: {message})" in done.stderr
+    assert hint in done.stderr
+
+
+def test_a_target_at_which_nobody_listens_is_named(raw: Path) -> None:
+    url = nobody()
+
+    done = locust("concurrency", "--target", f"dead={url}=m", "--raw", raw)
+
+    assert done.returncode == 2
+    assert f"dead at {url}" in done.stderr
+    assert "is it running" in done.stderr
+
+
+def test_a_target_that_dies_is_given_up_and_the_others_are_measured(known: str, raw: Path) -> None:
+    refused = (503, {"error": {"message": "dead"}})
+    with scripted(lambda number: (200, WHOLE) if number <= 1 else refused) as server:
+        done = locust(
+            "concurrency", "--target", f"dies={server.url}=m", "--target", f"lives={known}=known",
+            "--levels", "2", "--rounds", 4, "--cooldown-s", 0, "--raw", raw,
+        )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    (dead, requests), (alive, _) = by_cell(raw)
+    assert dead.outcome == "every request failed: 503: dead"
+    assert {one.error for one in requests} <= {"503: dead", "cut"}
+    assert (alive.target, alive.outcome) == ("lives", "complete")
+
+
+def test_single_failures_are_counted_and_sink_nothing(raw: Path) -> None:
+    with scripted(lambda n: (200, WHOLE) if n % 3 else (500, {"error": "once"})) as server:
+        locust(
+            "concurrency", "--host", server.url, "--model", "m", "--levels", "1", "--rounds", 6,
+            "--raw", raw,
+        )  # fmt: skip
+
+    ((cell, requests),) = by_cell(raw)
+    errors = [one.error for one in requests if one.phase == "measured"]
+    assert cell.outcome == "complete"
+    assert (len(errors), errors.count("500: once")) == (6, 2)
+
+
+def test_a_full_disk_ends_it_with_what_to_do(known: str) -> None:
+    done = locust("concurrency", "--host", known, "--levels", "1", "--raw", "/dev/full")
+
+    assert done.returncode == 2
+    assert "No space left on device" in done.stderr
+
+
+def test_what_was_measured_before_ctrl_c_is_kept(known: str, raw: Path) -> None:
+    command = [sys.executable, "-m", "locust", "-f", "loadtests/concurrency.py", "--headless",
+               "--host", known, "--levels", "2", "--rounds", "1000", "--raw", str(raw)]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and not (
+            raw.exists() and raw.read_text().count("\n") > 9
+        ):
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        running.wait(30)
+
+    ((cell, requests),) = by_cell(raw)
+    assert cell.outcome == "interrupted"
+    assert len(requests) > 5

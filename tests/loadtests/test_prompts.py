@@ -1,0 +1,69 @@
+"""What is asked: the same for all, and new to everybody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loadtests.prompts import Prompts, PromptsError, read
+
+
+def test_targets_are_asked_the_same_after_a_number_of_their_own() -> None:
+    a, b = (Prompts().prompt(target, 1, 4, 2, 3) for target in "ab")
+
+    assert a != b
+    assert a.partition(". ")[2] == b.partition(". ")[2]
+
+
+def test_no_prompt_comes_twice_and_the_same_place_has_the_same_one() -> None:
+    def everything() -> list[str]:
+        prompts = Prompts()
+        return [
+            prompts.prompt("a", repetition, level, user, number)
+            for repetition in (1, 2)
+            for level in (1, 4)
+            for user in range(4)
+            for number in range(5)
+        ]
+
+    assert len(set(everything())) == len(everything())
+    assert everything() == everything()
+
+
+def test_more_tokens_are_more_words() -> None:
+    short, long = (Prompts(tokens).prompt("a", 1, 1, 0, 0) for tokens in (80, 400))
+
+    assert 280 < len(long.split()) - len(short.split()) < 360
+
+
+def test_a_file_of_lines_or_json_is_asked_instead(tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    path.write_text('Why?\n\n"How so?"\n{"prompt": "When?", "other": 1}\n')
+
+    assert read(path) == ["Why?", "How so?", "When?"]
+    assert Prompts(path=path).prompt("a", 1, 1, 0, 0).partition(". ")[2] in read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"", "has no prompt"),
+        (b"\n \n", "has no prompt"),
+        (b"ok\n{broken\n", "line 2"),
+        (b'ok\n\n{"question": "?"}', "line 3"),
+        (b"[1]", "line 1"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_a_broken_file_is_refused_with_the_line(tmp_path: Path, text: bytes, why: str) -> None:
+    path = tmp_path / "prompts"
+    path.write_bytes(text)
+
+    with pytest.raises(PromptsError, match=why):
+        read(path)
+
+
+def test_a_file_that_is_not_there_is_refused() -> None:
+    with pytest.raises(PromptsError, match="cannot be read"):
+        read(Path("no-such-file"))

@@ -1,0 +1,102 @@
+"""That what a run leaves behind can be read again, whatever happened to it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from loadtests import samples
+from loadtests.samples import Cell, Line, Request, Run, SamplesError, Writer
+
+
+def asked(start: float, target: str = "a", phase: samples.Phase = "measured") -> Request:
+    return Request(target, "closed", 4, 1, 0, 0, phase, start, 1.0, gaps_s=[0.1, 0.2])
+
+
+def cell(began: float, ended: float, outcome: str = "complete") -> Cell:
+    return Cell("a", "closed", 4, 1, began, ended, outcome)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "raw.jsonl"
+
+
+def test_what_was_written_is_read_again(path: Path) -> None:
+    lines: list[Line] = [Run(1, 5.0, ["locust"]), asked(10.0), cell(10.0, 11.0)]
+    writer = Writer(path)
+    for line in lines:
+        writer.write(line)
+
+    assert list(samples.read(path)) == lines
+
+
+def test_a_line_says_what_it_is_and_leaves_out_what_is_not_there(path: Path) -> None:
+    Writer(path).write(asked(10.0))
+
+    assert json.loads(path.read_text()) == {
+        "type": "request", "target": "a", "loop": "closed", "level": 4, "repetition": 1, "user": 0,
+        "number": 0, "phase": "measured", "start": 10.0, "e2e_s": 1.0, "gaps_s": [0.1, 0.2],
+    }  # fmt: skip
+
+
+def test_a_last_line_that_was_cut_off_is_passed_over_and_written_on_after(path: Path) -> None:
+    Writer(path).write(asked(10.0))
+    with path.open("ab") as file:
+        file.write(b'{"type":"request","tar')
+    Writer(path).write(asked(20.0))
+
+    assert [one.start for one in samples.requests(samples.read(path))] == [10.0]
+
+
+def _write(path: Path, target: str) -> None:
+    writer = Writer(path)
+    for number in range(500):
+        writer.write(asked(float(number), target))
+
+
+def test_several_processes_write_at_once_and_no_line_is_torn(path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write, args=(path, name)) for name in "abc"]
+    for one in writers:
+        one.start()
+    for one in writers:
+        one.join()
+
+    assert len(samples.requests(samples.read(path))) == 1500
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("no json\n{}\n", "line 1"),
+        ('{"type":"run","version":9,"at":0,"command":[]}\n', "version 9"),
+    ],
+)
+def test_what_is_no_such_file_is_refused_with_the_line(path: Path, text: str, why: str) -> None:
+    path.parent.mkdir()
+    path.write_text(text)
+
+    with pytest.raises(SamplesError, match=why):
+        list(samples.read(path))
+
+
+def test_a_full_disk_is_said_with_what_to_do() -> None:
+    with pytest.raises(SamplesError, match=r"No space left.*--resume"):
+        Writer(Path("/dev/full")).write(asked(1.0))
+
+
+def test_a_cell_that_was_begun_again_has_only_its_own_requests(path: Path) -> None:
+    lines: list[Line] = [
+        Run(1, 0.0, []), asked(1.0), cell(1.0, 5.0, "interrupted"),
+        Run(1, 10.0, []), asked(11.0, phase="warm-up"), asked(12.0), cell(12.0, 13.0),
+        asked(12.5),
+    ]  # fmt: skip
+
+    first, second = samples.by_cell(lines)
+
+    assert [one.start for one in first[1]] == [1.0]
+    assert [one.start for one in second[1]] == [11.0, 12.0, 12.5]

@@ -1,0 +1,118 @@
+"""What the stopwatch counts, and what it says of answers that go wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loadtests import stopwatch
+from loadtests.stopwatch import BadTarget, Target, Timing
+from tests.loadtests.servers import (
+    DONE,
+    WHOLE,
+    Scripted,
+    always,
+    delta,
+    finish,
+    nobody,
+    scripted,
+    usage,
+)
+
+
+def ask(server: Scripted, key: str | None = None) -> Timing:
+    target = Target("a", server.url, "m", key)
+    question = [{"role": "user", "content": "?"}]
+    return stopwatch.ask(target, stopwatch.body(target, question, 3))
+
+
+def test_a_whole_answer_has_every_time_and_count() -> None:
+    with scripted(always(*WHOLE)) as server:
+        seen = ask(server, key="sk-secret")
+
+    assert seen.error is None
+    assert (seen.tokens_in, seen.tokens_out, seen.finish, seen.lane) == (7, 3, "length", "vllm")
+    assert (len(seen.deltas_s), len(seen.gaps_s), seen.text) == (3, 2, "abc")
+    assert seen.ttft_s is not None
+    assert 0 < seen.ttft_s <= seen.ttft_s + sum(seen.gaps_s) <= seen.e2e_s
+    assert seen.tpot_s == pytest.approx(sum(seen.gaps_s) / 2)
+    headers, body = server.asked[0]
+    assert headers["authorization"] == "Bearer sk-secret"
+    assert (body["max_tokens"], body["stream_options"]) == (3, {"include_usage": True})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [delta(content="x"), delta(reasoning="x"), delta(reasoning_content="x"),
+     delta(tool_calls=[{"index": 0, "function": {"name": "f"}}])],
+)  # fmt: skip
+def test_the_first_token_is_the_first_delta_with_something_in_it(said: dict[str, Any]) -> None:
+    empty = [delta(role="assistant"), delta(content=""), {"choices": []}]
+    with scripted(always(*empty, said, finish(), DONE)) as server:
+        seen = ask(server)
+
+    assert len(seen.deltas_s) == 1
+
+
+def test_without_usage_there_is_no_time_a_token_and_that_is_no_error() -> None:
+    with scripted(always(delta(content="a"), delta(content="b"), finish("stop"), DONE)) as server:
+        seen = ask(server)
+
+    assert (seen.error, seen.tokens_out, seen.tpot_s) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("events", "why"),
+    [
+        ([delta(content="a")], "broke off"),
+        ([], "broke off"),
+        ([finish("stop"), usage(7, 0), DONE], "no token came"),
+        ([delta(content="a"), {"error": {"message": "out of memory"}}, DONE], "out of memory"),
+        (["{no json", DONE], "no event of the OpenAI API"),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_an_error_that_says_so(events: list[Any], why: str) -> None:
+    with scripted(always(*events)) as server:
+        seen = ask(server)
+
+    assert seen.error is not None
+    assert why in seen.error
+
+
+def test_a_refusal_is_told_in_the_servers_words() -> None:
+    refusal = {"error": {"message": "no such\nmodel", "code": "not_found"}}
+    with scripted(lambda _: (404, refusal)) as server:
+        seen = ask(server)
+
+    assert seen.error == "404: no such model"
+
+
+def test_where_nobody_listens_the_error_says_it() -> None:
+    target = Target("a", nobody(), "m")
+
+    seen = stopwatch.ask(target, stopwatch.body(target, [], 1))
+
+    assert seen.error is not None
+    assert "refused" in seen.error
+    assert seen.ttft_s is None
+
+
+@pytest.mark.parametrize("text", ["", "a", "a=b", "a=ftp://b=m", "=http://a=m", "a=http://b="])
+def test_what_is_no_target_is_refused_with_how_one_is_written(text: str) -> None:
+    with pytest.raises(BadTarget, match="LABEL=URL=MODEL"):
+        Target.read(text)
+
+
+def test_a_target_is_read_whatever_is_in_its_models_name() -> None:
+    target = Target.read("a=http://h:1/v1/=hf.co/org/m:Q4=x", "sk-secret")
+
+    assert (target.url, target.model) == ("http://h:1", "hf.co/org/m:Q4=x")
+    assert "sk-secret" not in f"{target} {target!r}"
+
+
+def test_the_first_model_that_is_listed_is_taken() -> None:
+    with scripted(always()) as server:
+        assert stopwatch.first_model(f"{server.url}/v1/", None) == "first"
+    with pytest.raises(BadTarget, match="say --model"):
+        stopwatch.first_model(nobody(), None)
