@@ -25,7 +25,7 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from loadtests import samples, stopwatch
 from loadtests.load import BadOptions, preflight, the_host, without_key
-from loadtests.people import Notes, runner, say
+from loadtests.people import Notes, as_program, runner, say
 from loadtests.prompts import TOPICS, Prompts
 from loadtests.samples import SamplesError, Writer
 from loadtests.stopwatch import BadTarget, Target, Timing
@@ -194,3 +194,7 @@ def _gather(environment: Environment) -> None:
         say(str(exc))
         raise SystemExit(2) from exc
     environment.team = team  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    as_program(__file__)

@@ -226,6 +226,7 @@ def locust_command(
     command += ["--target", str(target), "--levels", ",".join(map(str, visit.levels))]
     command += ["--first-repetition", str(visit.repetition), "--repetitions", "1"]
     command += ["--rounds", str(plan.rounds), "--warm-up", str(plan.warm_up)]
+    command += ["--at-least", str(plan.at_least)]
     command += ["--tokens-in", str(plan.tokens_in), "--tokens-out", str(plan.tokens_out)]
     command += ["--cell-s", f"{plan.cell_s:g}", "--cooldown-s", f"{plan.cooldown_s:g}"]
     if plan.prompts:
@@ -333,7 +334,7 @@ class Progressing:
         level = int(one.level)
         name = f"{one.target}, {level} at once, repetition {one.repetition}"
         if self._cell is None or self._bar.tasks[-1].description != name:
-            self._show(name, level * self._plan.rounds)
+            self._show(name, max(level * self._plan.rounds, self._plan.at_least))
         if one.phase == "measured" and self._cell is not None:
             self._bar.advance(self._cell)
 

@@ -8,6 +8,7 @@ first the warm-up, then the rounds that count, then on, so that the level is kep
 last one's last counted answer is there. Every request is a line of the raw file (`samples`);
 Locust's tables show TTFT and E2E. The process that leads (`Matrix`) goes from cell to cell;
 those that have users (`Crowd`) are told by messages, and tell when a user has all its answers.
+`python -m loadtests.concurrency --help` lists its options: Locust's own help comes too early.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from loadtests.load import (
     read_options,
     without_key,
 )
-from loadtests.people import Notes, runner, say
+from loadtests.people import Notes, as_program, runner, say
 from loadtests.samples import SamplesError, Writer
 from loadtests.stopwatch import Timing
 
@@ -204,7 +205,7 @@ class Person(User):
 
     def _ask_again_and_again(self, crowd: Crowd, cell: Cell) -> None:
         seat = crowd.seat()
-        warm_up, rounds = crowd.load.warm_up, crowd.load.rounds
+        warm_up, rounds = crowd.load.warm_up, crowd.load.rounds_of(cell)
         for number in itertools.count():
             phase: samples.Phase = "measured"
             if number < warm_up:
@@ -411,3 +412,7 @@ def _take_part(environment: Environment, **_: Any) -> None:
             except BadOptions as exc:
                 say(str(exc))
                 raise SystemExit(2) from exc
+
+
+if __name__ == "__main__":
+    as_program(__file__)

@@ -76,6 +76,7 @@ class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
         levels: Requests at once.
         repetitions: Of the whole matrix, in alternating order.
         rounds: Measured requests of each user in a cell, after `warm_up` of them.
+        at_least: Measured requests of a cell; where users are few each has more rounds.
         tokens_in: Of a prompt, about.
         tokens_out: Most of an answer.
         cell_s: Longest a cell may take, seconds.
@@ -91,6 +92,7 @@ class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
     cell_s: float = 600.0
     cooldown_s: float = 2.0
     prompts: str = ""
+    at_least: int = 7
 
 
 class Limits(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,9 @@ class Load:
     """How all cells are measured.
 
     Attributes:
-        rounds: Requests of each user that count; None: all until the time is up.
+        rounds: Requests of each user that count, more where users are few; None: all until the
+            time is up.
+        at_least: Requests of a cell that count.
         arrivals: Requests that count in an open loop.
         run_s: After so many seconds it is over, whatever is left.
     """
@@ -61,6 +64,7 @@ class Load:
     levels: tuple[float, ...]
     repetitions: range
     rounds: int | None
+    at_least: int
     warm_up: int
     arrivals: int
     tokens_out: int
@@ -69,6 +73,12 @@ class Load:
     prompts: Prompts
     raw: Path
     run_s: float | None
+
+    def rounds_of(self, cell: Cell) -> int | None:
+        """How many of a user's requests count in this cell; None: all until the time is up."""
+        if self.rounds is None:
+            return None
+        return max(self.rounds, math.ceil(self.at_least / cell.users))
 
     def cells(self) -> Iterator[Cell]:
         """Forth in odd repetitions, back in even ones."""
@@ -116,6 +126,7 @@ def add_options(parser: Any) -> None:
     add("--arrivals", type=int, default=60, help="requests that count, with --rate (60)")
     add("--warm-up", type=int, default=1, help="requests of each user that do not count (1)")
     add("--rounds", type=int, default=10, help="requests of each user that count (10)")
+    add("--at-least", type=int, default=1, help="requests that count at a level: more rounds (1)")
     add("--repetitions", type=int, default=1, help="of everything, in alternating order (1)")
     add("--first-repetition", type=int, default=1, help="number of the first of them (1)")
     add("--tokens-in", type=int, default=80, help="of a prompt, about (80)")
@@ -152,6 +163,7 @@ def read_options(options: Any, users: int | None) -> Load:
         levels=numbers("--rate", options.rate) if options.rate else _levels(options, users),
         repetitions=range(first, first + options.repetitions),
         rounds=None if options.run_time and users else options.rounds,
+        at_least=options.at_least,
         warm_up=options.warm_up,
         arrivals=options.arrivals,
         tokens_out=options.tokens_out,

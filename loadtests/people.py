@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
+from locust.argument_parser import get_parser
 from locust.env import Environment
 from locust.runners import Runner
 
@@ -70,3 +72,14 @@ def runner(environment: Environment) -> Runner:
 def say(line: str) -> None:
     """One line for people, where callers look for it."""
     print(f"twolane: {line}", file=sys.stderr, flush=True)
+
+
+def as_program(file: str) -> None:
+    """Run one of our Locust files: `python -m loadtests.concurrency`, as `locust -f` does.
+
+    Locust gives its help before it reads a file; here, help has the file's own options.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        get_parser().parse_args(["--help"])
+    command = [sys.executable, "-m", "locust", "-f", file, *sys.argv[1:]]
+    os.execv(sys.executable, command)  # noqa: S606 - what we were called with

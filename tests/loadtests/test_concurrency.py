@@ -120,6 +120,17 @@ def test_in_an_open_loop_requests_come_whoever_waits(known: str, raw: Path) -> N
     assert 10 < len(measured) / (cell.ended - cell.began) < 40
 
 
+@pytest.mark.parametrize("file", ["concurrency", "chat"])
+def test_help_teaches_the_files_own_options(file: str) -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", f"loadtests.{file}", "--help"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+
+    for option in ("--tokens-out", "--model", "--raw", "--headless"):
+        assert option in said
+
+
 def test_a_key_is_sent_and_written_nowhere(raw: Path) -> None:
     with scripted(always(*WHOLE)) as server:
         done = locust(

@@ -1,0 +1,202 @@
+"""`twolane compare`, `calibrate` and `profile` as a person runs them, on servers of known times."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from gateway import profile
+from gateway.profile import Crossover, Lane, Measured, Profile
+from loadtests import samples
+from loadtests.known import Times, running
+from tests.loadtests.servers import nobody
+
+#: The stopwatch is checked first, which takes a while.
+pytestmark = pytest.mark.timeout(240)
+
+
+def twolane(*arguments: object, within_s: float = 200) -> subprocess.CompletedProcess[str]:
+    """The command, run to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "gateway", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=within_s,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def targets() -> Iterator[list[str]]:
+    """`--target` of two servers, of which the second is the quicker one."""
+    with ExitStack() as stack:
+        slow = stack.enter_context(running(Times(0.10, 0.01, 16)))
+        quick = stack.enter_context(running(Times(0.05, 0.005, 16)))
+        yield ["--target", f"slow={slow.url}=known", "--target", f"quick={quick.url}=known"]
+
+
+@pytest.fixture(scope="module")
+def folder(targets: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole comparison."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    done = twolane(
+        "compare", *targets, "--levels", "1,2", "--rounds", 2, "--repetitions", 2,
+        "--tokens-out", 16, "--key", "sk-secret", "--unchecked", "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_a_comparison_measures_everything_and_leaves_a_report(folder: Path) -> None:
+    cells = samples.cells(samples.read(folder / "raw.jsonl"))
+    said = json.loads((folder / "report.json").read_text())
+
+    assert [(cell.target, cell.level, cell.repetition) for cell in cells] == [
+        ("slow", 1, 1), ("slow", 2, 1), ("quick", 1, 1), ("quick", 2, 1),
+        ("quick", 1, 2), ("quick", 2, 2), ("slow", 1, 2), ("slow", 2, 2),
+    ]  # fmt: skip
+    assert {row["target"] for row in said["rows"]} == {"slow", "quick"}
+    assert (folder / "report.html").stat().st_size > 1_000_000  # plotly is in it
+
+
+def test_a_key_is_in_none_of_its_files(folder: Path) -> None:
+    assert not any(b"sk-secret" in path.read_bytes() for path in folder.iterdir())
+
+
+def test_a_run_that_was_interrupted_is_gone_on_with(
+    folder: Path, targets: list[str], tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    lines = (again / "raw.jsonl").read_text().splitlines(keepends=True)
+    cut = next(n for n, line in enumerate(lines) if '"type":"cell"' in line and '"slow"' in line)
+    (again / "raw.jsonl").write_text("".join(lines[: cut + 1]) + '{"type":"req')
+
+    done = twolane("compare", "--resume", again)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = samples.cells(samples.read(again / "raw.jsonl"))
+    assert len(cells) == 8
+    assert len({(c.target, c.level, c.repetition) for c in cells}) == 8
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
+    folder: Path, targets: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(folder / "selfcheck.json", out)
+    command = [sys.executable, "-m", "gateway", "compare", *targets, "--levels", "1,2", "--rounds",
+               "2", "--repetitions", "50", "--unchecked", "--out", str(out)]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        raw = out / "raw.jsonl"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (
+            raw.exists() and '"type":"cell"' in raw.read_text()
+        ):
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        said, _ = run.communicate(timeout=30)
+
+    assert run.returncode == 130
+    assert f"--resume {out}" in " ".join(said.split())
+    assert samples.cells(samples.read(raw))[0].outcome == "complete"
+
+
+def test_a_target_that_is_dead_is_named_and_the_others_are_measured(
+    folder: Path, targets: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(folder / "selfcheck.json", out)
+
+    done = twolane(
+        "compare", *targets[:2], "--target", f"dead={nobody()}=m", "--levels", "1", "--rounds", 1,
+        "--repetitions", 1, "--unchecked", "--out", out,
+    )  # fmt: skip
+
+    assert done.returncode == 1
+    assert "dead" in done.stdout
+    assert "is it running" in " ".join(done.stdout.split())
+    assert [cell.target for cell in samples.cells(samples.read(out / "raw.jsonl"))] == ["slow"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--levels", "0"], "from 1 to 1024"),
+        (["--levels", "10000"], "from 1 to 1024"),
+        (["--rounds", "0"], "a whole number from 1"),
+        (["--target", "x"], "LABEL=URL=MODEL"),
+        (["--target", "a=http://a=m", "--target", "a=http://b=m"], "label of its own"),
+        (["--resume", "no-such-folder"], "is no-such-folder the folder of an experiment"),
+        (["--config", "no-such-file"], "no-such-file cannot be read"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_what_to_do(
+    arguments: list[str], why: str, tmp_path: Path
+) -> None:
+    done = twolane("compare", *arguments, *(
+        [] if "--resume" in arguments else ["--out", tmp_path / "out"]
+    ))  # fmt: skip
+
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_an_experiment_is_not_begun_again(folder: Path, targets: list[str]) -> None:
+    done = twolane("compare", *targets, "--out", folder)
+
+    assert done.returncode == 2
+    assert f"--resume {folder}" in done.stderr
+
+
+# profile
+
+
+PROFILE = Profile(
+    profile.VERSION,
+    "measured",
+    {
+        "ollama": Lane((1, 8), (1.0, 8.0), (0.9, 7.5), (1.1, 8.5), (0.2, 7.0), (64, 60),
+                       Measured("ollama", "llama3.3:70b", version="0.24.0", slots=1)),
+        "vllm": Lane((1, 8), (2.0, 3.0)),
+    },
+    machine="a box",
+    measured_at="2020-01-01T00:00:00+00:00",
+    crossover=Crossover(2.2, 1.9, 2.6),
+)  # fmt: skip
+
+
+def test_a_profile_is_drawn_with_where_its_lanes_cross(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile.save(path, PROFILE)
+
+    said = twolane("profile", "show", path).stdout
+
+    assert "the lanes cross at 2.2 at once (95 %: 1.9 to 2.6)" in said
+    assert "7.50-8.50" in said
+    assert "ollama, 0.24.0, llama3.3:70b, 1 slots" in said
+    assert "days ago" in said
+    assert profile.load(path) == PROFILE
+
+
+def test_without_a_file_the_assumed_profile_is_shown() -> None:
+    assert twolane("profile", "show").stdout.startswith("assumed")
+
+
+def test_a_profile_that_cannot_be_read_is_an_error_with_its_name() -> None:
+    done = twolane("profile", "show", "no-such.json")
+
+    assert done.returncode == 2
+    assert "no-such.json cannot be read" in done.stderr
