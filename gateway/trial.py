@@ -544,7 +544,6 @@ def _packages() -> dict[str, str]:
 async def _compared(asked: argparse.Namespace, console: Console) -> int:
     """Check, measure, report; 0 where every target could be measured."""
     args, folder, begun = _begun(asked)
-    checked = await _checked(args, folder, begun, console)
     async with http.Client() as client:
         if args.target:
             key = args.key or settings.environment().get("OPENAI_API_KEY")
@@ -562,6 +561,7 @@ async def _compared(asked: argparse.Namespace, console: Console) -> int:
         if begun.subjects and [one.label for one in begun.subjects] != labels:
             raise ExperimentError(f"{folder} was begun with other targets: begin a new one")
         begun = msgspec.structs.replace(begun, subjects=tuple(one.subject for one in entrants))
+        checked = await _checked(args, folder, begun, console)
         console.print(f"measuring {', '.join(labels)} into [bold]{folder}[/]")
         try:
             failures = await compare.run(folder, begun, entrants, console)

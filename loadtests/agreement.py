@@ -2,7 +2,8 @@
 
 The other two are not ours: guidellm, and vLLM's own `bench serve`. On a server of known
 times all are held to the truth as well; on a real one a run is never like the one before,
-so there they agree if what they saw overlaps from run to run. Who is compared by what:
+so there they agree if what they saw overlaps from run to run. One that is itself too far from
+the truth is told, and ours is not held against it. Who is compared by what:
 
 | here         | ours                          | guidellm                   | bench serve         |
 |--------------|-------------------------------|----------------------------|---------------------|
@@ -104,18 +105,34 @@ class Row(msgspec.Struct, frozen=True):
         """What the tool saw as a share of the truth."""
         return None if self.truth is None else self.by_tool[tool].median / self.truth
 
+    def is_stray(self, tool: str) -> bool:
+        """Whether the tool is too far from the truth itself to hold another against."""
+        of_truth = self.to_truth(tool)
+        return of_truth is not None and abs(of_truth - 1) > OF_TRUTH
+
     def disagreements(self) -> Iterator[str]:
         """Where ours is off by more than it may be, in words."""
         ours = self.by_tool[OURS]
-        where = f"{self.quantity} at {self.level} on {self.server}"
-        if self.truth is not None and abs(ours.median / self.truth - 1) > OF_TRUTH:
-            yield f"{where}: {ours.median / self.truth:.3f} of the truth"
+        if self.is_stray(OURS):
+            yield self._told(OURS)
         for tool, seen in self.by_tool.items():
             near = abs(self.against(tool) - 1) <= OF_OTHERS
-            if not near and (self.truth is not None or not ours.overlaps(seen)):
-                off = self.to_truth(tool)
-                owner = "" if off is None else f", which saw {off:.3f} of the truth"
-                yield f"{where}: {self.against(tool):.3f} of what {tool} saw{owner}"
+            apart = not ours.overlaps(seen) if self.truth is None else not self.is_stray(tool)
+            if not near and apart:
+                yield f"{self._where}: {self.against(tool):.3f} of what {tool} saw"
+
+    def strays(self) -> Iterator[str]:
+        """Who of the others is too far from the truth, in words."""
+        for tool in self.by_tool:
+            if tool != OURS and self.is_stray(tool):
+                yield self._told(tool)
+
+    def _told(self, tool: str) -> str:
+        return f"{self._where}: {tool} saw {self.to_truth(tool):.3f} of the truth"
+
+    @property
+    def _where(self) -> str:
+        return f"{self.quantity} at {self.level} on {self.server}"
 
 
 class Agreement(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -166,6 +183,10 @@ class Agreement(msgspec.Struct, frozen=True, omit_defaults=True):
     def disagreements(self) -> list[str]:
         """Where ours is off by more than it may be, in words; nothing if nowhere."""
         return [said for row in self.rows() for said in row.disagreements()]
+
+    def strays(self) -> list[str]:
+        """Where another is too far from the truth itself to hold ours against, in words."""
+        return [said for row in self.rows() for said in row.strays()]
 
     def save(self, folder: Path) -> None:
         """Write it into a folder.

@@ -13,19 +13,26 @@ from __future__ import annotations
 
 import math
 import random
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import gevent
 from locust import User, events, task
 from locust.env import Environment
-from locust.runners import MasterRunner, WorkerRunner
+from locust.runners import LocalRunner, WorkerRunner
 
 from loadtests import samples, stopwatch
-from loadtests.load import BadOptions, preflight, the_host, without_key
-from loadtests.people import Notes, as_program, runner, say
+from loadtests.load import BadOptions, above_zero, adding, at_least, preflight, the_host
+from loadtests.people import (
+    SEATS,
+    Notes,
+    as_program,
+    begun,
+    leads,
+    refuse,
+    runner,
+    stop_writing,
+)
 from loadtests.prompts import TOPICS, Prompts
 from loadtests.samples import SamplesError, Writer
 from loadtests.stopwatch import BadTarget, Target, Timing
@@ -79,7 +86,7 @@ class Member(User):
                 timing.failed("cut")
             team.notes.add(
                 timing, target=team.target.label, loop="chat", level=team.people, repetition=1,
-                user=self._seat, number=self._number, phase="measured",
+                user=self._seat, number=self._number, phase=team.phase,
             )  # fmt: skip
             self._number += 1
         return timing
@@ -100,11 +107,10 @@ class Team:
 
     def __init__(self, environment: Environment) -> None:
         options: Any = environment.parsed_options
-        for name in ("think_s", "patience_s", "turns", "tokens_in", "tokens_out"):
-            if getattr(options, name) <= 0:
-                raise BadOptions(f"--{name.replace('_', '-')} must be above zero")
+        above_zero(options, "think_s", "patience_s")
+        at_least(1, options, "turns", "tokens_in", "tokens_out")
         if not 0 <= options.hang_up <= 1:
-            raise BadOptions("--hang-up is a share, from 0 to 1")
+            raise BadOptions(f"--hang-up {options.hang_up}: it is a share, from 0 to 1")
         self.target: Target = the_host(options)
         self.think_s: float = options.think_s
         self.patience_s: float = options.patience_s
@@ -113,86 +119,81 @@ class Team:
         self.tokens_out: int = options.tokens_out
         self.seed: int = options.seed
         self.prompts = Prompts(options.tokens_in, options.seed)
+        self.people: int = options.num_users or 1
+        self.phase: samples.Phase = "warm-up"
         self._environment = environment
-        self._writer = Writer(Path(options.raw or time.strftime("chat-%Y%m%d-%H%M%S.jsonl")))
+        self._writer = Writer(Path(options.raw))
         self.notes = Notes(environment, self._writer)
         self._seats = 0
 
-    @property
-    def people(self) -> int:
-        """How many there are to be, of all processes."""
-        options: Any = self._environment.parsed_options
-        return options.num_users or 1
-
     def begin(self) -> None:
         """Say in the raw file how it was called, and see that anybody answers."""
+        self._writer.write(begun(self._environment))
         preflight(self.target)
-        self._writer.write(samples.Run(samples.VERSION, time.time(), without_key(sys.argv)))
 
     def seat(self) -> int:
         """A number for a person."""
         its = runner(self._environment)
-        first = 10_000 * max(0, its.worker_index) if isinstance(its, WorkerRunner) else 0
+        first = SEATS * max(0, its.worker_index) if isinstance(its, WorkerRunner) else 0
         self._seats += 1
         return first + self._seats - 1
+
+    def complete(self, people: int) -> None:
+        """Everybody has come, in all processes: from now on requests count."""
+        self.people = people
+        self.phase = "measured"
 
 
 @events.init_command_line_parser.add_listener
 def _add_options(parser: Any, **_: Any) -> None:
-    group = parser.add_argument_group("a team's day")
-
-    def add(name: str, *, shown: bool = True, **how: Any) -> None:
-        action = group.add_argument(name, **how)
-        action.include_in_web_ui = shown
-        action.is_secret = action.is_required = action.is_multiple = False
-
-    add("--model", default="", help="the host's name of the model (the first it lists)")
-    add("--api-key", env_var="OPENAI_API_KEY", shown=False, help="written down nowhere")
+    add = adding(parser, "a team's day")
     add("--think-s", type=float, default=20.0, help="between answer and question, mean (20)")
     add("--turns", type=int, default=4, help="of a chat, mean (4)")
     add("--hang-up", type=float, default=0.05, help="share of answers nobody waits for (0.05)")
     add("--patience-s", type=float, default=10.0, help="the longest that those wait (10)")
     add("--tokens-in", type=int, default=60, help="of a question, about (60)")
     add("--tokens-out", type=int, default=150, help="of an answer, mean of the limits (150)")
-    add("--seed", type=int, default=1, help="of everybody's dice (1)")
-    add("--raw", default="", help="where every request is written (chat-DATE.jsonl)")
 
 
 @events.init.add_listener
 def _take_part(environment: Environment, **_: Any) -> None:
-    """Before anybody comes: refuse what makes no sense, and learn how the writing may fail."""
+    """Before anybody comes."""
 
-    def broken(environment: Environment, msg: Any, **_: Any) -> None:
-        if environment.process_exit_code is None:
-            say(msg.data["why"])
-        environment.process_exit_code = 2
-        gevent.spawn(runner(environment).quit)
+    def all_are_here(user_count: int, **_: Any) -> None:
+        environment.team.complete(user_count)  # type: ignore[attr-defined]
 
-    if not isinstance(environment.runner, WorkerRunner):
-        runner(environment).register_message("broken", broken)
-    options: Any = environment.parsed_options
-    if options.headless or isinstance(environment.runner, WorkerRunner):
+    environment.events.spawning_complete.add_listener(all_are_here)
+    if leads(environment):
+        runner(environment).register_message("broken", stop_writing)
+    if _at_once(environment):
         _gather(environment)
 
 
 @events.test_start.add_listener
 def _start(environment: Environment, **_: Any) -> None:
-    options: Any = environment.parsed_options
-    if not options.headless:  # the page may have changed what is asked for
+    if not _at_once(environment):
         _gather(environment)
 
 
+def _at_once(environment: Environment) -> bool:
+    """Whether the team can gather before the start, so that -t has no loading of a model in it.
+
+    A page may change what is asked for, and workers hear of a refusal once they are there.
+    """
+    options: Any = environment.parsed_options
+    return options.headless and isinstance(environment.runner, LocalRunner)
+
+
 def _gather(environment: Environment) -> None:
-    """Make the team of this process; ends it with 2 where that cannot be."""
-    if isinstance(environment.runner, MasterRunner):
-        return
+    """Make the team of this process; where that cannot be, nothing is asked."""
+    environment.process_exit_code = None
     try:
         team = Team(environment)
-        if not isinstance(environment.runner, WorkerRunner):
+        if leads(environment):
             team.begin()
     except (BadOptions, BadTarget, SamplesError) as exc:
-        say(str(exc))
-        raise SystemExit(2) from exc
+        refuse(environment, str(exc))
+        raise gevent.GreenletExit from exc  # the start is off; the page is still there
     environment.team = team  # type: ignore[attr-defined]
 
 

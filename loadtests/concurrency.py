@@ -16,11 +16,9 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Generator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import gevent
@@ -37,9 +35,19 @@ from loadtests.load import (
     add_options,
     preflight,
     read_options,
-    without_key,
 )
-from loadtests.people import Notes, as_program, runner, say
+from loadtests.people import (
+    SEATS,
+    Notes,
+    as_program,
+    begun,
+    complain,
+    leads,
+    refuse,
+    runner,
+    say,
+    stop_writing,
+)
 from loadtests.samples import SamplesError, Writer
 from loadtests.stopwatch import Timing
 
@@ -53,8 +61,6 @@ OPEN_WARM_UP_S = 5.0
 BEAT_S = 0.01
 #: How long workers may take to tell how they fared, seconds.
 METERS_S = 5.0
-#: What the numbers of a worker's users begin with: no two have the same.
-SEATS = 10_000
 
 Ticks: TypeAlias = Generator[tuple[int, float], None, None]
 
@@ -72,6 +78,7 @@ class Crowd:
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
         self._runner = runner(environment)
+        self._asked: dict[str, Any] = {}
         self._notes: Notes | None = None
         self._load: Load | None = None
         self.cell: Cell | None = None
@@ -95,11 +102,15 @@ class Crowd:
 
     def _begin(self, environment: Environment, msg: Any, **_: Any) -> None:
         said = msg.data
-        asked = read_options(environment.parsed_options, said["users"])
-        self._load = replace(asked, raw=Path(said["raw"]))
-        if self._notes is None:
-            self._notes = Notes(environment, Writer(self._load.raw))
-        target = self._load.targets[said["target"]]
+        if said["options"] != self._asked:
+            try:
+                self._load = read_options(Namespace(**said["options"]), said["users"])
+                self._notes = Notes(environment, Writer(self._load.raw))
+            except (BadOptions, SamplesError) as exc:
+                self._runner.send_message("broken", {"why": str(exc)})
+                return
+            self._asked = said["options"]
+        target = self.load.targets[said["target"]]
         self.cell = Cell(said["number"], target, said["loop"], said["level"], said["repetition"])
         self.workers = said["workers"]
         self._seats = itertools.count()
@@ -220,7 +231,8 @@ class Person(User):
 
     def _let_them_come(self, crowd: Crowd, cell: Cell) -> None:
         """Arrivals of a Poisson process; each worker has its share of them."""
-        dice = random.Random(f"{cell}/{crowd.seat()}")
+        place = crowd.load.seed, cell.repetition, cell.level, crowd.seat()
+        dice = random.Random(str(place))  # the same moments for every target
         share = max(1, crowd.load.arrivals // crowd.workers)
         left = [share]
         people: Any = gevent.pool.Group()
@@ -233,12 +245,14 @@ class Person(User):
                     crowd.finished(cell)
 
         began = time.perf_counter()
+        due_s = 0.0
         measured = 0
         try:
             while True:
-                gevent.sleep(dice.expovariate(cell.level / crowd.workers))
+                due_s += dice.expovariate(cell.level / crowd.workers)
+                gevent.sleep(max(0.0, began + due_s - time.perf_counter()))
                 phase: samples.Phase = "trailing"
-                if time.perf_counter() - began < OPEN_WARM_UP_S:
+                if due_s < OPEN_WARM_UP_S:
                     phase = "warm-up"
                 elif measured < share:
                     phase = "measured"
@@ -260,6 +274,7 @@ class Matrix(LoadTestShape):
         super().__init__()
         self.users: int | None = None  # -u, where it was given
         self._leading: Ticks | None = None
+        self._began: float | None = None  # the first cell
         self._number = -1  # of the cell
         self._finished = 0
         self._given_up = ""
@@ -268,27 +283,33 @@ class Matrix(LoadTestShape):
     def tick(self) -> tuple[int, float] | None:
         """How many users there should be, and how many may start a second; None at the end."""
         if self._leading is None:
+            self._began = None
             self._leading = self._lead()
         try:
             return next(self._leading, None)
         except (BadOptions, SamplesError) as exc:
-            say(str(exc))
-            self._environment.process_exit_code = 2
+            tell = refuse if self._began is None else complain
+            tell(self._environment, str(exc))
             return None
 
     def ended(self, **_: Any) -> None:
         """The test is over, whether we led it to its end or not."""
         if self._leading is not None:
-            self._leading.close()
+            try:
+                self._leading.close()
+            except SamplesError as exc:
+                complain(self._environment, str(exc))
             self._leading = None
 
     def _lead(self) -> Ticks:
         """Cell after cell; in between everybody leaves."""
+        self._environment.process_exit_code = None
         load = read_options(self._environment.parsed_options, self.users)
         writer = Writer(load.raw)
-        writer.write(samples.Run(samples.VERSION, time.time(), without_key(sys.argv)))
+        writer.write(begun(self._environment))
         for target in load.targets:
             preflight(target)
+        self._began = time.monotonic()
         for cell in load.cells():
             users = self._workers if cell.loop == "open" else cell.users
             outcome = "interrupted"
@@ -306,6 +327,8 @@ class Matrix(LoadTestShape):
                     yield 0, users
             finally:
                 writer.write(self._measured(cell, outcome, began))
+                if outcome != "complete":
+                    say(f"{cell.name}: {outcome}")
             if self._time_is_up(load):
                 return
             rested = time.monotonic() + load.cooldown_s
@@ -330,10 +353,12 @@ class Matrix(LoadTestShape):
         self._finished = 0
         self._given_up = ""
         self._metered = []
+        # A worker's own options may be of an earlier start, and name no model.
+        options = {**vars(self._environment.parsed_options), "target": [*map(str, load.targets)]}
         told = {
             "number": cell.number, "target": load.targets.index(cell.target), "loop": cell.loop,
             "level": cell.level, "repetition": cell.repetition, "users": self.users,
-            "raw": str(load.raw), "workers": self._workers,
+            "options": options, "workers": self._workers,
         }  # fmt: skip
         self._runner.send_message("cell", told)
 
@@ -345,11 +370,15 @@ class Matrix(LoadTestShape):
             return self._given_up
         if self._time_is_up(load):
             return "complete" if load.rounds is None else "interrupted"
-        return f"not over after {load.cell_s:g} s" if time.monotonic() > until else ""
+        if load.rounds is not None and time.monotonic() > until:
+            return f"not over after {load.cell_s:g} s"
+        return ""
 
     def _time_is_up(self, load: Load) -> bool:
-        passed = time.perf_counter() - self.start_time
-        return load.run_s is not None and passed > load.run_s
+        """Whether -t is over, which begins when the targets have their models loaded."""
+        if load.run_s is None or self._began is None:
+            return False
+        return time.monotonic() - self._began > load.run_s
 
     def _measured(self, cell: Cell, outcome: str, began: float) -> samples.Cell:
         told = self._metered
@@ -379,13 +408,6 @@ class Matrix(LoadTestShape):
         if msg.data["number"] == self._number:
             self._metered.append(msg.data)
 
-    def broken(self, environment: Environment, msg: Any, **_: Any) -> None:
-        """Nothing can be written any more."""
-        if environment.process_exit_code is None:
-            say(msg.data["why"])
-        environment.process_exit_code = 2
-        gevent.spawn(self._runner.quit)
-
 
 @events.init_command_line_parser.add_listener
 def _add_options(parser: Any, **_: Any) -> None:
@@ -394,24 +416,19 @@ def _add_options(parser: Any, **_: Any) -> None:
 
 @events.init.add_listener
 def _take_part(environment: Environment, **_: Any) -> None:
-    """Before anything is asked: learn to listen, and refuse what cannot be measured."""
+    """Before anything is asked: learn to listen."""
     shape, options = environment.shape_class, environment.parsed_options
     assert options is not None  # noqa: S101 - Locust was called with them
     if not isinstance(environment.runner, MasterRunner):
         environment.crowd = Crowd(environment)  # type: ignore[attr-defined]
-    if isinstance(shape, Matrix) and not isinstance(environment.runner, WorkerRunner):
-        for name in ("finished", "hopeless", "metered", "broken"):
+    if isinstance(shape, Matrix) and leads(environment):
+        for name in ("finished", "hopeless", "metered"):
             runner(environment).register_message(name, getattr(shape, name))
+        runner(environment).register_message("broken", stop_writing)
         environment.events.test_stop.add_listener(shape.ended)
         shape.users = options.num_users  # Locust makes it 1 later on
         # The page has our levels in place of its number of users.
         shape.use_common_options = options.headless  # type: ignore[misc]
-        if options.headless:
-            try:
-                read_options(options, shape.users)
-            except BadOptions as exc:
-                say(str(exc))
-                raise SystemExit(2) from exc
 
 
 if __name__ == "__main__":

@@ -32,12 +32,10 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from loadtests.prompts import TOPICS, WORDS
+
 #: Ollama's own time is the measure of phases with up to so many people, vLLM's above.
 QUIET = 2
-
-TOPICS = ["sea", "moon", "wind", "garden", "harbour", "mountain", "library", "river", "desert"]
-WORDS = ["calm", "bright", "narrow", "distant", "early", "silver", "open", "quiet", "gentle",
-         "golden", "hidden", "frozen", "patient", "eager", "ancient", "curious"]  # fmt: skip
 
 
 @dataclass(frozen=True)

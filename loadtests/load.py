@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from loadtests.stopwatch import BadTarget, Target
 
 #: More at once than this measures the load generator.
 MOST = 1024
+#: Requests of each user that count, where nobody says how many: a median needs ten.
+ROUNDS = 10
 #: How long a target may take to answer its first request: it may have to load the model.
 FIRST_ANSWER_S = 900.0
 
@@ -71,6 +73,7 @@ class Load:
     cell_s: float
     cooldown_s: float
     prompts: Prompts
+    seed: int
     raw: Path
     run_s: float | None
 
@@ -89,29 +92,43 @@ class Load:
                     yield Cell(next(number), target, self.loop, level, repetition)
 
 
-def add_options(parser: Any) -> None:
-    """Add ours to Locust's, in a group of their own, and to its page."""
-    group = parser.add_argument_group("what is measured")
+def adding(parser: Any, title: str) -> Callable[..., None]:
+    """What adds options to Locust's, in a group of their own, and to its page.
 
-    def add(name: str, **how: Any) -> None:
-        shown = how.pop("shown", True)
-        action = group.add_argument(name, **how)
+    Those that every Locust file of ours has are there already.
+    """
+    group = parser.add_argument_group(title)
+
+    def add(name: str, *, shown: bool = True, **how: Any) -> None:
+        variable = "LOCUST" + name.removeprefix("-").replace("-", "_").upper()
+        action = group.add_argument(name, **{"env_var": variable, **how})
         action.include_in_web_ui = shown
         action.is_secret = action.is_required = action.is_multiple = False
 
-    add(
-        "--target",
-        action="append",
-        default=[],
-        metavar="LABEL=URL=MODEL",
-        help="whom to ask; may be repeated. Without: --host and --model",
-    )
     add("--model", default="", help="its name of the model, for --host (the first it lists)")
     add(
         "--api-key",
         env_var="OPENAI_API_KEY",
         shown=False,  # what a page shows, anybody sees
-        help="of the targets; written down nowhere",
+        help="of whom is asked; written down nowhere",
+    )
+    add("--seed", type=int, default=1, help="of all dice (1)")
+    add(
+        "--raw",
+        default=time.strftime("raw-%Y%m%d-%H%M%S.jsonl"),
+        help="where every request is written, JSON lines; added to if it is there (raw-DATE.jsonl)",
+    )
+    return add
+
+
+def add_options(parser: Any) -> None:
+    """Add what `read_options` reads."""
+    add = adding(parser, "what is measured")
+    add(
+        "--target",
+        action="append",
+        metavar="LABEL=URL=MODEL",
+        help="whom to ask; may be repeated. Without: --host and --model",
     )
     add(
         "--levels",
@@ -125,7 +142,11 @@ def add_options(parser: Any) -> None:
     )
     add("--arrivals", type=int, default=60, help="requests that count, with --rate (60)")
     add("--warm-up", type=int, default=1, help="requests of each user that do not count (1)")
-    add("--rounds", type=int, default=10, help="requests of each user that count (10)")
+    add(
+        "--rounds",
+        default="",
+        help="requests of each user that count (10; with -u and -t as many as there is time for)",
+    )
     add("--at-least", type=int, default=1, help="requests that count at a level: more rounds (1)")
     add("--repetitions", type=int, default=1, help="of everything, in alternating order (1)")
     add("--first-repetition", type=int, default=1, help="number of the first of them (1)")
@@ -138,31 +159,21 @@ def add_options(parser: Any) -> None:
     )
     add("--cell-s", type=float, default=600.0, help="longest a level may take, seconds (600)")
     add("--cooldown-s", type=float, default=2.0, help="pause before the next one, seconds (2)")
-    add("--seed", type=int, default=1, help="of the prompts' words (1)")
-    add("--raw", default="", help="where every request is written, JSON lines (raw-DATE.jsonl)")
 
 
 def read_options(options: Any, users: int | None) -> Load:
     """What the options ask for, with -u where it was given; raises `BadOptions`."""
-    for name in (
-        "rounds",
-        "repetitions",
-        "first_repetition",
-        "tokens_in",
-        "tokens_out",
-        "arrivals",
-    ):
-        if getattr(options, name) < 1:
-            raise BadOptions(f"--{name.replace('_', '-')} {getattr(options, name)}: 1 at the least")
-    if options.warm_up < 0 or options.cell_s <= 0 or options.cooldown_s < 0:
-        raise BadOptions("--warm-up, --cell-s and --cooldown-s are not below zero")
+    at_least(1, options, "repetitions", "first_repetition", "at_least", "arrivals")
+    at_least(1, options, "tokens_in", "tokens_out")
+    at_least(0, options, "warm_up", "cooldown_s")
+    above_zero(options, "cell_s")
     first = options.first_repetition
     return Load(
         targets=_targets(options),
         loop="open" if options.rate else "closed",
-        levels=numbers("--rate", options.rate) if options.rate else _levels(options, users),
+        levels=_rates(options) if options.rate else _levels(options, users),
         repetitions=range(first, first + options.repetitions),
-        rounds=None if options.run_time and users else options.rounds,
+        rounds=_rounds(options, users),
         at_least=options.at_least,
         warm_up=options.warm_up,
         arrivals=options.arrivals,
@@ -170,9 +181,37 @@ def read_options(options: Any, users: int | None) -> Load:
         cell_s=options.cell_s,
         cooldown_s=options.cooldown_s,
         prompts=_prompts(options),
-        raw=Path(options.raw or time.strftime("raw-%Y%m%d-%H%M%S.jsonl")),
+        seed=options.seed,
+        raw=Path(options.raw),
         run_s=options.run_time,
     )
+
+
+def at_least(least: int, options: Any, *names: str) -> None:
+    """See that these options are not below; raises `BadOptions`."""
+    for name in names:
+        if not getattr(options, name) >= least:
+            raise BadOptions(f"{_flag(name)} {getattr(options, name)}: {least} at the least")
+
+
+def above_zero(options: Any, *names: str) -> None:
+    """See that these options are; raises `BadOptions`."""
+    for name in names:
+        if not 0 < getattr(options, name) < float("inf"):
+            raise BadOptions(f"{_flag(name)} {getattr(options, name)}: write a number above zero")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _rounds(options: Any, users: int | None) -> int | None:
+    if not options.rounds:
+        return None if options.run_time and users else ROUNDS
+    rounds = numbers("--rounds", options.rounds)
+    if len(rounds) > 1 or rounds[0] % 1:
+        raise BadOptions(f"--rounds {options.rounds}: write one whole number")
+    return int(rounds[0])
 
 
 def _prompts(options: Any) -> Prompts:
@@ -184,8 +223,9 @@ def _prompts(options: Any) -> Prompts:
 
 
 def _targets(options: Any) -> tuple[Target, ...]:
-    # The page has one field for all of them.
-    said = options.target.split() if isinstance(options.target, str) else options.target
+    said = options.target or []
+    if isinstance(said, str):  # the page has one field for all of them
+        said = said.replace(",", " ").split()
     try:
         targets = tuple(Target.read(one, options.api_key) for one in said)
         if not targets:
@@ -198,24 +238,35 @@ def _targets(options: Any) -> tuple[Target, ...]:
 
 
 def _levels(options: Any, users: int | None) -> tuple[float, ...]:
-    levels = (float(users),) if users else numbers("--levels", options.levels)
+    option, text = ("--levels", options.levels) if users is None else ("-u", str(users))
+    levels = numbers(option, text)
     if max(levels) > MOST or any(level % 1 for level in levels):
         raise BadOptions(
-            f"--levels {options.levels}: write whole numbers from 1 to {MOST}; more at once than "
-            "that measures the load generator"
+            f"{option} {text}: write whole numbers from 1 to {MOST}; more at once than that "
+            "measures the load generator"
         )
     return levels
 
 
+def _rates(options: Any) -> tuple[float, ...]:
+    rates = numbers("--rate", options.rate)
+    if max(rates) > MOST:
+        raise BadOptions(
+            f"--rate {options.rate}: {MOST} at the most; more a second than that measures the load "
+            "generator"
+        )
+    return rates
+
+
 def numbers(option: str, text: str) -> tuple[float, ...]:
-    """`1,4,16`; raises `BadOptions`."""
+    """`1,4,16`, each once; raises `BadOptions`."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
         found = ()
     if not found or not all(0 < n < float("inf") for n in found):
         raise BadOptions(f"{option} {text}: write numbers above zero, as 1,4,16")
-    return found
+    return tuple(dict.fromkeys(found))
 
 
 def the_host(options: Any) -> Target:
@@ -229,16 +280,12 @@ def the_host(options: Any) -> Target:
     return Target.read(f"host={options.host}={model}", options.api_key)
 
 
-def without_key(arguments: Sequence[str]) -> list[str]:
-    """A command line less what nobody may read later."""
-    kept = []
-    words = iter(arguments)
-    for word in words:
-        if word == "--api-key":
-            next(words, None)
-        elif not word.startswith("--api-key="):
-            kept.append(word)
-    return kept
+def without_key(arguments: Sequence[str], key: str | None) -> list[str]:
+    """A command line less what nobody may read later, however the option was spelt."""
+    if not key:
+        return list(arguments)
+    hidden = [word.removesuffix(f"={key}") for word in arguments]
+    return ["..." if word == key else word for word in hidden]
 
 
 def preflight(target: Target) -> None:

@@ -42,7 +42,7 @@ class Prompts:
     def prompt(self, target: str, repetition: int, level: float, user: int, number: int) -> str:
         """One prompt; the same again for the same place of a run."""
         place = f"{self._seed}/{repetition}/{level:g}/{user}/{number}"
-        own = random.Random(f"{place}/{target}").randrange(10**9)
+        own = f"{random.Random(f'{place}/{target}').randrange(10**9):09d}"
         dice = random.Random(place)
         if self._listed:
             return f"{own}. {dice.choice(self._listed)}"
@@ -56,9 +56,14 @@ class Prompts:
 def read(path: Path) -> list[str]:
     """The prompts of a file; raises `PromptsError`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise PromptsError(f"{path} cannot be read: {exc}") from exc
+        text = path.read_bytes()
+    except OSError as exc:
+        raise PromptsError(f"{path} cannot be read: {exc.strerror}") from exc
+    try:
+        lines = text.decode("utf-8-sig").split("\n")  # splitlines() would part prompts, too
+    except UnicodeDecodeError as exc:
+        number = text.count(b"\n", 0, exc.start) + 1
+        raise PromptsError(f"{path}, line {number}: this is not UTF-8") from exc
     found = [_prompt(path, n, line) for n, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise PromptsError(f"{path} has no prompt: write one a line")
@@ -73,7 +78,8 @@ def _prompt(path: Path, number: int, line: str) -> str:
         said = json.loads(line)
     except json.JSONDecodeError as exc:
         raise PromptsError(
-            f"{path}, line {number}: no JSON, though it begins like it ({exc})"
+            f"{path}, line {number}: no JSON, though it begins like it ({exc}); a text that does "
+            "is written as a JSON string"
         ) from exc
     prompt = said.get("prompt") if isinstance(said, dict) else said
     if not isinstance(prompt, str) or not prompt.strip():

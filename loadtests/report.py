@@ -37,7 +37,8 @@ NEEDS = "a report needs the extra: pip install 'twolane[load]'"
 FORMULAS = {
     "TTFT": "from just before a request is sent to the first delta that has content, reasoning "
     "or a tool call in it",
-    "E2E": "from just before a request is sent to the last byte; each has its own connection",
+    "E2E": "from just before a request is sent to the last byte; each has its own connection, and "
+    "making that is not counted",
     "chunk gap": "between two such deltas",
     "TPOT": "(last delta - first delta) / (tokens - 1), tokens by the server's usage; where it "
     "tells none, the mean chunk gap, and that is said",

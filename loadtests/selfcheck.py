@@ -12,7 +12,6 @@ to spare, there is no report, and it is said why.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from loadtests import known, samples
+from loadtests import analysis, known, samples
 from loadtests.compare import Visit, locust_command
 from loadtests.experiment import RAW, SELFCHECK, ExperimentError, Plan
 from loadtests.known import Lateness, Times
@@ -35,8 +34,6 @@ VERSION = 1
 
 #: How far what is measured may be from the truth.
 WITHIN = 0.02
-#: What the generator may use of a core, in its busiest process. Above that it queues.
-CPU_MOST = 0.85
 #: How late the generator or the engine may be in the median, as a share of the TTFT, and
 #: in the 99th percentile, as a share of the gap: more of either shows in the figures.
 LATE_P50 = 0.01
@@ -268,27 +265,13 @@ def medians(cell: samples.Cell, requests: Sequence[samples.Request]) -> dict[str
         ttft: _median(one.ttft_s for one in good),
         tpot: _median(one.tpot_s for one in good),
         e2e: _median(one.e2e_s for one in good),
-        rate: tokens_per_s(cell, requests),
+        rate: analysis.tokens_per_s(cell, requests),
     }
 
 
 def _median(values: Iterable[float | None]) -> float:
     there = [value for value in values if value is not None]
     return statistics.median(there) if there else 0.0
-
-
-def tokens_per_s(cell: samples.Cell, requests: Iterable[samples.Request]) -> float:
-    """Tokens that came while the cell was measured, a second of it, whoever they were for."""
-    window_s = cell.ended - cell.began
-    tokens = 0.0
-    for one in requests:
-        if one.ttft_s is None:
-            continue
-        first_s = one.start - cell.began + one.ttft_s
-        came_s = list(itertools.accumulate(one.gaps_s, initial=first_s))
-        inside = sum(0 <= at_s <= window_s for at_s in came_s)
-        tokens += inside * (one.tokens_out or len(came_s)) / len(came_s)
-    return tokens / window_s if window_s > 0 else 0.0
 
 
 def complaints(seen: SelfCheck) -> list[str]:
@@ -308,7 +291,7 @@ def complaints(seen: SelfCheck) -> list[str]:
         if one.is_off
     ]
     engine_late = _late(seen.engine.p50, seen.engine.p99, seen.times)
-    saturated = seen.cpu > CPU_MOST or _late(seen.lag_p50_s, seen.lag_p99_s, seen.times)
+    saturated = seen.cpu > analysis.CPU_MOST or _late(seen.lag_p50_s, seen.lag_p99_s, seen.times)
     if engine_late:
         said.append(
             "the engine of known times was late itself, by "

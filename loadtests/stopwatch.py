@@ -212,10 +212,10 @@ def ask(
     if target.key:
         headers["authorization"] = f"Bearer {target.key}"
     content = msgspec.json.encode(asked)
-    place = urlsplit(target.url)
-    kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
     timing = timing or Timing()
     try:
+        place = urlsplit(target.url)
+        kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
         with closing(kind(place.hostname or "", place.port, timeout=CONNECT_S)) as connection:
             connection.connect()
             connection.sock.settimeout(patience_s)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -226,7 +227,7 @@ def on_vllm(plan: Plan, level: int, say: Say) -> Iterator[Reading]:
         with _only(cores[:half]):
             engine = stack.enter_context(rig.vllm())
         stack.enter_context(_only(cores[half:] or cores))
-        run = Run(VLLM, engine.url, engine.model, level, 0, plan)
+        run = Run(VLLM, engine.url, engine.model, level, plan.repetitions + 1, plan)
         ours(run)  # the first to come finds everything cold
         for repetition in range(1, plan.repetitions + 1):
             tools = list(TOOLS.items())
@@ -247,7 +248,9 @@ def _only(cores: Sequence[int]) -> Iterator[None]:
 
 
 def install() -> None:
-    """Get guidellm, where it is missing; raises `RigError`."""
+    """Get guidellm, where it is missing; raises `RigError`, also where vLLM is."""
+    if not (rig.VLLM_PYTHON.exists() and rig.WEIGHTS.exists()):
+        raise rig.RigError(f"vLLM is not installed: {rig.GET_ENGINES}")
     rig.ENGINES.mkdir(exist_ok=True)
     rig.Part(
         "guidellm",
@@ -273,12 +276,23 @@ def _build_guidellm() -> None:
 
 def show(found: Agreement, console: Console) -> None:
     """Print who saw what: the median over the repetitions, and how ours compares with it."""
-    for (server, level), rows in groupby(found.rows(), lambda row: (row.server, row.level)):
-        table = Table("", "truth", *found.tools, title=f"{server}, {level} at once")
+    others = [tool for tool in found.tools if tool != OURS]
+    columns = ["at once", "", "truth", OURS, "of truth"]
+    columns += [column for tool in others for column in (tool, "ours of it")]
+    for server, rows in groupby(found.rows(), lambda row: row.server):
+        table = Table(*columns, title=server, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for row in rows:
-            truth = "" if row.truth is None else selfcheck.written(row.quantity, row.truth)
-            table.add_row(row.quantity, truth, *(_cell(row, tool) for tool in found.tools))
+            of_truth = row.to_truth(OURS)
+            cells = ["", _seen(row, OURS), ""]
+            if row.truth is not None and of_truth is not None:
+                cells = [_number(row, row.truth), _seen(row, OURS), f"{of_truth:.3f}"]
+            for tool in others:
+                there = tool in row.by_tool
+                cells += [_seen(row, tool), f"{row.against(tool):.3f}"] if there else ["-", ""]
+            first = row.quantity == QUANTITIES[0]
+            table.add_row(str(row.level) if first else "", row.quantity, *cells)
         console.print(table)
+    console.print("Milliseconds, and tokens a second.")
     for one in found.readings:
         if one.failed or one.tokens_out < found.tokens_out:
             console.print(
@@ -287,15 +301,15 @@ def show(found: Agreement, console: Console) -> None:
             )
 
 
-def _cell(row: Row, tool: str) -> str:
-    seen = row.by_tool.get(tool)
-    if seen is None:
-        return "-"
+def _seen(row: Row, tool: str) -> str:
+    """What a tool saw, and how far its runs were apart."""
+    seen = row.by_tool[tool]
     spread = f" ±{(seen.high - seen.low) / 2 / seen.median:.1%}" if seen.high > seen.low else ""
-    to_truth = row.to_truth(tool)
-    told = [] if to_truth is None else [f"{to_truth:.3f} of truth"]
-    told += [] if tool == OURS else [f"ours {row.against(tool):.3f} of it"]
-    return "\n".join([selfcheck.written(row.quantity, seen.median) + spread, *told])
+    return _number(row, seen.median) + spread
+
+
+def _number(row: Row, value: float) -> str:
+    return f"{value:.1f}" if row.quantity == QUANTITIES[-1] else f"{1000 * value:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -338,6 +352,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(found, console)
     if args.json:
         found.save(args.json)
+    for line in found.strays():
+        console.print(line, style="yellow", markup=False)
     off = [*found.disagreements(), *([failure] if failure else [])]
     for line in off:
         console.print(line, style="red", markup=False)

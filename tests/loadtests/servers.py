@@ -110,9 +110,13 @@ def nobody() -> str:
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
-def locust(file: str, *arguments: object, within_s: float = 50) -> subprocess.CompletedProcess[str]:
+def locust(
+    file: str, *arguments: object, within_s: float = 50, **how: Any
+) -> subprocess.CompletedProcess[str]:
     """A Locust file of ours, run to its end without a page."""
     command = [sys.executable, "-m", "locust", "-f", f"loadtests/{file}.py", "--headless"]
     command += ["--only-summary", "--loglevel", "WARNING", "--exit-code-on-error", "0"]
     command += map(str, arguments)
-    return subprocess.run(command, capture_output=True, text=True, timeout=within_s, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=within_s, check=False, **how
+    )

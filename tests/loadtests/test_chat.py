@@ -34,6 +34,32 @@ def test_what_was_said_goes_along_with_every_question(raw: Path) -> None:
     assert len({one.user for one in asked}) == 2
 
 
+def test_people_of_several_processes_write_into_one_file(raw: Path) -> None:
+    with scripted(always(*WHOLE)) as server:
+        done = locust(
+            "chat", "--host", server.url, "-u", 4, "-r", 4, "-t", "4s", "--think-s", 0.2,
+            "--processes", 2, "--raw", raw,
+        )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    first, *requests = samples.read(raw)
+    assert isinstance(first, samples.Run)
+    assert {one.level for one in requests if isinstance(one, samples.Request)} == {4}
+    assert {one.user // 10_000 for one in requests if isinstance(one, samples.Request)} == {0, 1}
+
+
+def test_while_people_are_still_coming_nothing_counts(raw: Path) -> None:
+    with scripted(always(*WHOLE)) as server:
+        locust(
+            "chat", "--host", server.url, "-u", 3, "-t", "5s", "--think-s", 0.05, "--hang-up", 0,
+            "--raw", raw,
+        )  # fmt: skip
+
+    phases = [one.phase for one in samples.requests(samples.read(raw))]
+    assert phases == sorted(phases, key=["warm-up", "measured"].index)
+    assert set(phases) == {"warm-up", "measured"}
+
+
 def test_some_hang_up_and_that_is_no_failure_of_the_server(raw: Path) -> None:
     with scripted(lambda number: (200, WHOLE) if number < 2 else _hang()) as server:
         done = locust(
@@ -55,8 +81,8 @@ def _hang() -> tuple[int, list[object]]:
     ("arguments", "why"),
     [
         (["--hang-up", "2"], "from 0 to 1"),
-        (["--think-s", "0"], "--think-s must be above zero"),
-        (["--tokens-out", "-1"], "--tokens-out must be above zero"),
+        (["--think-s", "0"], "--think-s 0.0: write a number above zero"),
+        (["--tokens-out", "-1"], "--tokens-out -1: 1 at the least"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments: list[str], why: str) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 
 from loadtests import samples
@@ -79,8 +84,9 @@ def test_locusts_own_tables_have_ttft_and_e2e_of_their_own(known: str, raw: Path
         "concurrency", "--host", known, "--levels", "2", "--rounds", 1, "--raw", raw
     )  # fmt: skip
 
-    rows = [line.split()[0] for line in done.stderr.splitlines() if "host, 2 at once" in line]
-    assert sorted(set(rows)) == ["E2E", "TTFT"]
+    rows = [line.split() for line in done.stderr.splitlines() if "host, 2 at once" in line]
+    assert sorted({row[0] for row in rows}) == ["E2E", "TTFT"]
+    assert rows[0][5] == "2"  # what counts, and no more
 
 
 def test_users_in_several_processes_are_as_many_and_no_two_the_same(known: str, raw: Path) -> None:
@@ -131,11 +137,21 @@ def test_help_teaches_the_files_own_options(file: str) -> None:
         assert option in said
 
 
+def test_the_first_line_says_how_it_was_asked_to_measure(known: str, raw: Path) -> None:
+    locust("concurrency", "--host", known, "--levels", "1", "--warm-up", 0, "--rounds", 1,
+           "--raw", raw)  # fmt: skip
+
+    first = next(iter(samples.read(raw)))
+    assert isinstance(first, samples.Run)
+    asked = {name: first.options.get(name) for name in ("host", "levels", "warm_up", "rounds")}
+    assert asked == {"host": known, "levels": "1", "warm_up": 0, "rounds": "1"}
+
+
 def test_a_key_is_sent_and_written_nowhere(raw: Path) -> None:
     with scripted(always(*WHOLE)) as server:
         done = locust(
             "concurrency", "--host", server.url, "--model", "m", "--levels", "1", "--rounds", 1,
-            "--api-key", "sk-secret", "--raw", raw,
+            "--api-k", "sk-secret", "--raw", raw,
         )  # fmt: skip
         headers = {headers["authorization"] for headers, _ in server.asked}
 
@@ -151,6 +167,9 @@ def test_a_key_is_sent_and_written_nowhere(raw: Path) -> None:
         (["--target", "a=http://a=m", "--target", "a=http://b=m"], "label of its own"),
         (["--host", "http://a", "--model", "m", "--levels", "0"], "--levels 0"),
         (["--host", "http://a", "--model", "m", "--levels", "10000"], "from 1 to 1024"),
+        (["--host", "http://a", "--model", "m", "-u", "10000"], "-u 10000"),
+        (["--host", "http://a", "--model", "m", "-u", "0"], "-u 0"),
+        (["--host", "http://a", "--model", "m", "--processes", "2", "--levels", "0"], "--levels 0"),
         (["--host", "http://a", "--model", "m", "--levels", "a"], "--levels a"),
         (["--host", "http://a", "--model", "m", "--levels", "1.5"], "whole numbers"),
         (["--host", "http://a", "--model", "m", "--rate", "-1"], "--rate -1"),
@@ -164,9 +183,10 @@ def test_what_cannot_be_measured_is_refused_in_one_line_before_anybody_is_asked(
 ) -> None:
     done = locust("concurrency", *arguments)
 
-    said = [line for line in done.stderr.splitlines() if line.startswith("twolane: ")]
+    said = done.stderr.splitlines()
     assert done.returncode == 2
     assert len(said) == 1
+    assert said[0].startswith("twolane: ")
     assert why in said[0]
 
 
@@ -234,16 +254,96 @@ def test_a_full_disk_ends_it_with_what_to_do(known: str) -> None:
     assert "No space left on device" in done.stderr
 
 
-def test_what_was_measured_before_ctrl_c_is_kept(known: str, raw: Path) -> None:
+def test_a_disk_that_becomes_full_ends_it_and_what_was_written_is_kept(
+    known: str, raw: Path
+) -> None:
+    def little_space() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (32768, 32768))
+
+    done = locust("concurrency", "--host", known, "-u", 4, "-t", "20s", "--raw", raw,
+                  preexec_fn=little_space)  # fmt: skip
+
+    assert done.returncode == 2
+    assert done.stderr.count("twolane: ") == 1
+    assert "cannot be written: File too large" in done.stderr
+    assert len(samples.requests(samples.read(raw))) > 10
+
+
+def test_on_the_page_our_options_are_asked_for_but_no_key_is_shown(
+    page: httpx.Client, known: str, tmp_path: Path
+) -> None:
+    form = page.get("/").text
+    whom = {"first": "", "second": f"a={known}=known b={known}=known"}
+    for name, target in whom.items():  # two starts, each into a file of its own
+        raw = tmp_path / name
+        asked = {"host": known, "target": target, "levels": "2", "rounds": "1", "raw": str(raw)}
+        page.post("/swarm", data=asked).raise_for_status()
+        wait_for(partial(has_a_cell, raw))
+        wait_for(lambda: page.get("/stats/requests").json()["state"] == "stopped")
+
+    assert "tokens_out" in form
+    assert "sk-secret" not in form
+    cells = [
+        (cell.target, cell.outcome, len([one for one in requests if one.phase == "measured"]))
+        for name in whom
+        for cell, requests in by_cell(tmp_path / name)
+    ]
+    assert cells == [("host", "complete", 2), ("a", "complete", 2), ("b", "complete", 2)]
+
+
+@pytest.fixture
+def page() -> Iterator[httpx.Client]:
+    """Locust's page, and a key in its surroundings."""
+    url = nobody()
+    port = url.rpartition(":")[2]
+    command = [sys.executable, "-m", "locust", "-f", "loadtests/concurrency.py",
+               "--web-host", "127.0.0.1", "--web-port", port]  # fmt: skip
+    environment = {**os.environ, "OPENAI_API_KEY": "sk-secret"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as running:
+        try:
+            wait_for(lambda: listens(int(port)))
+            with httpx.Client(base_url=url, trust_env=False) as client:
+                yield client
+        finally:
+            running.terminate()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
+
+
+def has_a_cell(raw: Path) -> bool:
+    return raw.exists() and b'"type":"cell"' in raw.read_bytes()
+
+
+def wait_for(holds: Callable[[], bool], within_s: float = 20) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("processes", [[], ["--processes", "2"]])
+def test_what_was_measured_before_it_was_ended_is_kept(
+    known: str, raw: Path, told: signal.Signals, processes: list[str]
+) -> None:
     command = [sys.executable, "-m", "locust", "-f", "loadtests/concurrency.py", "--headless",
-               "--host", known, "--levels", "2", "--rounds", "1000", "--raw", str(raw)]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+               "--host", known, "--levels", "2", "--rounds", "1000", "--raw", str(raw),
+               *processes]  # fmt: skip
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # not in the background
+    ) as running:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline and not (
             raw.exists() and raw.read_text().count("\n") > 9
         ):
             time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(told)
         running.wait(30)
 
     ((cell, requests),) = by_cell(raw)

@@ -31,6 +31,12 @@ def test_no_prompt_comes_twice_and_the_same_place_has_the_same_one() -> None:
     assert everything() == everything()
 
 
+def test_numbers_in_front_are_equally_long() -> None:
+    numbers = {Prompts().prompt("a", 1, 1, 0, n).partition(". ")[0] for n in range(200)}
+
+    assert (len(numbers), {len(number) for number in numbers}) == (200, {9})
+
+
 def test_more_tokens_are_more_words() -> None:
     short, long = (Prompts(tokens).prompt("a", 1, 1, 0, 0) for tokens in (80, 400))
 
@@ -39,9 +45,9 @@ def test_more_tokens_are_more_words() -> None:
 
 def test_a_file_of_lines_or_json_is_asked_instead(tmp_path: Path) -> None:
     path = tmp_path / "prompts"
-    path.write_text('Why?\n\n"How so?"\n{"prompt": "When?", "other": 1}\n')
+    path.write_text('\ufeffWhy?\n\n"How\u2028so?"\r\n{"prompt": "When?", "other": 1}\n', "utf-8")
 
-    assert read(path) == ["Why?", "How so?", "When?"]
+    assert read(path) == ["Why?", "How\u2028so?", "When?"]
     assert Prompts(path=path).prompt("a", 1, 1, 0, 0).partition(". ")[2] in read(path)
 
 
@@ -53,7 +59,7 @@ def test_a_file_of_lines_or_json_is_asked_instead(tmp_path: Path) -> None:
         (b"ok\n{broken\n", "line 2"),
         (b'ok\n\n{"question": "?"}', "line 3"),
         (b"[1]", "line 1"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b"ok\n\xff\xfe\x00", "line 2: this is not UTF-8"),
     ],
 )
 def test_a_broken_file_is_refused_with_the_line(tmp_path: Path, text: bytes, why: str) -> None:

@@ -103,12 +103,6 @@ def test_with_nothing_measured_nothing_is_proved() -> None:
     assert not judged([request(error="refused")]).passed
 
 
-def test_tokens_count_where_they_came_not_where_their_answer_ended() -> None:
-    cell = samples.Cell("known", "closed", 1, 1, BEGAN + 0.31, BEGAN + 0.41)
-
-    assert selfcheck.tokens_per_s(cell, [request()]) == pytest.approx(50, rel=1e-3)
-
-
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     seen = judged([request(late_s=0.012)])
 
@@ -136,7 +130,8 @@ def test_an_engine_that_lies_about_its_times_is_found_out() -> None:
         seen = selfcheck.against(engine, said, level=2, rounds=2)
 
     assert "TPOT was measured as" in seen.why
-    assert (seen.requests, seen.errors) == (4, 0)
+    assert seen.requests >= seen.asked == 4
+    assert seen.errors == 0
 
 
 def test_a_generator_that_does_not_run_is_told_with_its_last_words() -> None:

@@ -98,6 +98,14 @@ def test_where_nobody_listens_the_error_says_it() -> None:
     assert seen.ttft_s is None
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://[::1"])
+def test_an_address_that_is_none_is_an_error_and_no_accident(url: str) -> None:
+    seen = stopwatch.ask(Target("a", url, "m"), {})
+
+    assert seen.error is not None
+    assert seen.error.startswith("ValueError: ")
+
+
 @pytest.mark.parametrize("text", ["", "a", "a=b", "a=ftp://b=m", "=http://a=m", "a=http://b="])
 def test_what_is_no_target_is_refused_with_how_one_is_written(text: str) -> None:
     with pytest.raises(BadTarget, match="LABEL=URL=MODEL"):
