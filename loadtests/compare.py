@@ -241,7 +241,7 @@ async def _end(locust: asyncio.subprocess.Process) -> None:
     if locust.returncode is not None:
         return
     with suppress(ProcessLookupError):
-        os.killpg(locust.pid, signal.SIGINT)
+        os.killpg(locust.pid, signal.SIGTERM)
     try:
         async with asyncio.timeout(LAST_WORD_S):
             await locust.wait()

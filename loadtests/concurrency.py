@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
 import statistics
 import time
 from argparse import Namespace
@@ -426,6 +427,8 @@ def _take_part(environment: Environment, **_: Any) -> None:
             runner(environment).register_message(name, getattr(shape, name))
         runner(environment).register_message("broken", stop_writing)
         environment.events.test_stop.add_listener(shape.ended)
+        # Locust heeds SIGTERM only after the shape has ended.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         shape.users = options.num_users  # Locust makes it 1 later on
         # The page has our levels in place of its number of users.
         shape.use_common_options = options.headless  # type: ignore[misc]

@@ -336,7 +336,7 @@ def test_what_was_measured_before_it_was_ended_is_kept(
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # not in the background
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads
     ) as running:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline and not (
