@@ -1,6 +1,7 @@
 # make serve   a streamed answer, from nothing       make test          everything that needs no engine
 # make bench   what the gateway costs, against nginx  make test-engines  the same on real engines
 # make check   lint, types, import contracts          make engines       gets the real engines' parts
+# make switch  the GPU passes between real engines    make compare       the experiment on real engines
 
 UV_VERSION := 0.13.9
 # uv where it is installed, else one of our own: all that is needed is Python 3.11 and make.
@@ -13,7 +14,7 @@ PYTEST := $(RUN) pytest
 
 .PHONY: help
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
 
 .cache/uv/bin/uv:
 	@echo "no uv on this machine: fetching one into .cache/uv"
@@ -57,8 +58,11 @@ day: .venv/dev
 switch: .venv/dev
 	$(RUN) tests.engines.switch $(ARGS)
 
-compare calibrate: .venv/dev
-	$(RUN) tests.engines.experiment $@ $(ARGS)
+compare: .venv/dev
+	$(RUN) tests.engines.experiment compare $(ARGS)
+
+calibrate: .venv/dev
+	$(RUN) tests.engines.experiment calibrate $(ARGS)
 
 agreement: .venv/dev
 	$(RUN) tests.engines.agreement $(ARGS)

@@ -156,6 +156,20 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    """What an engine says that it is; where that changes, so may its speed.
+
+    Empty or None: it does not tell. `weights` is their precision, `digest` what its name of
+    the model stands for: a checksum, a repository, a file.
+    """
+
+    version: str = ""
+    weights: str = ""
+    digest: str = ""
+    slots: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Timeouts:
     """How long an engine may take, in seconds."""
 
@@ -340,6 +354,10 @@ class Engine(ABC):
     @abstractmethod
     async def capabilities(self, model: str) -> Capabilities:
         """What this model can take here; raises `BackendError`."""
+
+    @abstractmethod
+    async def identity(self, model: str) -> Identity:
+        """What serves this model here; raises `BackendError`."""
 
     @abstractmethod
     async def load(self, model: str) -> None:
@@ -554,6 +572,13 @@ class Listed(msgspec.Struct):
     id: str
     owned_by: str = ""
     max_model_len: int | None = None
+    root: str | None = None
+
+
+class Version(msgspec.Struct):
+    """What Ollama and vLLM say of theirs."""
+
+    version: str = ""
 
 
 class _Listing(msgspec.Struct):

@@ -23,6 +23,7 @@ from backends.base import (
     Call,
     Capabilities,
     Engine,
+    Identity,
     Metrics,
     Readiness,
     Unsupported,
@@ -41,6 +42,10 @@ class _Props(msgspec.Struct):
     default_generation_settings: _Generation | None = None
     modalities: _Modalities | None = None
     chat_template_caps: dict[str, bool] = {}
+    build_info: str = ""
+    model_ftype: str = ""
+    model_path: str = ""
+    total_slots: int | None = None
 
 
 class LlamaCpp(Engine):
@@ -73,6 +78,11 @@ class LlamaCpp(Engine):
             embeddings=await self._embeds(model),
             many=True,
         )
+
+    async def identity(self, model: str) -> Identity:
+        props = await self.told("/props", _Props)
+        file = Path(props.model_path).name
+        return Identity(props.build_info, props.model_ftype, file, props.total_slots)
 
     async def _embeds(self, model: str) -> bool:
         """Whether it was started with --embeddings: only asking tells."""

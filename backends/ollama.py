@@ -23,6 +23,7 @@ from backends.base import (
     Call,
     Capabilities,
     Engine,
+    Identity,
     Readiness,
     Refused,
     Sick,
@@ -32,6 +33,8 @@ from backends.base import (
 
 T = TypeVar("T")
 
+#: Characters of a digest that tell models apart, as `ollama list` shows them.
+DIGEST = 12
 #: How often it is looked at while it lets a model go.
 GONE_LOOK_S = 0.1
 
@@ -91,6 +94,14 @@ class Ollama(Engine):
             embeddings=True,
             many=False,
         )
+
+    async def identity(self, model: str) -> Identity:
+        version = (await self.told("/api/version", base.Version)).version
+        for known in (await self._asked(self._manage.list())).models:
+            if known.model == full(model):
+                weights = known.details.quantization_level if known.details else None
+                return Identity(version, weights or "", (known.digest or "")[:DIGEST])
+        return Identity(version)
 
     async def _context(self, model: str, parameters: str) -> int | None:
         """Tokens of context: the model file's own, else as loaded, else not known."""

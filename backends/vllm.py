@@ -6,6 +6,7 @@ Read in vLLM 0.32, seen in 0.32 on CPU.
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import msgspec
 
@@ -17,6 +18,7 @@ from backends.base import (
     Call,
     Capabilities,
     Engine,
+    Identity,
     Metrics,
     Readiness,
     Refused,
@@ -77,6 +79,12 @@ class VLLM(Engine):
             embeddings=base.EMBEDDINGS in routes,
             many=True,
         )
+
+    async def identity(self, model: str) -> Identity:
+        roots = {entry.id: entry.root for entry in await self.listed()}
+        version = (await self.told("/version", base.Version)).version
+        root = roots.get(model) or ""
+        return Identity(version, digest=Path(root).name if root.startswith("/") else root)
 
     async def _takes_tools(self, model: str) -> bool:
         """Whether it was started with a tool parser: no endpoint tells, so ask for one token."""

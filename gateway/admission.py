@@ -130,6 +130,10 @@ class Admission:
         self.scheduler.policy.pin = lane
         self._act(self.scheduler.changed(_now()))
 
+    def served(self, ticket: Ticket, tokens: int) -> None:
+        """A request was answered to its end; call it before its slot is given back."""
+        self.scheduler.served(ticket, tokens, _now())
+
     # What is learned of the replicas
 
     def reported(self, replica: Replica, readiness: Readiness) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import logging
 import math
+import shlex
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ from gateway.handover import Deadlines, Gpu, Occupant
 from gateway.health import Breaker, Prober
 from gateway.lease import Lease, LeaseError
 from gateway.policy import HandOver, Overlap, Policy, Served
+from gateway.profile import Refined
 from gateway.relay import Relay
 from gateway.scheduler import Lane, Replica, Scheduler
 from gateway.settings import SLOTS, Kind, Settings, SettingsError
@@ -42,6 +44,9 @@ log = logging.getLogger("gateway")
 FIRST_LOOK_S = 2.0
 #: How often engines are asked which models they have, where none are configured.
 RELIST_S = 10.0
+#: How often an engine is asked whether it is still the one that was measured. One that was
+#: replaced so quickly that nobody saw it gone is found out, too.
+IDENTITY_S = 600.0
 EMBEDDED_START_S = 120.0
 GIB = 2**30
 
@@ -338,19 +343,23 @@ class Gateway:
                 probers.append((replica, prober, kind))
             lanes.append(Lane(kind, replicas, lane.queue))
         exclusive = self.gpu is not None and model.placement == "exclusive"
+        known = self._profile(model)
         if self.gpu is not None and exclusive:
             policy = self.gpu.policy
         else:
             names = [lane.name for lane in lanes]
-            policy = Policy(names, {name: self._served(model)}, Overlap())
+            policy = Policy(names, {name: Served(tuple(names), known)}, Overlap())
             policy.pin = model.pin
+        refined = None
+        if model.refine and known.source == "measured":
+            refined = Refined(known, {lane.name: lane.slots for lane in lanes})
         admission = Admission(
-            Scheduler(lanes, policy, model=name, exclusive=exclusive),
+            Scheduler(lanes, policy, model=name, exclusive=exclusive, refined=refined),
             servers,
             max_wait_s=self._limits.max_wait_s,
             gpu=self.gpu if exclusive else None,
         )
-        served = Model(name, admission)
+        served = Model(name, admission, known)
         served.can = {kind: _stated(Capabilities(), lane) for kind, lane in model.lanes.items()}
         self.catalogue.add(served)
         self._tasks[name] = [
@@ -376,10 +385,12 @@ class Gateway:
         self._heard.append(first)
 
         last: Readiness | None = None
+        identified = -math.inf
 
         async def heard(readiness: Readiness) -> None:
-            nonlocal last
+            nonlocal last, identified
             if readiness is Readiness.READY and last is not readiness:
+                identified = -math.inf
                 with contextlib.suppress(BackendError):
                     can = await server.engine.capabilities(server.model)
                     model.can[kind] = _stated(can, lane)
@@ -390,6 +401,9 @@ class Gateway:
             if readiness is Readiness.READY:
                 with contextlib.suppress(BackendError):
                     server.activity = await server.engine.activity(server.model)
+                if time.monotonic() - identified > IDENTITY_S:
+                    identified = time.monotonic()
+                    await self._compare(model, replica, kind, lane)
 
         return heard
 
@@ -401,6 +415,35 @@ class Gateway:
                 f"{can.context} its engine was started with; start that with more, or say less"
             )
             log.error(self._misfits[-1])
+
+    async def _compare(
+        self, model: Model, replica: Replica, kind: Kind, lane: settings.Lane
+    ) -> None:
+        """Take note where an engine is not the one that the profile was measured on."""
+        measured = model.profile.lanes.get(kind)
+        if measured is None or measured.on is None:
+            return
+        try:
+            found = await model.admission.servers[replica].engine.identity(lane.model)
+        except BackendError as exc:
+            log.info("%s did not say what it is: %s", kind, exc)
+            return
+        configured = self._settings.engines.get(kind)
+        now = profile.Measured(
+            kind,
+            lane.model,
+            found.version,
+            found.weights,
+            found.slots or lane.slots or SLOTS[kind],
+            model.can[kind].context,
+            shlex.join(configured.command) if configured else "",
+            found.digest,
+        )
+        changes = "; ".join(model.profile.changed(kind, now))
+        told = f"{kind}: {changes}: run `twolane calibrate` again" if changes else ""
+        if told and model.changed.get(replica.url) != told:
+            log.warning("%s: the profile may be out of date: %s", model.name, told)
+        model.changed[replica.url] = told
 
     async def _first_look(self) -> None:
         """Wait a moment for a word of every engine, so that the first request is served.
@@ -521,7 +564,9 @@ class Gateway:
             "in_flight": self.edge.in_flight,
             "draining": self.edge.draining,
             "gpu": self.gpu.status() if self.gpu is not None else None,
-            "models": {name: _status(model) for name, model in self.catalogue.models.items()},
+            "models": {
+                name: _status(model, time.time()) for name, model in self.catalogue.models.items()
+            },
         }
 
 
@@ -559,7 +604,31 @@ def _trouble(lane: Lane) -> str:
     return "" if lane.room else next((r.trouble for r in lane.replicas if r.trouble), "is full")
 
 
-def _status(model: Model) -> dict[str, Any]:
+def _profile_status(model: Model, now: float) -> dict[str, Any]:
+    """What is decided by, and what speaks against it."""
+    measured, refined = model.profile, model.admission.scheduler.refined
+    age_s = measured.age_s(now)
+    return {
+        "source": measured.source,
+        "told": measured.told(now),
+        "measured_at": measured.measured_at or None,
+        "age_s": None if age_s is None else round(age_s),
+        "machine": measured.machine,
+        "warnings": list(dict.fromkeys(told for told in model.changed.values() if told)),
+        "refined": None
+        if refined is None
+        else {
+            "requests": refined.requests,
+            "factors": {
+                lane: {str(n): round(factor, 3) for n, factor in by_level.items()}
+                for lane, by_level in refined.factors.items()
+                if lane in model.lanes
+            },
+        },
+    }
+
+
+def _status(model: Model, now: float) -> dict[str, Any]:
     scheduler = model.admission.scheduler
     policy = scheduler.policy
     servers = model.admission.servers
@@ -567,7 +636,7 @@ def _status(model: Model) -> dict[str, Any]:
         "placement": "exclusive" if scheduler.exclusive else "shared",
         "lane": policy.lane,
         "reason": policy.reason(model.name),
-        "profile": policy.source,
+        "profile": _profile_status(model, now),
         "demand": scheduler.demand,
         "waiting": scheduler.waiting,
         "moves": policy.moves,

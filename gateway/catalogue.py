@@ -12,15 +12,21 @@ from dataclasses import dataclass, field
 from backends.base import Capabilities
 from gateway.admission import Admission
 from gateway.errors import BadRequest, ModelNotFound
+from gateway.profile import ASSUMED, Profile
 from gateway.request import Needs
 
 
 @dataclass(slots=True)
 class Model:
-    """A public name and what is behind it. `can` is by lane; what is not known is let try."""
+    """A public name and what is behind it. `can` is by lane; what is not known is let try.
+
+    `profile` is as it was measured (or assumed), `changed` what is otherwise since, by server.
+    """
 
     name: str
     admission: Admission
+    profile: Profile = ASSUMED
+    changed: dict[str, str] = field(default_factory=dict)
     can: dict[str, Capabilities] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 

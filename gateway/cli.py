@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,6 +22,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from backends import base, http
 from gateway import settings
@@ -40,6 +41,8 @@ examples:
                                              one name over a model of each engine
   twolane serve --config twolane.yaml        as twolane.example.yaml explains
   twolane status --watch                     lanes, demand, queues, last decisions
+  twolane compare --config twolane.yaml      which engine is faster here, and from how many on
+  twolane calibrate --config twolane.yaml    the same, for the gateway to decide by
 
 Every setting is also a variable: TWOLANE_PORT=9000, TWOLANE_LIMITS__MAX_WAIT_S=30.
 """
@@ -357,9 +360,29 @@ def _drawn(said: Mapping[str, Any]) -> Group:
         for decision in model["decisions"][-5:]:
             at = time.strftime("%H:%M:%S", time.localtime(decision["at"]))
             last.add_row(at, decision["lane"], str(decision["demand"]), decision["reason"])
-        title = f"{name} ({model['profile']} profile)"
-        parts.append(Panel(Group(told, lanes, "", last), title=title, title_align="left"))
+        title = f"{name} ({model['profile']['source']} profile)"
+        body = Group(told, *_drawn_profile(model["profile"]), lanes, "", last)
+        parts.append(Panel(body, title=title, title_align="left"))
     return Group(*parts)
+
+
+def _drawn_profile(profile: Mapping[str, Any]) -> list[Text]:
+    """How old what is decided by is, what the requests have made of it, what speaks against it."""
+    if profile["source"] != "measured":
+        return []
+    refined, told = profile["refined"], f"profile {profile['told']}"
+    if refined is not None and refined["requests"]:
+        lanes = [f"{lane} {_percent(by.values())}" for lane, by in refined["factors"].items()]
+        many = refined["requests"]
+        told += f", refined by {many} request{'s' * (many > 1)}: {', '.join(lanes)}"
+    return [Text(told), *(Text(warning, style="yellow") for warning in profile["warnings"])]
+
+
+def _percent(factors: Iterable[float]) -> str:
+    """Factors as what they add: `+12 %`, `-3 to +12 %`."""
+    added = sorted({round(100 * (factor - 1)) for factor in factors})
+    first, last = f"{added[0]:+d}", f"{added[-1]:+d} %"
+    return last if len(added) == 1 else f"{first} to {last}"
 
 
 def _drawn_gpu(gpu: Mapping[str, Any]) -> Group:

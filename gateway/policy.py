@@ -295,18 +295,20 @@ class _Moves:
 class _Model:
     """One model's demand, and the rent of it by whole numbers of requests."""
 
-    __slots__ = ("_rents", "either", "lanes", "n", "profile", "running", "stranded")
+    __slots__ = ("_pairs", "_rents", "either", "lanes", "n", "profile", "running", "stranded")
 
     def __init__(self, lanes: Sequence[str], served: Served) -> None:
         self.lanes = tuple(lane for lane in lanes if lane in served.lanes)
-        self.profile = served.profile
+        self._pairs = [(here, there) for here in lanes for there in lanes if here != there]
+        self.know(served.profile)
         self.n = 0
         self.either = 0  # of them, those that are not stranded
         self.running: Mapping[str, int] = {}
         self.stranded: Mapping[str, int] = {}
-        self._rents: dict[tuple[str, str], list[float]] = {
-            (here, there): [0.0] for here in lanes for there in lanes if here != there
-        }
+
+    def know(self, profile: Profile) -> None:
+        self.profile = profile
+        self._rents: dict[tuple[str, str], list[float]] = {pair: [0.0] for pair in self._pairs}
 
     def see(self, demand: Demand) -> None:
         self.n = demand.n
@@ -372,17 +374,7 @@ class Policy:
         self.pin: str | None = None
         self._lanes = tuple(lanes)
         self._models = {name: _Model(lanes, served) for name, served in models.items()}
-        self._for_good = {
-            (here, there)
-            for here in lanes
-            for there in lanes
-            if here != there
-            and all(
-                model.rent_at(here, there, n) > 0
-                for model in self._models.values()
-                for n in MATTERS
-            )
-        }
+        self._for_good = self._always_better()
         self._overlap = price if isinstance(price, Overlap) else None
         self._hand_over = price if isinstance(price, HandOver) else None
         self._at = 0.0
@@ -403,12 +395,6 @@ class Policy:
             f"<Policy {moving}{self.lane}, regret {self.regret:.1f} of {self.price:.1f}, "
             f"{self.moves} moves>"
         )
-
-    @property
-    def source(self) -> str:
-        """Where the profiles come from: `measured`, or `assumed` if one of them is."""
-        sources = {model.profile.source for model in self._models.values()}
-        return "measured" if sources == {"measured"} else "assumed"
 
     @property
     def price(self) -> float:
@@ -503,6 +489,16 @@ class Policy:
             self.lane = self._best
             self._weigh()
 
+    def refine(self, now: float, model: str, profile: Profile) -> None:
+        """A model's requests are now known to take so long; what was lost before stays so."""
+        several = len(self._lanes) > 1
+        if several:
+            self._pass(now)
+        self._models[model].know(profile)
+        if several:
+            self._for_good = self._always_better()
+            self._weigh()
+
     def settled(self, now: float, lane: str) -> None:
         """The hand-over is over and this lane holds the GPU, whichever was wanted.
 
@@ -592,6 +588,20 @@ class Policy:
             del self._since[lane]
         for lane in stranded:
             self._since.setdefault(lane, now)
+
+    def _always_better(self) -> set[tuple[str, str]]:
+        """From where to where a move is for good: better there at any demand that matters."""
+        return {
+            (here, there)
+            for here in self._lanes
+            for there in self._lanes
+            if here != there
+            and all(
+                model.rent_at(here, there, n) > 0
+                for model in self._models.values()
+                for n in MATTERS
+            )
+        }
 
     # Deciding
 

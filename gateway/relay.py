@@ -310,6 +310,8 @@ class Relay:
                     if reply.begun and self._status_events and failure is None:
                         await reply.events(_status_event("The GPU is there.", done=True))
                     await self._attempt(model, replica, request, exchange, reply)
+                    if exchange.usage is not None and not request.needs.many:
+                        model.admission.served(ticket, exchange.usage.completion_tokens)
                     return
             except NoLane:
                 if failure is not None:

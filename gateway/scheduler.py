@@ -17,9 +17,16 @@ from typing import TypeAlias
 
 from gateway.errors import GatewayError, NoLane, QueueFull
 from gateway.policy import Demand, Policy
+from gateway.profile import Refined
 
 #: How much the newest of the measured service times counts.
 NEWEST = 0.1
+#: How often what was learned of the service times is made known to the policy, seconds.
+REFINE_S = 30.0
+#: A request's time tells of a number at once if that number was steady, and another lane
+#: of the model had hardly anything to do: relative standard deviation, and share.
+STEADY = 0.25
+ALONE = 0.05
 
 
 @dataclass(eq=False, slots=True)
@@ -45,7 +52,8 @@ class Lane:
 
     `waiting` bounds the queue in front of it. `service_s` is the mean time a request
     holds a slot, as seen here. `holds`: its engine has the GPU; always so where both fit.
-    `barred` says why it will not have it for a while, in public words.
+    `barred` says why it will not have it for a while, in public words. `ran` and `ran2` are
+    the requests that ran here and their squares, summed over time.
     """
 
     name: str
@@ -54,10 +62,17 @@ class Lane:
     service_s: float = 0.0
     holds: bool = True
     barred: str = ""
+    ran: float = 0.0
+    ran2: float = 0.0
 
     @property
     def running(self) -> int:
         return sum(replica.running for replica in self.replicas)
+
+    @property
+    def slots(self) -> int:
+        """Requests it answers at once when all is well."""
+        return sum(replica.slots for replica in self.replicas)
 
     @property
     def room(self) -> int:
@@ -87,7 +102,8 @@ class Ticket:
 
     `pin` is a lane that somebody named, `able` the lanes that can take the request
     (all when empty), each with the words that explain it in `why`. `without` are the
-    replicas that have failed it already. `key` is whose turn it is.
+    replicas that have failed it already. `key` is whose turn it is. `before` is what had
+    run when it started: on its lane, that squared, and on all.
     """
 
     key: str = ""
@@ -101,6 +117,7 @@ class Ticket:
     lane: Lane | None = None
     replica: Replica | None = None
     reason: str = ""
+    before: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +154,29 @@ class Scheduler:
         policy: Where its requests should go; in an exclusive placement that of all models.
         model: Its name, to the policy.
         exclusive: Its lanes do not fit together: only the one that holds the GPU may start any.
+        refined: Learns what its requests take, and the policy from that.
     """
 
     def __init__(
-        self, lanes: list[Lane], policy: Policy, *, model: str = "", exclusive: bool = False
+        self,
+        lanes: list[Lane],
+        policy: Policy,
+        *,
+        model: str = "",
+        exclusive: bool = False,
+        refined: Refined | None = None,
     ) -> None:
         self.lanes: Mapping[str, Lane] = {lane.name: lane for lane in lanes}
         self.policy = policy
         self.model = model
         self.exclusive = exclusive
+        self.refined = refined
         self.demand = 0
         self.held = False  # in an exclusive placement: whether any engine has the GPU
         self._foreground: OrderedDict[str, deque[Ticket]] = OrderedDict()
         self._background: deque[Ticket] = deque()
+        self._counted_at = 0.0  # who runs, up to here
+        self._refined_at = 0.0
 
     def __repr__(self) -> str:
         lanes = ", ".join(f"{lane.name} {lane.running}/{lane.room}" for lane in self.lanes.values())
@@ -181,6 +208,8 @@ class Scheduler:
         if lane is None:
             return self._assign(now) if self._leave(ticket) else []
         assert ticket.replica is not None  # noqa: S101 - set together with the lane
+        if self.refined is not None:
+            self._count(now)
         ticket.replica.running -= 1
         ticket.replica = ticket.lane = None
         held = now - ticket.started
@@ -188,6 +217,26 @@ class Scheduler:
         if not ticket.background:
             self.demand -= 1
         return self._assign(now)
+
+    def served(self, ticket: Ticket, tokens: int, now: float) -> None:
+        """A request that still has its slot was answered to the end, with so many tokens."""
+        lane, refined = ticket.lane, self.refined
+        seconds = now - ticket.started
+        if refined is None or lane is None or ticket.background or seconds <= 0:
+            return
+        self._count(now)
+        ran, ran2, all_ran = self._ran(lane)
+        mine = ran - ticket.before[0]
+        others = all_ran - ticket.before[2] - mine
+        at_once = mine / seconds
+        variance = (ran2 - ticket.before[1]) / seconds - at_once**2
+        if others > ALONE * mine or variance > (STEADY * at_once) ** 2:
+            return
+        refined.learn(lane.name, at_once, seconds, tokens)
+        if now - self._refined_at >= REFINE_S:
+            self._refined_at = now
+            if (profile := refined.told()) is not None:
+                self.policy.refine(now, self.model, profile)
 
     def passed(self, now: float) -> list[Action]:
         """Time has passed: the policy may have made up its mind."""
@@ -321,6 +370,8 @@ class Scheduler:
         )
         if not free:
             return actions
+        if self.refined is not None:
+            self._count(now)
         for ticket in self._in_turn():
             chosen = self._choose(ticket)
             replica = chosen.free(ticket.without) if chosen else None
@@ -329,12 +380,26 @@ class Scheduler:
             self._dequeue(ticket)
             ticket.lane, ticket.replica, ticket.started = chosen, replica, now
             ticket.reason = self._why(ticket, chosen)
+            if self.refined is not None:
+                ticket.before = self._ran(chosen)
             replica.running += 1
             actions.append(Start(ticket))
             free -= 1
             if not free:
                 break
         return actions
+
+    def _count(self, now: float) -> None:
+        """Add up who ran until now; what runs changes next."""
+        passed = now - self._counted_at
+        self._counted_at = now
+        for lane in self.lanes.values():
+            if running := lane.running:
+                lane.ran += running * passed
+                lane.ran2 += running * running * passed
+
+    def _ran(self, lane: Lane) -> tuple[float, float, float]:
+        return lane.ran, lane.ran2, sum(one.ran for one in self.lanes.values())
 
     def _decide(self, now: float) -> bool:
         """Tell the policy how things stand; True where the GPU has to be handed over first."""

@@ -124,6 +124,9 @@ class Model(_Part):
     profile: Path | None = Field(
         None, description="Measured profile; without one an assumed profile is used."
     )
+    refine: bool = Field(
+        True, description="Correct a measured profile by what requests take in fact."
+    )
 
     @model_validator(mode="after")
     def _pin_is_a_lane(self) -> Model:

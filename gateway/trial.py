@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from backends import http
-from backends.base import BackendError, Engine
+from backends.base import BackendError, Engine, Identity
 from backends.process import Supervised
 from gateway import discovery, profile, settings
 from gateway.handover import Occupant
@@ -396,31 +396,19 @@ async def _until_ready(url: str, process: Supervised) -> None:
 
 async def described(engine: Engine, subject: Subject) -> Subject:
     """A subject with what its engine says of itself, now that it serves."""
-    version = weights = ""
-    context = subject.context
+    found, context = Identity(), subject.context
     with contextlib.suppress(BackendError):
-        if engine.kind == "ollama":
-            version = (await engine.told("/api/version", _Version)).version
-            shown = await engine.post("/api/show", {"model": subject.model}, timeout_s=10)
-            weights = msgspec.json.decode(shown, type=_Shown).details.quantization_level
-        elif engine.kind == "vllm":
-            version = (await engine.told("/version", _Version)).version
-            weights = _precision(subject.command)
+        found = await engine.identity(subject.model)
     with contextlib.suppress(BackendError):
         context = context or (await engine.capabilities(subject.model)).context
-    return msgspec.structs.replace(subject, version=version, weights=weights, context=context)
-
-
-class _Version(msgspec.Struct):
-    version: str = ""
-
-
-class _Details(msgspec.Struct):
-    quantization_level: str = ""
-
-
-class _Shown(msgspec.Struct):
-    details: _Details = msgspec.field(default_factory=_Details)
+    return msgspec.structs.replace(
+        subject,
+        version=found.version,
+        weights=found.weights or _precision(subject.command),
+        digest=found.digest,
+        slots=found.slots or subject.slots,
+        context=context,
+    )
 
 
 def _precision(command: str) -> str:
@@ -643,7 +631,7 @@ def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: analysis.Cells)
             tuple(row.tokens_per_s.value for row in mine),
             profile.Measured(
                 subject.engine, subject.model, subject.version, subject.weights, subject.slots,
-                subject.context, subject.command,
+                subject.context, subject.command, subject.digest,
             ),
         )  # fmt: skip
     machine = experiment.this_machine({})
@@ -714,7 +702,8 @@ def show(found: profile.Profile, console: Console) -> None:
     for label, lane in found.lanes.items():
         if lane.on is not None:
             said = [lane.on.engine, lane.on.version, lane.on.model, lane.on.weights]
-            said += [f"{lane.on.slots} slots"] if lane.on.slots else []
+            slots = lane.on.slots
+            said += [f"{slots} slot{'s' * (slots > 1)}"] if slots else []
             console.print(f"{label}: {', '.join(part for part in said if part)}")
 
 

@@ -50,7 +50,8 @@ class Subject(msgspec.Struct, frozen=True, omit_defaults=True):
         label: As in the raw file.
         engine: `ollama`, `vllm`, `llamacpp` or `gateway`; empty where nobody knows.
         version: The engine's own.
-        weights: Which, and in which precision.
+        weights: Their precision.
+        digest: What its name of the model stands for: a checksum, a repository, a file.
         slots: Requests it answers at once; None where it was not told.
         context: Tokens of context of each request.
         command: Its command line, where we started it.
@@ -63,6 +64,7 @@ class Subject(msgspec.Struct, frozen=True, omit_defaults=True):
     engine: str = ""
     version: str = ""
     weights: str = ""
+    digest: str = ""
     slots: int | None = None
     context: int | None = None
     command: str = ""

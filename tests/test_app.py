@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backends import http
-from backends.fake import FakeEngine
+from backends.fake import FakeEngine, status
 from gateway import discovery, settings
 from gateway.app import Gateway
 from gateway.settings import SettingsError
@@ -201,7 +204,7 @@ async def test_status_shows_lanes_demand_and_decisions(start_gateway: StartGatew
     assert (busy["demand"], busy["waiting"], busy["lanes"]["vllm"]["running"]) == (2, 1, 1)
     assert (calm["demand"], calm["waiting"], calm["lanes"]["vllm"]["running"]) == (0, 0, 0)
     assert [d["lane"] for d in calm["decisions"]] == ["vllm", "vllm"]
-    assert calm["profile"] == "assumed"
+    assert calm["profile"]["source"] == "assumed"
 
 
 async def test_an_engine_of_ones_own_command_runs_as_long_as_the_gateway(
@@ -223,3 +226,137 @@ async def test_an_engine_of_ones_own_command_runs_as_long_as_the_gateway(
     assert lane == "ollama"
     with socket.socket() as client:
         assert client.connect_ex(("127.0.0.1", port)) != 0
+
+
+# The profile that it decides by
+
+
+def measured(folder: Path, vllm: FakeEngine, **on: object) -> str:
+    """A profile of what is played, three days old; `on` is what the lane was measured on."""
+    was = {"engine": "vllm", "model": "A", "version": "0.32.0", "slots": 4, **on}
+    lane = {
+        "at_once": [1, 4],
+        "seconds": [0.01, 0.02],
+        "ttft_s": [0.005, 0.01],
+        "on": was,
+    }
+    days_ago = datetime.now(UTC) - timedelta(days=3, hours=1)
+    said = {
+        "version": 1,
+        "source": "measured",
+        "machine": f"what plays {vllm.kind}",
+        "measured_at": days_ago.isoformat(),
+        "tokens_out": 5,
+        "lanes": {"vllm": lane},
+    }
+    file = folder / "profile.json"
+    file.write_text(json.dumps(said))
+    return str(file)
+
+
+def profiled(vllm: FakeEngine, file: str, **model: object) -> dict[str, Any]:
+    """Settings of one model with one lane that decides by this file."""
+    lanes = {"vllm": {"model": "A", "slots": 4}}
+    return {
+        "engines": {"vllm": {"urls": [vllm.url]}},
+        "models": {"m": {"lanes": lanes, "profile": file, **model}},
+    }
+
+
+async def test_status_says_how_old_the_profile_is_and_that_nothing_speaks_against_it(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    async with (
+        FakeEngine("vllm", ["A"]) as vllm,
+        start_gateway(**profiled(vllm, measured(tmp_path, vllm))) as running,
+    ):
+        await running.until(lambda gateway: gateway.catalogue.models["m"].changed)
+        said = (await running.status("m"))["profile"]
+
+    assert said["told"] == "measured 3 days ago"
+    assert said["age_s"] == pytest.approx(3 * 86400 + 3600, abs=60)
+    assert said["machine"] == "what plays vllm"
+    assert said["warnings"] == []
+
+
+async def test_an_engine_that_is_not_the_one_that_was_measured_is_told_and_logged(
+    start_gateway: StartGateway, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with FakeEngine("vllm", ["A"]) as vllm:
+        how = profiled(vllm, measured(tmp_path, vllm, slots=16, digest="A"))
+        async with start_gateway(**how) as running:
+            await running.until(lambda gateway: gateway.catalogue.models["m"].changed)
+            before = (await running.status("m"))["profile"]["warnings"]
+            vllm.down()
+            await running.until(lambda gateway: not gateway.ready()["ready"], 10)
+            vllm.version = "0.33.0"
+            await vllm.up()
+            await running.until(
+                lambda gateway: "0.33.0" in gateway.catalogue.models["m"].changed[vllm.url], 10
+            )
+            after = (await running.status("m"))["profile"]["warnings"]
+
+    slots = "slots 4 now, measured with 16"
+    assert before == [f"vllm: {slots}: run `twolane calibrate` again"]
+    assert after == [
+        f"vllm: version 0.33.0 now, measured with 0.32.0; {slots}: run `twolane calibrate` again"
+    ]
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert logged == [f"m: the profile may be out of date: {told}" for told in before + after]
+
+
+async def test_an_engine_that_does_not_say_what_it_is_serves_all_the_same(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    async with FakeEngine("vllm", ["A"]) as vllm:
+        vllm.script(then=status(500), path="/version")
+        async with start_gateway(**profiled(vllm, measured(tmp_path, vllm))) as running:
+            lane = await ask(running)
+            said = (await running.status("m"))["profile"]
+
+    assert lane == "vllm"
+    assert said["warnings"] == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_refine_a_measured_profile(
+    start_gateway: StartGateway, tmp_path: Path, *, stream: bool
+) -> None:
+    async with (
+        FakeEngine("vllm", ["A"], ttft_s=0.05) as vllm,
+        start_gateway(**profiled(vllm, measured(tmp_path, vllm))) as running,
+    ):
+        for _ in range(3):
+            await ask(running, stream=stream)
+        said = (await running.status("m"))["profile"]["refined"]
+
+    assert said["requests"] == 3
+    assert said["factors"]["vllm"]["1"] > 1  # the first was told to the policy at once
+
+
+@pytest.mark.parametrize("fields", [{"n": 2}, {"messages": "none"}])
+async def test_what_is_no_single_answer_refines_nothing(
+    start_gateway: StartGateway, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    async with (
+        FakeEngine("vllm", ["A"]) as vllm,
+        start_gateway(**profiled(vllm, measured(tmp_path, vllm))) as running,
+    ):
+        await running.http.post("/v1/chat/completions", json=chat(**fields))
+        said = (await running.status("m"))["profile"]["refined"]
+
+    assert said["requests"] == 0
+
+
+@pytest.mark.parametrize("model", [{"refine": False}, {"profile": None}])
+async def test_nothing_is_refined_where_it_is_not_wanted_or_only_assumed(
+    start_gateway: StartGateway, tmp_path: Path, model: dict[str, Any]
+) -> None:
+    async with FakeEngine("vllm", ["A"]) as vllm:
+        how = profiled(vllm, measured(tmp_path, vllm))
+        how["models"]["m"] |= model
+        async with start_gateway(**how) as running:
+            await ask(running)
+            said = (await running.status("m"))["profile"]["refined"]
+
+    assert said is None

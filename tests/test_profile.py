@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import profile
-from gateway.profile import ASSUMED, Lane, Profile, ProfileError
+from gateway.profile import ASSUMED, Crossover, Lane, Measured, Profile, ProfileError
 
 GOOD: dict[str, Any] = {
     "version": 1,
@@ -159,3 +161,98 @@ def test_the_assumed_profile_says_that_it_is_assumed_and_crosses_over() -> None:
     assert ASSUMED.source == "assumed"
     assert one["ollama"] < one["vllm"]
     assert many["vllm"] < many["ollama"]
+
+
+# What it was measured on, and when
+
+ON = Measured(
+    "vllm", "small", "0.32.0", "bfloat16", 16, 4096, "/opt/vllm serve /models/small -n 16", "small"
+)
+FULL = Profile(
+    version=1,
+    source="measured",
+    machine="two cores",
+    measured_at="2026-11-20T12:00:00+00:00",
+    tokens_in=80,
+    tokens_out=64,
+    crossover=Crossover(5.5, 4.0, 7.0),
+    command="twolane calibrate",
+    lanes={
+        "ollama": Lane((1, 4), (1.0, 4.0)),
+        "vllm": Lane((1, 4), (2.0, 2.5), (1.9, 2.4), (2.1, 2.6), (0.3, 0.5), (32.0, 100.0), on=ON),
+    },
+)
+NOON = datetime(2026, 11, 20, 12, tzinfo=UTC).timestamp()
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    file.write_text("what was there before")
+    profile.save(file, FULL)
+
+    assert profile.load(file) == FULL
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"chat\.json cannot be written: No such file"):
+        profile.save(tmp_path / "none" / "chat.json", FULL)
+
+
+@pytest.mark.parametrize(
+    ("after_s", "told"),
+    [
+        (-3600, "measured just now"),  # clocks differ
+        (59, "measured just now"),
+        (60, "measured 1 minute ago"),
+        (7200, "measured 2 hours ago"),
+        (3 * 86400 + 5, "measured 3 days ago"),
+    ],
+)
+def test_its_age_is_told_in_words(after_s: float, told: str) -> None:
+    assert FULL.told(NOON + after_s) == told
+
+
+@pytest.mark.parametrize("at", ["", "yesterday"])
+def test_one_that_does_not_say_when_has_no_age(at: str) -> None:
+    undated = msgspec.structs.replace(FULL, measured_at=at)
+
+    assert undated.age_s(NOON) is None
+    assert undated.told(NOON) == "measured"
+    assert ASSUMED.told(NOON) == "assumed"
+
+
+@pytest.mark.parametrize(
+    ("now", "changes"),
+    [
+        ({}, []),
+        ({"version": "0.33.1"}, ["version 0.33.1 now, measured with 0.32.0"]),
+        ({"slots": 32}, ["slots 32 now, measured with 16"]),
+        (
+            {"digest": "other", "context": 2048},
+            ["digest other now, measured with small", "context 2048 now, measured with 4096"],
+        ),
+        # What one of the two does not say is not held against it.
+        ({"version": "", "weights": "", "slots": None, "context": None, "command": ""}, []),
+        # Started elsewhere, by somebody else.
+        ({"command": "~/bin/vllm serve ./small -n 16"}, []),
+        (
+            {"command": "/opt/vllm serve /models/small -n 32"},
+            ["command with 32 now, measured with 16"],
+        ),
+        (
+            {"command": "/opt/vllm serve /models/small -n 16 --enforce-eager"},
+            ["command with --enforce-eager now, measured without"],
+        ),
+        (
+            {"command": "/opt/vllm serve /models/small"},
+            ["command without -n 16 now, measured with it"],
+        ),
+    ],
+)
+def test_what_has_changed_since_is_told(now: dict[str, Any], changes: list[str]) -> None:
+    assert FULL.changed("vllm", msgspec.structs.replace(ON, **now)) == changes
+
+
+def test_of_a_lane_that_says_not_what_it_was_measured_on_nothing_has_changed() -> None:
+    assert FULL.changed("ollama", ON) == FULL.changed("llamacpp", ON) == []

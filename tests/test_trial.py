@@ -186,7 +186,7 @@ def test_a_profile_is_drawn_with_where_its_lanes_cross(tmp_path: Path) -> None:
 
     assert "the lanes cross at 2.2 at once (95 %: 1.9 to 2.6)" in said
     assert "7.50-8.50" in said
-    assert "ollama, 0.24.0, llama3.3:70b, 1 slots" in said
+    assert "ollama, 0.24.0, llama3.3:70b, 1 slot" in said
     assert "days ago" in said
     assert profile.load(path) == PROFILE
 

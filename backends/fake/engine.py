@@ -136,6 +136,8 @@ class FakeEngine:
         self.arrived = 0
         self.running = 0
         self.peak_running = 0
+        #: Set it: the version that it says it has, in place of the one that is played.
+        self.version = ""
         #: Whether the process runs; what the rest of it says is then true.
         self.alive = False
         self.pid = 0

@@ -8,6 +8,7 @@ from backends.fake.kinds import CHAT, EMBEDDINGS, Job, Json, Kind, Refusal, Told
 from backends.fake.script import DONE, event, usage
 from backends.fake.wire import Received
 
+VERSION = "b0-unknown"
 TOOLS_TEMPLATE = "{% if tools %}{{ tools }}{% endif %}"
 
 
@@ -83,6 +84,9 @@ class LlamaCpp(Kind):
         return {
             "default_generation_settings": {"n_ctx": self.engine.context},
             "total_slots": self.engine.slots,
+            "build_info": self.engine.version or VERSION,
+            "model_ftype": "Q4_1",
+            "model_path": f"/models/{self.names()[0]}.gguf",
             "model_alias": self.names()[0],
             "modalities": {"vision": False, "video": False, "audio": False},
             "chat_template": TOOLS_TEMPLATE if self.engine.tools else "{{ messages }}",

@@ -73,7 +73,7 @@ class Ollama(Kind):
             case "GET" | "HEAD", "/":
                 return Told("Ollama is running", type="text/plain; charset=utf-8")
             case "GET", "/api/version":
-                return Told({"version": VERSION})
+                return Told({"version": self.engine.version or VERSION})
             case "GET", "/api/tags":
                 return Told({"models": [self._tag(name) for name in self.names()]})
             case "GET", "/api/ps":

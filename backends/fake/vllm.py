@@ -51,7 +51,7 @@ class VLLM(Kind):
             case "GET", "/health" | "/ping":
                 return Told(b"")
             case "GET", "/version":
-                return Told({"version": VERSION})
+                return Told({"version": self.engine.version or VERSION})
             case "GET", "/openapi.json":
                 return Told(self._openapi())
             case "GET", "/metrics":

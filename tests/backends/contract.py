@@ -81,6 +81,13 @@ class Contract:
         assert can.context is None or can.context >= 1024
         assert can.images is not True  # the model reads text only
 
+    async def test_it_says_what_it_is_and_stays_it(self, subject: Subject) -> None:
+        who = await subject.engine.identity(subject.model)
+
+        assert who.version
+        assert who.digest
+        assert who == await subject.engine.identity(subject.model)
+
     async def test_a_stream_has_content_a_finish_and_counted_tokens(self, subject: Subject) -> None:
         events, answer = await subject.stream()
 
