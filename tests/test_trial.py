@@ -1,4 +1,4 @@
-"""`twolane compare`, `calibrate` and `profile` as a person runs them, on servers of known times."""
+"""`twolane compare` as a person runs it, on servers of known times."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from gateway import profile
-from gateway.profile import Crossover, Lane, Measured, Profile
 from loadtests import samples
 from loadtests.known import Times, running
 from tests.loadtests.servers import nobody
@@ -159,44 +157,3 @@ def test_a_folder_with_an_experiment_is_not_begun_again(folder: Path, targets: l
 
     assert done.returncode == 2
     assert f"--resume {folder}" in done.stderr
-
-
-# profile
-
-
-PROFILE = Profile(
-    profile.VERSION,
-    "measured",
-    {
-        "ollama": Lane((1, 8), (1.0, 8.0), (0.9, 7.5), (1.1, 8.5), (0.2, 7.0), (64, 60),
-                       Measured("ollama", "llama3.3:70b", version="0.24.0", slots=1)),
-        "vllm": Lane((1, 8), (2.0, 3.0)),
-    },
-    machine="a box",
-    measured_at="2020-01-01T00:00:00+00:00",
-    crossover=Crossover(2.2, 1.9, 2.6),
-)  # fmt: skip
-
-
-def test_a_profile_is_drawn_with_where_its_lanes_cross(tmp_path: Path) -> None:
-    path = tmp_path / "profile.json"
-    profile.save(path, PROFILE)
-
-    said = twolane("profile", "show", path).stdout
-
-    assert "the lanes cross at 2.2 at once (95 %: 1.9 to 2.6)" in said
-    assert "7.50-8.50" in said
-    assert "ollama, 0.24.0, llama3.3:70b, 1 slot" in said
-    assert "days ago" in said
-    assert profile.load(path) == PROFILE
-
-
-def test_without_a_file_the_assumed_profile_is_shown() -> None:
-    assert twolane("profile", "show").stdout.startswith("assumed")
-
-
-def test_a_profile_that_cannot_be_read_is_an_error_with_its_name() -> None:
-    done = twolane("profile", "show", "no-such.json")
-
-    assert done.returncode == 2
-    assert "no-such.json cannot be read" in done.stderr
