@@ -51,11 +51,11 @@ class Subject(msgspec.Struct, frozen=True, omit_defaults=True):
         engine: `ollama`, `vllm`, `llamacpp` or `gateway`; empty where nobody knows.
         version: The engine's own.
         weights: Their precision.
-        digest: What its name of the model stands for: a checksum, a repository, a file.
         slots: Requests it answers at once; None where it was not told.
         context: Tokens of context of each request.
         command: Its command line, where we started it.
         before: For a gateway: labels of the targets behind it.
+        digest: What its name of the model stands for: a checksum, a repository, a file.
     """
 
     label: str
@@ -64,11 +64,11 @@ class Subject(msgspec.Struct, frozen=True, omit_defaults=True):
     engine: str = ""
     version: str = ""
     weights: str = ""
-    digest: str = ""
     slots: int | None = None
     context: int | None = None
     command: str = ""
     before: tuple[str, ...] = ()
+    digest: str = ""
 
 
 class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
