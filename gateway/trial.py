@@ -621,7 +621,7 @@ def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: analysis.Cells)
     for label, subject in subjects.items():
         mine = [row for row in rows if row.target == label and row.e2e is not None]
         by_repetition = analysis.seconds(cells, label)
-        means = {n: [sum(one) / len(one) for one in by_repetition[n]] for n in by_repetition}
+        means = {n: [sum(of) / len(of) for of in by_repetition[n]] for n in sorted(by_repetition)}
         lanes[label] = profile.Lane(
             tuple(means),
             tuple(sum(of) / len(of) for of in means.values()),

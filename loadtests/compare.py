@@ -306,9 +306,9 @@ class Progressing:
             TextColumn("{task.fields[left]}"),
             console=console,
         )
-        self._all = self._bar.add_task("cells", total=sum(self._todo.values()), left="")
+        self._total = sum(self._todo.values())
+        self._all = self._bar.add_task("cells", total=self._total, left="")
         self._cell: TaskID | None = None
-        self._visit: Visit | None = None
         self._since = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -319,8 +319,13 @@ class Progressing:
         self._bar.stop()
 
     def begun(self, visit: Visit) -> None:
-        """As `View`."""
-        self._visit = visit
+        """As `View`; a visit that was not foreseen makes it longer."""
+        for level in visit.levels:
+            key = visit.label, level
+            if not self._todo.get(key):
+                self._todo[key] = 1
+                self._total += 1
+        self._bar.update(self._all, total=self._total)
         self._show(f"{visit.label}: getting ready", 1)
 
     def seen(self, line: samples.Line) -> None:

@@ -1,4 +1,4 @@
-"""`twolane compare` as a person runs it, on servers of known times."""
+"""`twolane compare` and `calibrate` as a person runs them, on servers of known times."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from gateway import profile
 from loadtests import samples
 from loadtests.known import Times, running
 from tests.loadtests.servers import nobody
@@ -157,3 +158,50 @@ def test_a_folder_with_an_experiment_is_not_begun_again(folder: Path, targets: l
 
     assert done.returncode == 2
     assert f"--resume {folder}" in done.stderr
+
+
+# calibrate
+
+
+def test_a_profile_is_measured_closer_and_closer_to_where_the_lanes_cross(tmp_path: Path) -> None:
+    config, out = tmp_path / "twolane.yaml", tmp_path / "profile.json"
+    with (
+        fake("--kind", "ollama", "--ttft", "0.05", "--slots", "1") as ollama,
+        fake("--kind", "vllm", "--ttft", "0.15") as vllm,
+    ):
+        config.write_text(
+            f"""
+            engines: {{ollama: {{urls: ["{ollama}"]}}, vllm: {{urls: ["{vllm}"]}}}}
+            models: {{chat: {{lanes: {{ollama: {{model: m}}, vllm: {{model: m}}}}}}}}
+            """
+        )
+        done = twolane(
+            "calibrate", "--config", config, "--levels", "1,8", "--rounds", 2, "--tokens-out", 4,
+            "--minutes", 0.4, "--out", out,
+        )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = profile.load(out)
+    assert found.crossover is not None
+    assert 1.5 < found.crossover.level < 5
+    levels = found.lanes["ollama"].at_once
+    assert levels[0] == 1
+    assert levels[-1] == 8
+    assert len(levels) > 2
+    assert found.lanes["ollama"].on is not None
+    assert "let the gateway decide by it" in " ".join(done.stdout.split())
+
+
+@contextmanager
+def fake(*arguments: str) -> Iterator[str]:
+    """A fake engine as a program; its URL."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "backends.fake", "--port", "0", "--gap", "0", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as engine:
+        assert engine.stdout is not None
+        try:
+            yield engine.stdout.readline().split()[-1]
+        finally:
+            engine.terminate()
