@@ -12,6 +12,7 @@ import importlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -45,6 +46,24 @@ class Memory(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the driver says of one card now; None where it cannot say.
+
+    `joules` is the energy it has used since the driver was loaded.
+    """
+
+    index: int
+    name: str
+    memory_total: int  # bytes
+    memory_used: int  # bytes
+    watts: float | None
+    watts_limit: float | None
+    celsius: int | None
+    utilization: float | None  # 0.0 to 1.0
+    joules: float | None
+
+
 class Nvml:
     """The NVIDIA cards of this machine, as their driver sees them.
 
@@ -76,6 +95,10 @@ class Nvml:
                 size = process.usedGpuMemory or 0  # None on some drivers, and in containers
                 sizes[process.pid] = sizes.get(process.pid, 0) + size
         return _largest_first(sizes)
+
+    def cards(self) -> list[Card]:
+        """Each card; raises `MemoryUnknown`."""
+        return self._each(_card)
 
     def _memories(self) -> list[Any]:
         """`total`, `free` and `used` of each card."""
@@ -123,6 +146,33 @@ class Nvml:
             self._open = False
             with contextlib.suppress(self._library.NVMLError):  # closed is what was wanted
                 self._library.nvmlShutdown()
+
+
+def _card(nvml: Any, card: Any) -> Card:
+    def told(question: Callable[..., Any], *more: Any) -> Any:
+        """What this card answers, which not every card does to everything."""
+        try:
+            return question(card, *more)
+        except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission):
+            return None
+
+    memory = nvml.nvmlDeviceGetMemoryInfo(card)
+    milliwatts = told(nvml.nvmlDeviceGetPowerUsage)
+    limit = told(nvml.nvmlDeviceGetEnforcedPowerLimit)
+    utilization = told(nvml.nvmlDeviceGetUtilizationRates)
+    millijoules = told(nvml.nvmlDeviceGetTotalEnergyConsumption)
+    name = told(nvml.nvmlDeviceGetName)
+    return Card(
+        index=nvml.nvmlDeviceGetIndex(card),
+        name=name.decode() if isinstance(name, bytes) else name or "",
+        memory_total=memory.total,
+        memory_used=memory.used,
+        watts=None if milliwatts is None else milliwatts / 1000,
+        watts_limit=None if limit is None else limit / 1000,
+        celsius=told(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+        utilization=None if utilization is None else utilization.gpu / 100,
+        joules=None if millijoules is None else millijoules / 1000,
+    )
 
 
 class Budget:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Protocol, TextIO
 
 import msgspec
 
 from gateway.relay import Exchange
+
+
+class Observer(Protocol):
+    """Takes note of every exchange that is over."""
+
+    def write(self, exchange: Exchange) -> None: ...
 
 
 class Log:
@@ -31,6 +37,19 @@ class Silence:
 
     def write(self, exchange: Exchange) -> None:
         """Nothing."""
+
+
+class Both:
+    """Tells two that an exchange is over."""
+
+    def __init__(self, one: Observer, other: Observer) -> None:
+        self._one = one
+        self._other = other
+
+    def write(self, exchange: Exchange) -> None:
+        """To each of them."""
+        self._one.write(exchange)
+        self._other.write(exchange)
 
 
 def record(exchange: Exchange) -> dict[str, object]:
