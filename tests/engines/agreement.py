@@ -287,8 +287,8 @@ def show(found: Agreement, console: Console) -> None:
             if row.truth is not None and of_truth is not None:
                 cells = [_number(row, row.truth), _seen(row, OURS), f"{of_truth:.3f}"]
             for tool in others:
-                there = tool in row.by_tool
-                cells += [_seen(row, tool), f"{row.against(tool):.3f}"] if there else ["-", ""]
+                there = tool in row.shares
+                cells += [_seen(row, tool), _share(row, tool)] if there else ["-", ""]
             first = row.quantity == QUANTITIES[0]
             table.add_row(str(row.level) if first else "", row.quantity, *cells)
         console.print(table)
@@ -304,8 +304,15 @@ def show(found: Agreement, console: Console) -> None:
 def _seen(row: Row, tool: str) -> str:
     """What a tool saw, and how far its runs were apart."""
     seen = row.by_tool[tool]
-    spread = f" ±{(seen.high - seen.low) / 2 / seen.median:.1%}" if seen.high > seen.low else ""
-    return _number(row, seen.median) + spread
+    spread = f" ±{(seen.high - seen.low) / 2 / seen.value:.1%}" if seen.high > seen.low else ""
+    return _number(row, seen.value) + spread
+
+
+def _share(row: Row, tool: str) -> str:
+    """Ours as a share of what a tool saw, and how far that goes from one repetition to another."""
+    share = row.shares[tool]
+    told = f"{share.value:.3f}"
+    return told if share.low == share.high else f"{told} {share.low:.2f}-{share.high:.2f}"
 
 
 def _number(row: Row, value: float) -> str:
@@ -322,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--levels", type=levels_of, default=(1, 4, 8, 16, 32), metavar="N,N,…")
     parser.add_argument("--vllm-level", type=int, default=8, help="on the real one; 0: none (8)")
-    parser.add_argument("--repetitions", type=int, default=3, help="on the real one (3)")
+    parser.add_argument("--repetitions", type=int, default=6, help="on the real one (6)")
     parser.add_argument("--rounds", type=int, default=10, help="requests of each at once (10)")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write agreement.json there")
     args = parser.parse_args(arguments)
