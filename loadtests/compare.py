@@ -80,9 +80,7 @@ class Visit:
 def itinerary(plan: Plan, labels: Sequence[str], done: Iterable[samples.Cell]) -> list[Visit]:
     """What is still to be measured, in order: forth in odd repetitions, back in even ones."""
     complete = {
-        (cell.label, cell.repetition, cell.level)
-        for cell in map(_Key.of, done)
-        if cell.outcome == "complete"
+        (cell.target, cell.repetition, cell.level) for cell in done if cell.outcome == "complete"
     }
     visits = []
     for repetition in range(1, plan.repetitions + 1):
@@ -91,18 +89,6 @@ def itinerary(plan: Plan, labels: Sequence[str], done: Iterable[samples.Cell]) -
             if levels:
                 visits.append(Visit(label, repetition, levels))
     return visits
-
-
-@dataclass(frozen=True)
-class _Key:
-    label: str
-    repetition: int
-    level: float
-    outcome: str
-
-    @classmethod
-    def of(cls, cell: samples.Cell) -> Self:
-        return cls(cell.target, cell.repetition, cell.level, cell.outcome)
 
 
 def seconds_left(
