@@ -136,7 +136,7 @@ class Gateway:
                     self._urls.setdefault(kind, (discovery.usual_url(kind),))
             if not self._urls:
                 await self._start_embedded()
-        configured = self._configured()
+        configured = self._settings.served()
         await self._take_gpu(
             {name: model for name, model in configured.items() if model.placement == "exclusive"}
         )
@@ -254,14 +254,6 @@ class Gateway:
         except BackendError as exc:
             raise SettingsError(f"The embedded engine does not start: {exc}") from exc
         self._urls["llamacpp"] = (self._embedded.url,)
-
-    def _configured(self) -> dict[str, settings.Model]:
-        models = dict(self._settings.models)
-        for name, lanes in self._settings.pair.items():
-            models[name] = settings.Model(
-                lanes={kind: settings.Lane(model=model) for kind, model in lanes.items()}
-            )
-        return models
 
     async def _keep_relisting(self) -> None:
         while True:

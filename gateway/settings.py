@@ -276,6 +276,14 @@ class Settings(BaseSettings):
                     )
         return self
 
+    def served(self) -> dict[str, Model]:
+        """The models by public name, pairs among them."""
+        pairs = {
+            name: Model(lanes={kind: Lane(model=model) for kind, model in lanes.items()})
+            for name, lanes in self.pair.items()
+        }
+        return {**self.models, **pairs}
+
     def keys(self) -> tuple[str, ...]:
         """All API keys, from the settings and the file.
 
