@@ -122,7 +122,8 @@ def add_commands(commands: Any, pair: Callable[[str], Any]) -> None:
     for name, what in (("ttft", "first token"), ("tpot", "token"), ("e2e", "whole answer")):
         compare.add_argument(
             f"--good-{name}-s", type=_seconds, metavar="S",
-            help=f"an answer is good (goodput) within so many seconds a {what}",
+            help=f"an answer is good (goodput) within so many seconds a {what}; levels are added "
+            "until it is known how many at once get good ones",
         )  # fmt: skip
     compare.add_argument("--out", type=Path, metavar="FOLDER", help="for everything (compare-DATE)")
     compare.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with what is there")

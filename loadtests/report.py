@@ -338,7 +338,7 @@ def _goodput(found: Findings) -> Iterator[Block]:
         elif one.fails is None:
             told.append(f"{one.target}: all measured keep them, up to {one.level} at once.")
         else:
-            told.append(f"{one.target}: up to {one.level} at once; {one.fails} does not keep them.")
+            told.append(f"{one.target}: up to {one.level} at once; {one.fails} do not keep them.")
     yield Bullets(told)
     yield Grid(
         ("", "good requests/s", "share that was good", "answered", "failed", "cut"),
