@@ -8,8 +8,8 @@ cards' data sheets.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
@@ -207,6 +207,7 @@ def plan(ollama: Weights | None, vllm: Weights | None, cards: Cards, wish: Wish)
             f"--vllm-kv fp8: {cards.name} has no fp8 arithmetic (compute capability 8.9); "
             "take --vllm-kv auto"
         )
+    wish = _within(wish, [one for one in (ollama, vllm) if one])
     tensor, pipeline = _ranks(vllm, cards, wish) if vllm else (1, 1)
     thinking = _Thinking(cards, wish, kv, tensor, pipeline)
     both = thinking.together(ollama, vllm) if ollama and vllm else None
@@ -253,6 +254,18 @@ def plan(ollama: Weights | None, vllm: Weights | None, cards: Cards, wish: Wish)
         placement_why=_why(ollama, vllm, cards, placement, lanes), lanes=lanes,
         pinned_ram_gib=pinned, faults=tuple(filter(None, faults)), notes=tuple(notes),
     )  # fmt: skip
+
+
+def _within(wish: Wish, models: Sequence[Weights]) -> Wish:
+    """The wish, with no more context than the models were made for."""
+    for one in models:
+        if one.longest is not None and one.longest < (wish.context or CONTEXT):
+            if wish.context is not None:
+                raise SettingsError(
+                    f"--context {wish.context}: {one.name} was made for {one.longest} tokens"
+                )
+            wish = replace(wish, context=one.longest)
+    return wish
 
 
 def _ranks(weights: Weights, cards: Cards, wish: Wish) -> tuple[int, int]:
@@ -498,6 +511,7 @@ class _Thinking:
         needs = self.ollama_needs(weights, slots, context)
         there = cards.total - (cards.count * ASLEEP if sleeps else 0.0)
         runs = [min(n, slots) for n in wish.at]
+        on_cpu = max(0.0, needs - there)
         environment = {
             "OLLAMA_NUM_PARALLEL": str(slots),
             "OLLAMA_CONTEXT_LENGTH": str(context),
@@ -531,12 +545,12 @@ class _Thinking:
             slots=slots,
             context=context,
             memory_gib=needs,
-            on_cpu_gib=max(0.0, needs - there),
+            on_cpu_gib=on_cpu,
             at=tuple(
-                self._at(n, run, tokens, self.ollama_tokens_s(weights, run))
+                self._at(n, run, tokens, None if on_cpu else self.ollama_tokens_s(weights, run))
                 for n, run in zip(wish.at, runs, strict=True)
             ),
-            speed=self._ollama_speed(weights),
+            speed=None if on_cpu else self._ollama_speed(weights),
             arguments=(),
             environment=environment,
         )
@@ -555,7 +569,7 @@ class _Thinking:
         """Tokens a second of so many streams together, at most.
 
         Layers lie on one card or the other and one works at a time: the bandwidth and the
-        arithmetic are those of a single card.
+        arithmetic are those of a single card. Nothing is said of what runs on the CPU.
         """
         gbs, tflops = self.cards.gbs, self.cards.tflops
         if gbs is None or tflops is None:

@@ -68,7 +68,7 @@ names known: {names}
 how to read it:
   Weights and KV are arithmetic, to a percent. What engines hold beside them is assumed, and said
   so at the end. Speeds are bounds: a step of decoding reads all weights once and each stream's
-  KV, so bandwidth / bytes is the most there can be; expect half to three quarters of it.
+  KV, so bandwidth / bytes is the most there can be; expect half to four fifths of it.
   Exit code: 0 it fits, 1 it does not (and what would), 2 not understood.
 """
 
@@ -353,8 +353,10 @@ def _told(thought: Plan) -> dict[str, Any]:
 
 
 def _shown(name: str, thought: Plan) -> Iterator[Any]:
-    yield f"[bold]{name}[/] on {_cards_told(thought.cards)}: [bold]{thought.placement}[/], " + (
-        thought.placement_why
+    verdict = "[red]does not fit[/] as" if thought.faults else "[green]fits[/],"
+    yield (
+        f"[bold]{name}[/] on {_cards_told(thought.cards)}: {verdict} "
+        f"[bold]{thought.placement}[/]: {thought.placement_why}"
     )
     yield ""
     yield _memory(thought)
@@ -362,7 +364,7 @@ def _shown(name: str, thought: Plan) -> Iterator[Any]:
     if thought.cards.gbs is None:
         yield (
             "[dim]no bounds on speed, of these cards only the size is known; say which they are: "
-            f"--cards {thought.cards.count}x{thought.cards.gib:g}@4090[/]\n"
+            f"--cards {thought.cards.count}x{thought.cards.gib:.4g}@4090[/]\n"
         )
     else:
         yield _speeds(thought)

@@ -90,7 +90,8 @@ class Weights:
 
     `embedding` is read a row a token, `head` whole; where both are one tensor `head` is 0.
     `body_read` is what of the body a token needs: less than `body` where it has experts.
-    `group` is how many inputs share a scale, where that limits how it may be split.
+    `group` is how many inputs share a scale, where that limits how it may be split. `longest` is
+    the most tokens it was made for, where that is known.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Weights:
     source: str
     group: int | None = None
     dtype: Literal["float16", "bfloat16"] = "float16"
+    longest: int | None = None
 
     @property
     def total(self) -> int:
@@ -239,6 +241,7 @@ class Known:
     tag: str
     repository: str
     source: str
+    longest: int
     scheme: str = "AWQ"
     padded: int | None = None
     dtype: Literal["float16", "bfloat16"] = "float16"
@@ -250,18 +253,21 @@ KNOWN: Mapping[str, Known] = {
         "llama3.3:70b",
         "casperhansen/llama-3.3-70b-instruct-awq",
         "meta-llama/Llama-3.3-70B-Instruct",
+        131072,
     ),
     "llama-3.1-8b": Known(
         Shape(32, 4096, 32, 8, 14336, 128256, 128),
         "llama3.1:8b",
         "hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4",
         "meta-llama/Llama-3.1-8B-Instruct",
+        131072,
     ),
     "qwen2.5-72b": Known(
         Shape(80, 8192, 64, 8, 29568, 152064, 128, bias=True),
         "qwen2.5:72b",
         "Qwen/Qwen2.5-72B-Instruct-AWQ",
         "Qwen/Qwen2.5-72B-Instruct",
+        32768,
         padded=29696,  # 29568 / 128 is odd: two cards could not halve it
     ),
     "qwen2.5-32b": Known(
@@ -269,36 +275,42 @@ KNOWN: Mapping[str, Known] = {
         "qwen2.5:32b",
         "Qwen/Qwen2.5-32B-Instruct-AWQ",
         "Qwen/Qwen2.5-32B-Instruct",
+        32768,
     ),
     "qwen2.5-14b": Known(
         Shape(48, 5120, 40, 8, 13824, 152064, 128, bias=True),
         "qwen2.5:14b",
         "Qwen/Qwen2.5-14B-Instruct-AWQ",
         "Qwen/Qwen2.5-14B-Instruct",
+        32768,
     ),
     "qwen2.5-7b": Known(
         Shape(28, 3584, 28, 4, 18944, 152064, 128, bias=True),
         "qwen2.5:7b",
         "Qwen/Qwen2.5-7B-Instruct-AWQ",
         "Qwen/Qwen2.5-7B-Instruct",
+        32768,
     ),
     "qwen3-32b": Known(
         Shape(64, 5120, 64, 8, 25600, 151936, 128),
         "qwen3:32b",
         "Qwen/Qwen3-32B-AWQ",
         "Qwen/Qwen3-32B",
+        40960,
     ),
     "qwen3-14b": Known(
         Shape(40, 5120, 40, 8, 17408, 151936, 128),
         "qwen3:14b",
         "Qwen/Qwen3-14B-AWQ",
         "Qwen/Qwen3-14B",
+        40960,
     ),
     "mistral-small-24b": Known(
         Shape(40, 5120, 32, 8, 32768, 131072, 128),
         "mistral-small:24b",
         "casperhansen/mistral-small-24b-instruct-2501-awq",
         "mistralai/Mistral-Small-24B-Instruct-2501",
+        32768,
     ),
     "gemma-3-27b": Known(
         Shape(
@@ -308,6 +320,7 @@ KNOWN: Mapping[str, Known] = {
         "gemma3:27b",
         "ISTA-DASLab/gemma-3-27b-it-GPTQ-4b-128g",
         "google/gemma-3-27b-it",
+        131072,
         scheme="GPTQ",
         dtype="bfloat16",  # its activations leave the range of float16
     ),
@@ -367,7 +380,8 @@ def named(text: str, engine: Engine, shape: Shape | None = None) -> Weights:
     if model.padded and SCHEMES.get(scheme, (16, None))[1]:
         shape = replace(shape, intermediate=model.padded)
     made = of(shape, scheme, text, f"reckoned from the shape of {model.source}")
-    return replace(made, dtype="bfloat16" if scheme == "BF16" else model.dtype)
+    dtype = "bfloat16" if scheme == "BF16" else model.dtype
+    return replace(made, dtype=dtype, longest=model.longest)
 
 
 def _scheme(text: str, engine: Engine) -> str:
@@ -635,6 +649,7 @@ def _weights_of(path: Path, said: Mapping[str, Any], tensors: list[_Tensor]) -> 
         body=size,
         body_read=round(size - (1 - used) * sum(one.size for one in idle)),
         source=f"the header of {path.name}",
+        longest=number("context_length", 0) or None,
     )
 
 
@@ -686,6 +701,7 @@ def _safetensors(folder: Path) -> Weights:
         source=f"the headers of {folder.name}/*.safetensors",
         group=group,
         dtype=_dtype(bits, config),
+        longest=_longest(config),
     )  # fmt: skip
 
 
@@ -793,6 +809,11 @@ def _dtype(bits: int, config: Mapping[str, Any]) -> Literal["float16", "bfloat16
     return "float16" if bits < 16 and "gemma" not in str(config.get("model_type")) else "bfloat16"
 
 
+def _longest(config: Mapping[str, Any]) -> int | None:
+    said = config.get("max_position_embeddings")
+    return said if isinstance(said, int) and said > 0 else None
+
+
 def _without(
     folder: Path,
     shape: Shape,
@@ -809,7 +830,7 @@ def _without(
             "*.safetensors, and there are none"
         )
     made = _even(shape, bits, group, name, scheme, f"reckoned from {folder.name}/config.json")
-    made = replace(made, dtype=_dtype(bits, config))
+    made = replace(made, dtype=_dtype(bits, config), longest=_longest(config))
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return made

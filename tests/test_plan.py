@@ -204,7 +204,7 @@ F32, Q4_K = 0, 12
 
 
 def gguf(path: Path, **said: Any) -> Path:
-    """A small GGUF of 2 layers; `said` changes its metadata, `kinds` its tensors' types."""
+    """A small GGUF; `said` changes its metadata, `kind` its tensors' type, `cut` its end."""
     kind = said.pop("kind", F32)
     cut = said.pop("cut", None)
     extra = said.pop("extra", {})
@@ -216,7 +216,7 @@ def gguf(path: Path, **said: Any) -> Path:
         f"{arch}.attention.head_count": 4, f"{arch}.attention.head_count_kv": 2,
         f"{arch}.feed_forward_length": 512, "tokenizer.ggml.tokens": ["word"] * 5000,
         "tokenizer.ggml.scores": [0] * 5000,
-        **{key.replace("__", "."): value for key, value in said.items()},
+        **said,
     }  # fmt: skip
 
     def text(value: str) -> bytes:
@@ -258,7 +258,7 @@ def test_a_gguf_tells_its_sizes_by_its_types(tmp_path: Path) -> None:
 
 def test_all_parts_of_a_split_gguf_count(tmp_path: Path) -> None:
     for n in (1, 2):
-        gguf(tmp_path / f"a-0000{n}-of-00002.gguf", split__count=2)
+        gguf(tmp_path / f"a-0000{n}-of-00002.gguf", **{"split.count": 2})
     whole, part = (tmp_path / "a-00002-of-00002.gguf", weights.read(gguf(tmp_path / "b.gguf")))
 
     assert weights.read(whole).parameters == 2 * part.parameters
@@ -269,10 +269,9 @@ def test_all_parts_of_a_split_gguf_count(tmp_path: Path) -> None:
 
 def test_of_a_mixture_only_the_experts_in_use_are_read(tmp_path: Path) -> None:
     experts = {"blk.0.ffn_up_exps.weight": (256, 512, 8)}
+    used = {"llama.expert_count": 8, "llama.expert_used_count": 2}
     dense = weights.read(gguf(tmp_path / "a.gguf"))
-    mixed = weights.read(
-        gguf(tmp_path / "b.gguf", extra=experts, llama__expert_count=8, llama__expert_used_count=2)
-    )
+    mixed = weights.read(gguf(tmp_path / "b.gguf", extra=experts, **used))
 
     assert mixed.total - dense.total == 8 * 256 * 512 * 4
     assert mixed.read - dense.read == 2 * 256 * 512 * 4
@@ -280,10 +279,8 @@ def test_of_a_mixture_only_the_experts_in_use_are_read(tmp_path: Path) -> None:
 
 
 def test_layers_with_a_window_keep_no_more_than_it(tmp_path: Path) -> None:
-    path = gguf(tmp_path / "a.gguf", arch="gemma3", gemma3__attention__sliding_window=100,
-                gemma3__block_count=12)  # fmt: skip
-    path = gguf(path, arch="gemma3", **{"gemma3.attention.sliding_window": 100,
-                                        "gemma3.block_count": 12})  # fmt: skip
+    said = {"gemma3.attention.sliding_window": 100, "gemma3.block_count": 12}
+    path = gguf(tmp_path / "a.gguf", arch="gemma3", **said)
     shape = weights.read(path).shape
 
     assert (shape.windowed, shape.window) == (10, 100)
@@ -396,7 +393,8 @@ def test_more_slots_and_more_context_never_need_less(
     pair: tuple[Weights, Weights], gib: float, slots: int, context: int
 ) -> None:
     def needs(n: int, tokens: int) -> float:
-        thought = planned(pair[0], None, changed(BOX, gib=gib), ollama_slots=n, context=tokens)
+        endless = changed(pair[0], longest=None)
+        thought = planned(endless, None, changed(BOX, gib=gib), ollama_slots=n, context=tokens)
         return thought.lanes["ollama"].memory_gib
 
     assert needs(slots, context) <= needs(slots + 1, context)
@@ -637,7 +635,7 @@ def test_the_table_says_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(run(capsys, *LLAMA).split())
 
     for words in (
-        "exclusive, one engine has the cards at a time: 39.6 + 37.0 = 76.6 GiB",
+        "fits, exclusive: one engine has the cards at a time: 39.6 + 37.0 = 76.6 GiB",
         "--tensor-parallel-size 2", "--kv-cache-dtype fp8", "--enable-sleep-mode",
         "NCCL_P2P_DISABLE=1 VLLM_SERVER_DEV_MODE=1", "OLLAMA_CONTEXT_LENGTH=8192",
         "pins 44 to 50 GiB", "53.5", "assumed",
@@ -770,9 +768,26 @@ def test_what_fits_nowhere_is_told_with_what_would(
 ) -> None:
     said = " ".join(run(capsys, "llama-3.3-70b", "--cards", cards, code=1).split())
 
-    assert said.count("does not fit") == 2
+    assert (said.count("does not fit vLLM"), said.count("does not fit Ollama")) == (1, 1)
     if cards == "1x24":
         assert said.count("a smaller model") == 2
+
+
+def test_no_more_context_is_planned_than_a_model_was_made_for(tmp_path: Path) -> None:
+    short = weights.read(folder(tmp_path / "m", max_position_embeddings=4096,
+                                quantization_config=GROUPS_OF_128))  # fmt: skip
+
+    assert planned(None, short).lanes["vllm"].context == 4096
+    with pytest.raises(SettingsError, match="was made for 4096 tokens"):
+        planned(None, short, context=8192)
+
+
+def test_no_bound_is_told_of_what_runs_on_the_cpu() -> None:
+    lane = planned(named("qwen2.5:72b", "ollama"), None, context=8192).lanes["ollama"]
+
+    assert lane.on_cpu_gib > 0
+    assert lane.speed is None
+    assert {one.bound_tokens_s for one in lane.at} == {None}
 
 
 def test_a_context_that_does_not_fit_is_told_with_one_that_does() -> None:
