@@ -77,6 +77,17 @@ class Nvml:
                 sizes[process.pid] = sizes.get(process.pid, 0) + size
         return _largest_first(sizes)
 
+    def cards(self) -> list[tuple[str, int]]:
+        """Name of each card, and the bytes of it that programs can have between them."""
+        return self._each(self._card)
+
+    def _card(self, nvml: Any, card: Any) -> tuple[str, int]:
+        try:  # what the driver keeps for itself is told by the second version alone
+            memory = nvml.nvmlDeviceGetMemoryInfo(card, version=nvml.nvmlMemory_v2)
+        except nvml.NVMLError_FunctionNotFound:
+            return str(nvml.nvmlDeviceGetName(card)), nvml.nvmlDeviceGetMemoryInfo(card).total
+        return str(nvml.nvmlDeviceGetName(card)), memory.total - memory.reserved
+
     def _memories(self) -> list[Any]:
         """`total`, `free` and `used` of each card."""
         return self._each(lambda nvml, card: nvml.nvmlDeviceGetMemoryInfo(card))
