@@ -199,6 +199,7 @@ class Gateway:
             [lane.model for lane in lanes],
             process=process,
             needs=int(needs * GIB) if needs else None,
+            away_s=self._settings.gpu.away_s,
         )
 
     def _check_memory(self, models: Mapping[str, settings.Model], memory: Memory) -> None:

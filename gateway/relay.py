@@ -290,7 +290,7 @@ class Relay:
         if not movement:
             return b""
         if not reply.begun:
-            exchange.lane = model.admission.scheduler.lane_for(ticket) or ""
+            exchange.lane = model.admission.heading(ticket)
             exchange.reason = movement
         return _status_event(movement, done=False) if self._status_events else HEARTBEAT
 
