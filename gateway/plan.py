@@ -665,12 +665,6 @@ def env(name: str, made_by: str, thought: Plan) -> str:
         "GATEWAY_BIND=127.0.0.1",
         "GATEWAY_PORT=8000",
         "WEBUI_PORT=3000",
-        "# Only with --profile metrics.",
-        "PROMETHEUS_PORT=9090",
-        "GRAFANA_PORT=3001",
-        "",
-        "# Price of a kWh, for what answers cost; empty: not reckoned.",
-        "ELECTRICITY_PER_KWH=",
     ]
     return "\n".join(lines) + "\n"
 
