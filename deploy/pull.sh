@@ -5,15 +5,15 @@ folder=$1
 shift
 said=$(mktemp)
 
-last() { # what the bar shows now
-  tr '\r' '\n' <"$said" | sed 's/\x1b\[[0-9;?]*[a-zA-Z]//g' | grep . | tail -n 1
+last() { # the last lines of what it has said; a bar draws over itself, and in colours
+  tr '\r' '\n' <"$said" | sed 's/\x1b\[[0-9;?]*[a-zA-Z]//g' | grep . | tail -n "$1"
 }
 
 "$@" >"$said" 2>&1 &
 command=$!
 trap 'kill $command 2>/dev/null' TERM INT
 while kill -0 $command 2>/dev/null; do
-  echo "$(du -sh "$folder" | cut -f 1) there | $(last)"
+  echo "$(du -sh "$folder" | cut -f 1) there | $(last 1)"
   seconds=0
   while [ $seconds -lt "${EVERY_S:-10}" ] && kill -0 $command 2>/dev/null; do
     sleep 1
@@ -25,7 +25,7 @@ code=$?
 if [ $code = 0 ]; then
   echo "$(du -sh "$folder" | cut -f 1) there: done"
 else
-  tr '\r' '\n' <"$said" | tail -n 20
+  last 20
   echo "ended with code $code; run it again, it goes on where it was"
 fi
 exit $code

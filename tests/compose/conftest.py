@@ -75,7 +75,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
             yield came
         finally:
             started.set()
-            box.compose("down", "--volumes", "--remove-orphans", "--timeout", "40")
+            box.compose("--profile", "*", "down", "--volumes", "--timeout", "40")
 
 
 def _set_up(box: compose.Box, log: Path) -> str:
@@ -86,10 +86,16 @@ def _set_up(box: compose.Box, log: Path) -> str:
             command, env=box.environment(), stdout=output, stderr=subprocess.STDOUT
         )
         try:
-            compose.until(lambda: log.read_text().count("there: done") == 2, 180, log.read_text)
+            compose.until(
+                lambda: running.poll() is not None or log.read_text().count("there: done") == 2,
+                180,
+                log.read_text,
+            )
         finally:
+            ended = running.poll()
             running.send_signal(signal.SIGINT)
             running.wait(90)
+    assert ended is None, log.read_text()
     return log.read_text()
 
 

@@ -32,7 +32,13 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if "/manifests/" in path:
             self._file(self.engines / MANIFEST)
-        elif (blob := path.rpartition("/blobs/sha256:")[2]) != path:
+        elif (blob := path.rpartition("/blobs/sha256:")[2]) != path and self.command == "GET":
+            # Ollama wants to be sent elsewhere for a file.
+            self.send_response(307)
+            self.send_header("Location", f"http://files:{PORT}/files/sha256:{blob}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif (blob := path.rpartition("/sha256:")[2]) != path:
             self._file(self.engines / "ollama/models/blobs" / f"sha256-{blob}")
         elif path.startswith("/api/models/") and "/tree/" in path:
             entries = sorted((self.engines / "smollm2").iterdir())
