@@ -31,7 +31,7 @@ from gateway.errors import BadRequest
 from gateway.gpu import Budget, Memory, MemoryUnknown, Nvml
 from gateway.handover import Deadlines, Gpu, Occupant
 from gateway.health import Breaker, Prober
-from gateway.lease import Lease, LeaseError
+from gateway.lease import Lease, LeaseError, usual_lease
 from gateway.policy import HandOver, Overlap, Policy, Served
 from gateway.profile import Refined
 from gateway.relay import Relay
@@ -156,7 +156,7 @@ class Gateway:
             return
         own = self._settings.gpu
         try:
-            self._lease = Lease(own.lease or _usual_lease())
+            self._lease = Lease(own.lease or usual_lease())
             self._lease.acquire(f"{self._settings.host}:{self._settings.port}")
         except LeaseError as exc:
             raise SettingsError(str(exc)) from exc
@@ -568,12 +568,6 @@ def _supervised(kind: Kind, configured: settings.Engine) -> Supervised:
     file = configured.log or Path(tempfile.mkdtemp(prefix="twolane-")) / f"{kind}.log"
     log.info("%s is ours to start and stop (log: %s)", kind, file)
     return Supervised(configured.command, file, configured.environment)
-
-
-def _usual_lease() -> Path:
-    """Where this machine's gateways agree about its GPU."""
-    directory = settings.environment().get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    return Path(directory) / "twolane-gpu.lease"
 
 
 def _stated(found: Capabilities, lane: settings.Lane) -> Capabilities:

@@ -27,6 +27,7 @@ from rich.text import Text
 from backends import base, http
 from gateway import settings
 from gateway.app import Gateway
+from gateway.doctor import add_command as add_doctor
 from gateway.plan import add_command as add_plan
 from gateway.settings import KINDS, Kind, Settings, SettingsError
 from gateway.simulate.command import add_command as add_simulate
@@ -42,6 +43,7 @@ examples:
                                              one name over a model of each engine
   twolane serve --config twolane.yaml        as twolane.example.yaml explains
   twolane plan llama-3.3-70b --cards 2x24    what fits, before anything is downloaded
+  twolane doctor --config twolane.yaml       what will fail, before it does
   twolane status --watch                     lanes, demand, queues, last decisions
   twolane compare --config twolane.yaml      which engine is faster here, and from how many on
   twolane calibrate --config twolane.yaml    the same, for the gateway to decide by
@@ -125,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_simulate(commands)
     add_plan(commands)
+    add_doctor(commands)
     add_trials(commands, _pair)
 
     status = commands.add_parser(
