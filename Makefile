@@ -2,6 +2,7 @@
 # make bench   what the gateway costs, against nginx  make test-engines  the same on real engines
 # make check   lint, types, import contracts          make engines       gets the real engines' parts
 # make switch  the GPU passes between real engines    make compare       the experiment on real engines
+# make test-compose  compose.yaml for real, in Docker
 
 UV_VERSION := 0.13.9
 # uv where it is installed, else one of our own: all that is needed is Python 3.11 and make.
@@ -9,12 +10,12 @@ UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 RUN := .venv/bin/python -m
 PYTEST := $(RUN) pytest
 
-.PHONY: serve test engines test-engines bench day switch compare calibrate agreement check clean
+.PHONY: serve test engines test-engines test-compose bench day switch compare calibrate agreement check clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 .cache/uv/bin/uv:
 	@echo "no uv on this machine: fetching one into .cache/uv"
@@ -37,7 +38,7 @@ serve: .venv/serve
 	@$(RUN) gateway serve $(ARGS)
 
 test: .venv/dev tests/clients/node_modules/.package-lock.json
-	$(PYTEST) tests --ignore tests/engines $(ARGS)
+	$(PYTEST) tests --ignore tests/engines --ignore tests/compose $(ARGS)
 
 # The openai package for Node is tested for real where Node is there.
 tests/clients/node_modules/.package-lock.json: tests/clients/package-lock.json
@@ -48,6 +49,9 @@ engines: .venv/dev
 
 test-engines: .venv/dev
 	$(PYTEST) tests/engines $(ARGS)
+
+test-compose: .venv/dev
+	$(PYTEST) tests/compose $(ARGS)
 
 bench: .venv/dev
 	$(RUN) loadtests.overhead $(ARGS)

@@ -1,4 +1,4 @@
-"""What there is of GPU memory, how much of it is free, and who has the rest.
+"""What there is of GPU memory, how much of it is free, who has the rest, and how the cards do.
 
 It is asked and never reckoned: an engine that says its model is gone may still hold the
 bytes. A question waits for a driver or for files, up to a tenth of a second: ask it in a
@@ -13,6 +13,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntFlag
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -46,22 +48,77 @@ class Memory(Protocol):
         """
 
 
+class Brake(IntFlag):
+    """What keeps a card from its full clock now, with the driver's own numbers."""
+
+    POWER_LIMIT = 0x4
+    HARDWARE = 0x8
+    HEAT = 0x20
+    HARDWARE_HEAT = 0x40
+    POWER_SUPPLY = 0x80
+
+
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What the driver says of one card now; None where it cannot say.
+    """One card as its driver sees it now; None where that does not tell.
 
-    `joules` is the energy it has used since the driver was loaded.
+    Attributes:
+        memory: Bytes in all.
+        width: Lanes of its PCIe link now, and at most. A link may rest when nothing runs.
+        generation: Of its PCIe link now, and at most.
+        state: From 0, working at full clock, to 15, idle.
+        power_w: Its power limit, and the one it came with, watts.
+        heat_c: Its temperature, and the one at which its driver slows it down, °C.
+        peers: The cards, by index, whose memory it reads directly (P2P).
     """
 
     index: int
     name: str
-    memory_total: int  # bytes
-    memory_used: int  # bytes
-    watts: float | None
-    watts_limit: float | None
-    celsius: int | None
-    utilization: float | None  # 0.0 to 1.0
-    joules: float | None
+    memory: int
+    width: tuple[int | None, int | None] = (None, None)
+    generation: tuple[int | None, int | None] = (None, None)
+    state: int | None = None
+    power_w: tuple[float | None, float | None] = (None, None)
+    heat_c: tuple[int | None, int | None] = (None, None)
+    brakes: Brake | None = None
+    peers: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return f"card {self.index} ({self.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a card's meters show now; None where it has no such meter.
+
+    Attributes:
+        memory_total: Bytes in all.
+        memory_used: Bytes that somebody has.
+        watts: What it draws.
+        watts_limit: What it may draw.
+        celsius: Of the chip.
+        utilization: Share of the time in which it computed, 0.0 to 1.0.
+        joules: Energy since the driver was loaded.
+    """
+
+    index: int
+    name: str
+    memory_total: int
+    memory_used: int
+    watts: float | None = None
+    watts_limit: float | None = None
+    celsius: int | None = None
+    utilization: float | None = None
+    joules: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The driver's version, the newest CUDA it runs, and its cards."""
+
+    version: str
+    cuda: str
+    cards: tuple[Card, ...]
 
 
 class Nvml:
@@ -96,9 +153,31 @@ class Nvml:
                 sizes[process.pid] = sizes.get(process.pid, 0) + size
         return _largest_first(sizes)
 
-    def cards(self) -> list[Card]:
-        """Each card; raises `MemoryUnknown`."""
-        return self._each(_card)
+    def cards(self) -> list[tuple[str, int]]:
+        """Name of each card, and the bytes of it that programs can have between them."""
+        return self._each(self._card)
+
+    def _card(self, nvml: Any, card: Any) -> tuple[str, int]:
+        try:  # what the driver keeps for itself is told by the second version alone
+            memory = nvml.nvmlDeviceGetMemoryInfo(card, version=nvml.nvmlMemory_v2)
+        except nvml.NVMLError_FunctionNotFound:
+            return str(nvml.nvmlDeviceGetName(card)), nvml.nvmlDeviceGetMemoryInfo(card).total
+        return str(nvml.nvmlDeviceGetName(card)), memory.total - memory.reserved
+
+    def driver(self) -> Driver:
+        """The driver, and how each card does; raises `MemoryUnknown`."""
+        cards = self._each(_card)
+        version, cuda = self._each(
+            lambda nvml, _: (
+                nvml.nvmlSystemGetDriverVersion(),
+                nvml.nvmlSystemGetCudaDriverVersion_v2(),
+            )
+        )[0]
+        return Driver(version, f"{cuda // 1000}.{cuda % 1000 // 10}", tuple(cards))
+
+    def readings(self) -> list[Reading]:
+        """What each card's meters show; raises `MemoryUnknown`."""
+        return self._each(_reading)
 
     def _memories(self) -> list[Any]:
         """`total`, `free` and `used` of each card."""
@@ -146,33 +225,6 @@ class Nvml:
             self._open = False
             with contextlib.suppress(self._library.NVMLError):  # closed is what was wanted
                 self._library.nvmlShutdown()
-
-
-def _card(nvml: Any, card: Any) -> Card:
-    def told(question: Callable[..., Any], *more: Any) -> Any:
-        """What this card answers, which not every card does to everything."""
-        try:
-            return question(card, *more)
-        except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission):
-            return None
-
-    memory = nvml.nvmlDeviceGetMemoryInfo(card)
-    milliwatts = told(nvml.nvmlDeviceGetPowerUsage)
-    limit = told(nvml.nvmlDeviceGetEnforcedPowerLimit)
-    utilization = told(nvml.nvmlDeviceGetUtilizationRates)
-    millijoules = told(nvml.nvmlDeviceGetTotalEnergyConsumption)
-    name = told(nvml.nvmlDeviceGetName)
-    return Card(
-        index=nvml.nvmlDeviceGetIndex(card),
-        name=name.decode() if isinstance(name, bytes) else name or "",
-        memory_total=memory.total,
-        memory_used=memory.used,
-        watts=None if milliwatts is None else milliwatts / 1000,
-        watts_limit=None if limit is None else limit / 1000,
-        celsius=told(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
-        utilization=None if utilization is None else utilization.gpu / 100,
-        joules=None if millijoules is None else millijoules / 1000,
-    )
 
 
 class Budget:
@@ -243,6 +295,86 @@ class Budget:
             return int((where / "statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         except OSError:
             return 0
+
+
+def _card(nvml: Any, card: Any) -> Card:
+    """What this card tells of itself."""
+
+    told = partial(_told, nvml)
+    index = nvml.nvmlDeviceGetIndex(card)
+    brakes = told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, card)
+    peers: list[tuple[int, int | None]] = []
+    for other in range(nvml.nvmlDeviceGetCount()):
+        if other != index:
+            handle = nvml.nvmlDeviceGetHandleByIndex(other)
+            # By number: the library's own constant for reading is a tuple by mistake.
+            peers.append((other, told(nvml.nvmlDeviceGetP2PStatus, card, handle, 0)))
+    return Card(
+        index=index,
+        name=nvml.nvmlDeviceGetName(card),
+        memory=nvml.nvmlDeviceGetMemoryInfo(card).total,
+        width=(
+            told(nvml.nvmlDeviceGetCurrPcieLinkWidth, card),
+            told(nvml.nvmlDeviceGetMaxPcieLinkWidth, card),
+        ),
+        generation=(
+            told(nvml.nvmlDeviceGetCurrPcieLinkGeneration, card),
+            told(nvml.nvmlDeviceGetMaxPcieLinkGeneration, card),
+        ),
+        state=told(nvml.nvmlDeviceGetPerformanceState, card),
+        power_w=(
+            _thousandth(told(nvml.nvmlDeviceGetPowerManagementLimit, card)),
+            _thousandth(told(nvml.nvmlDeviceGetPowerManagementDefaultLimit, card)),
+        ),
+        heat_c=(
+            told(nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
+            told(
+                nvml.nvmlDeviceGetTemperatureThreshold,
+                card,
+                nvml.NVML_TEMPERATURE_THRESHOLD_GPU_MAX,
+            ),
+        ),
+        brakes=None if brakes is None else Brake(brakes & sum(Brake)),
+        peers=None
+        if any(status is None for _, status in peers)
+        else tuple(other for other, status in peers if status == nvml.NVML_P2P_STATUS_OK),
+    )
+
+
+def _reading(nvml: Any, card: Any) -> Reading:
+    """What this card's meters show."""
+    told = partial(_told, nvml)
+    memory = nvml.nvmlDeviceGetMemoryInfo(card)
+    rates = told(nvml.nvmlDeviceGetUtilizationRates, card)
+    return Reading(
+        index=nvml.nvmlDeviceGetIndex(card),
+        name=nvml.nvmlDeviceGetName(card),
+        memory_total=memory.total,
+        memory_used=memory.used,
+        watts=_thousandth(told(nvml.nvmlDeviceGetPowerUsage, card)),
+        watts_limit=_thousandth(told(nvml.nvmlDeviceGetEnforcedPowerLimit, card)),
+        celsius=told(nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
+        utilization=None if rates is None else rates.gpu / 100,
+        joules=_thousandth(told(nvml.nvmlDeviceGetTotalEnergyConsumption, card)),
+    )
+
+
+def _told(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
+    """What is answered, which not every card does to everything; else None."""
+    try:
+        return question(*arguments)
+    except (
+        nvml.NVMLError_NotSupported,
+        nvml.NVMLError_NoPermission,
+        nvml.NVMLError_FunctionNotFound,  # a driver older than the question
+        nvml.NVMLError_InvalidArgument,
+    ):
+        return None
+
+
+def _thousandth(thousandths: int | None) -> float | None:
+    """Watts of milliwatts, joules of millijoules."""
+    return None if thousandths is None else thousandths / 1000
 
 
 def _largest_first(sizes: dict[int, int]) -> list[tuple[int, int]]:

@@ -35,7 +35,7 @@ from backends.base import Readiness
 from gateway.catalogue import Model
 from gateway.cost import Bill, Meter, Use, bill
 from gateway.errors import GatewayError
-from gateway.gpu import Card, MemoryUnknown, Nvml
+from gateway.gpu import MemoryUnknown, Nvml, Reading
 from gateway.handover import Gpu, Passage, Step
 from gateway.relay import Exchange
 from gateway.settings import Cost
@@ -129,7 +129,7 @@ class Metrics(Collector):
         self._models = models
         self._prices = prices
         self._outcomes = ENDINGS | set(_codes(GatewayError))
-        self._cards: Sequence[Card] = ()
+        self._cards: Sequence[Reading] = ()
         self._cards_at = -math.inf
         self._requests: dict[tuple[str, str, str, str, bool], int] = {}
         self._latency: dict[Place, Latency] = {}
@@ -193,16 +193,16 @@ class Metrics(Collector):
         ask_at = -math.inf
         while True:
             now = time.monotonic()
-            cards: Sequence[Card] = ()
+            cards: Sequence[Reading] = ()
             if now >= ask_at:
                 try:
-                    cards = await asyncio.to_thread(nvml.cards)
+                    cards = await asyncio.to_thread(nvml.readings)
                 except MemoryUnknown:
                     ask_at = now + NO_DRIVER_S
             self.looked(time.monotonic(), cards)
             await asyncio.sleep(LOOK_S)
 
-    def looked(self, now: float, cards: Sequence[Card]) -> None:
+    def looked(self, now: float, cards: Sequence[Reading]) -> None:
         """The cards say this now; none where nobody can tell."""
         self._cards, self._cards_at = cards, now
         drawn = [card.watts for card in cards if card.watts is not None]
@@ -481,7 +481,7 @@ def _holding(gpu: Gpu) -> Iterator[Family]:
     yield _gauge("twolane_gpu_released", "1: the operator has released it.", gpu.released)
 
 
-def _cards(cards: Iterable[Card]) -> Iterator[Family]:
+def _cards(cards: Iterable[Reading]) -> Iterator[Family]:
     """What the driver says; a card that does not know something has no sample of it."""
     told = {
         "memory_total": ("twolane_gpu_memory_total_bytes", "Memory of the card."),
