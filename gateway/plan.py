@@ -665,6 +665,18 @@ def env(name: str, made_by: str, thought: Plan) -> str:
         "GATEWAY_BIND=127.0.0.1",
         "GATEWAY_PORT=8000",
         "WEBUI_PORT=3000",
+        "# Only with --profile metrics.",
+        "PROMETHEUS_PORT=9090",
+        "GRAFANA_PORT=3001",
+        "",
+        "# What answers cost, in `twolane status` and the metrics; empty: not reckoned. A kWh, and",
+        "# what one could pay in place of it: an hour of such a machine, a million output tokens.",
+        "CURRENCY=EUR",
+        "ELECTRICITY_PER_KWH=",
+        "RENT_PER_HOUR=",
+        "API_PER_MILLION=",
+        "# Watts of the whole machine, if somebody measured them; empty: what the cards say.",
+        "MACHINE_WATTS=",
     ]
     return "\n".join(lines) + "\n"
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from gateway import settings
-from gateway.settings import Settings, SettingsError
+from gateway.settings import Cost, Settings, SettingsError
 
 ROOT = Path(__file__).parents[1]
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
@@ -76,18 +76,24 @@ def test_without_a_file_of_ones_own_it_is_as_in_the_example(text: str) -> None:
     example = dict(line.split("=", 1) for line in lines if line and line[0] != "#")
     defaults = dict(VARIABLE.findall(text))
 
-    assert {name: defaults[name] for name in example} == example
+    prices = {name for name, value in example.items() if not value and defaults[name] == "null"}
+    assert prices == {"ELECTRICITY_PER_KWH", "RENT_PER_HOUR", "API_PER_MILLION", "MACHINE_WATTS"}
+    assert {n: defaults[n] for n in example if n not in prices} == {
+        n: value for n, value in example.items() if n not in prices
+    }
 
 
 def test_what_may_be_changed_arrives(text: str, tmp_path: Path) -> None:
     read = settings_of(
-        text, tmp_path, MODEL="chat", PLACEMENT="shared", OLLAMA_SLOTS="8", VLLM_CONTEXT="4096"
-    )
+        text, tmp_path, MODEL="chat", PLACEMENT="shared", OLLAMA_SLOTS="8", VLLM_CONTEXT="4096",
+        CURRENCY="USD", RENT_PER_HOUR="0.70",
+    )  # fmt: skip
 
     chat = read.models["chat"]
     assert chat.placement == "shared"
     assert chat.lanes["ollama"].slots == 8
     assert chat.lanes["vllm"].context == 4096
+    assert read.cost == Cost(currency="USD", rent_per_hour=0.7)
 
 
 def test_published_to_others_it_wants_a_key(text: str, tmp_path: Path) -> None:

@@ -41,17 +41,24 @@ def missing(*, engine: bool = True) -> str:
     Args:
         engine: Containers are to be run; compose alone needs no Docker Engine.
     """
+    return next(_missing(engine=engine), "")
+
+
+def _missing(*, engine: bool) -> Iterator[str]:
     if shutil.which("docker") is None or docker("compose", "version").returncode:
-        return GET_DOCKER
+        yield GET_DOCKER
     if not engine:
-        return ""
+        return
     if docker("version").returncode:
-        return "no Docker Engine answers: start it, or set DOCKER_HOST"
+        yield "no Docker Engine answers: start it, or set DOCKER_HOST"
     if docker("image", "inspect", BASE).returncode:
-        return GET_BASE
+        yield GET_BASE
+    if shutil.which("prometheus") is None:
+        yield "Prometheus is not here: get it from your package manager (Debian: prometheus)"
     if not all(part.is_complete() for part in rig.parts()):
-        return f"the engines are not there: {rig.GET_ENGINES}"
-    return "" if shutil.which("ollama") else rig.GET_OLLAMA
+        yield f"the engines are not there: {rig.GET_ENGINES}"
+    if shutil.which("ollama") is None:
+        yield rig.GET_OLLAMA
 
 
 def configuration(*profiles: str, **variables: str) -> dict[str, Any]:
@@ -71,11 +78,13 @@ class Box:
     Attributes:
         project: Its name.
         port: Where the gateway is published.
+        prometheus: Where Prometheus is, once it is up.
         variables: What a person would write into `.env`.
     """
 
     project: str
     port: int
+    prometheus: int
     variables: Mapping[str, str]
 
     def compose(self, *arguments: str, **variables: str) -> str:
@@ -161,21 +170,24 @@ def box(secrets: Path) -> Box:
         secrets: A folder of its own, to keep the key in.
     """
     (secrets / "api_keys").write_text(f"# of the test\n{KEY}\n")
-    ollama = shutil.which("ollama")
+    ollama, prometheus = shutil.which("ollama"), shutil.which("prometheus")
     assert ollama is not None
+    assert prometheus is not None
     home = dict(
         line.split(" = ", 1) for line in (rig.ENGINES / "vllm/pyvenv.cfg").read_text().splitlines()
     )["home"]
-    port = rig.free_port()
+    port, watched = rig.free_port(), rig.free_port()
     return Box(
         f"twolane-test-{os.getpid()}",
         port,
+        watched,
         {
             "BOX_BASE": BASE,
             "BOX_ENGINES": str(rig.ENGINES.resolve()),
             "BOX_OLLAMA": str(Path(ollama).resolve().parents[1]),
             "BOX_PYTHON": str(Path(home).parent),
             "BOX_CPUS": rig.vllm_environment()["VLLM_CPU_OMP_THREADS_BIND"],
+            "BOX_PROMETHEUS": str(Path(prometheus).resolve()),
             "BOX_SECRETS": str(secrets),
             "MODEL": "smollm2",
             "OLLAMA_MODEL": f"hub:5000/library/{rig.OLLAMA_MODEL}",
@@ -185,6 +197,11 @@ def box(secrets: Path) -> Box:
             "VLLM_SLOTS": "8",
             "VLLM_CONTEXT": str(rig.CONTEXT_TOKENS),
             "GATEWAY_PORT": str(port),
+            "PROMETHEUS_PORT": str(watched),
+            "ELECTRICITY_PER_KWH": "0.30",
+            "RENT_PER_HOUR": "0.70",
+            "API_PER_MILLION": "0.60",
+            "MACHINE_WATTS": "120",
         },
     )
 

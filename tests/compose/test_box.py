@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -114,6 +117,74 @@ def test_the_cards_pass_from_one_engine_to_the_other_and_back(up: Up) -> None:
     up.box.post("/admin/pin", {"lane": "auto"})
 
     assert served == [("ollama", True, True), ("vllm", True, False)]
+
+
+# What Prometheus and the dashboard see of it
+
+
+@pytest.fixture(scope="module")
+def watched(up: Up) -> Iterator[httpx.Client]:
+    """The API of the profile's Prometheus, when it has looked at both of us for a while."""
+    up.box.compose("--profile", "metrics", "up", "--detach", "--wait", "--no-deps", "prometheus")
+    url = f"http://127.0.0.1:{up.box.prometheus}/api/v1/"
+    with httpx.Client(base_url=url, trust_env=False) as client:
+
+        def seen() -> bool:
+            looks = asked(client, "query", query="count_over_time(up[5m]) > 3")["result"]
+            return {look["metric"]["job"] for look in looks} == {"twolane", "vllm"}
+
+        assert text(up.box.chat())
+        compose.until(seen, 60, lambda: asked(client, "targets"))
+        yield client
+
+
+def asked(prometheus: httpx.Client, path: str, **about: str) -> Any:
+    """What it says."""
+    said = prometheus.get(path, params=about).json()
+    assert said["status"] == "success", said
+    return said["data"]
+
+
+def test_prometheus_reaches_the_gateway_and_vllm(watched: httpx.Client) -> None:
+    targets = asked(watched, "targets")["activeTargets"]
+
+    assert {target["labels"]["job"]: target["health"] for target in targets} == {
+        "twolane": "up",
+        "vllm": "up",
+    }
+
+
+def test_prometheus_has_loaded_the_alerts_and_none_of_them_fires(watched: httpx.Client) -> None:
+    def rules() -> list[tuple[str, str]]:
+        [group] = asked(watched, "rules")["groups"]
+        return [(rule["name"], rule["health"]) for rule in group["rules"]]
+
+    compose.until(lambda: {health for _, health in rules()} == {"ok"}, 30, rules)
+
+    assert [name for name, _ in rules()] == [
+        "TwolaneServesNobody",
+        "TwolaneRequestsFail",
+        "TwolaneModelOnCpu",
+    ]
+    assert asked(watched, "alerts")["alerts"] == []
+
+
+def test_every_panel_of_the_dashboard_has_something_to_show(watched: httpx.Client) -> None:
+    read = json.loads((compose.ROOT / "deploy/grafana/dashboards/twolane.json").read_text())
+    now = time.time()
+    empty = set()
+    for panel in read["panels"]:
+        for target in panel.get("targets", ()):
+            query = target["expr"].replace("$model", ".*").replace("$__rate_interval", "20s")
+            found = asked(
+                watched, "query_range", query=query, start=f"{now - 60}", end=f"{now}", step="5"
+            )
+            if not found["result"]:
+                empty.add(target["expr"])
+
+    # There are no cards here, and nothing is told of what nobody measures.
+    assert {query for query in empty if "twolane_gpu_" not in query} == set()
+    assert empty, "a card's"
 
 
 # Who reaches what

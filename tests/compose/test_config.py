@@ -11,9 +11,10 @@ import pytest
 from gateway import settings
 from tests import compose
 
-PROFILES: list[tuple[str, ...]] = [(), ("setup",)]
+PROFILES: list[tuple[str, ...]] = [(), ("setup",), ("metrics",), ("setup", "metrics")]
 SERVING = {"gateway", "ollama", "vllm", "open-webui"}
 PULLS = {"pull-ollama", "pull-vllm"}
+METRICS = {"prometheus", "grafana"}
 
 pytestmark = pytest.mark.usefixtures("compose_itself")
 
@@ -33,6 +34,8 @@ def test_each_profile_has_its_services() -> None:
 
     assert found[()] == SERVING
     assert found["setup",] == SERVING | PULLS
+    assert found["metrics",] == SERVING | METRICS
+    assert found["setup", "metrics"] == SERVING | PULLS | METRICS
 
 
 def test_ports_are_bound_to_this_machine_and_engines_have_none(read: dict[str, Any]) -> None:
@@ -41,12 +44,14 @@ def test_ports_are_bound_to_this_machine_and_engines_have_none(read: dict[str, A
         for name, service in services(read).items()
     }
 
-    assert {name for name, ports in published.items() if ports} <= {"gateway", "open-webui"}
+    assert {name for name, ports in published.items() if ports} <= {
+        "gateway", "open-webui", "prometheus", "grafana",
+    }  # fmt: skip
     assert {host for ports in published.values() for host, _ in ports} == {"127.0.0.1"}
 
 
 def test_told_to_it_publishes_elsewhere() -> None:
-    read = compose.configuration(GATEWAY_BIND="192.0.2.1", GATEWAY_PORT="9000")
+    read = compose.configuration("metrics", GATEWAY_BIND="192.0.2.1", GATEWAY_PORT="9000")
     hosts = {
         port["host_ip"] for service in services(read).values() for port in service.get("ports", ())
     }
