@@ -61,7 +61,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         try:
             came.setup = _set_up(box, tmp_path_factory.mktemp("setup") / "log")
             watching = pool.submit(_watch, came, started, pool)
-            command = box.command("up", "--detach", "--build", "--wait")
+            command = box.command("--profile", "metrics", "up", "--detach", "--build", "--wait")
             said = subprocess.run(
                 command, env=box.environment(), capture_output=True, text=True, check=False
             )
