@@ -26,6 +26,7 @@ from rich.text import Text
 
 from backends import base, http
 from gateway import settings
+from gateway.api import scrape
 from gateway.app import Gateway
 from gateway.doctor import add_command as add_doctor
 from gateway.plan import add_command as add_plan
@@ -275,6 +276,7 @@ Try it:
 Open WebUI: OPENAI_API_BASE_URL={url}/v1 OPENAI_API_KEY={"YOUR_KEY" if keyed else "none"}
 API docs:   {url}/docs
 Status:     twolane status --watch{"" if url.endswith(":8000") else f" --url {url}"}
+Metrics:    {gateway.scraped.url if gateway.scraped else f"{url}{scrape.PATH}"}
 """,
         flush=True,
     )

@@ -299,7 +299,6 @@ class Budget:
 
 def _card(nvml: Any, card: Any) -> Card:
     """What this card tells of itself."""
-
     told = partial(_told, nvml)
     index = nvml.nvmlDeviceGetIndex(card)
     brakes = told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, card)
