@@ -358,6 +358,12 @@ def _reading(nvml: Any, card: Any) -> Reading:
     )
 
 
+def drawn(cards: Sequence[Reading]) -> float | None:
+    """Watts of all of them together; None where one does not tell."""
+    watts = [card.watts for card in cards if card.watts is not None]
+    return sum(watts) if cards and len(watts) == len(cards) else None
+
+
 def _told(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
     """What is answered, which not every card does to everything; else None."""
     try:

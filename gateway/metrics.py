@@ -35,7 +35,7 @@ from backends.base import Readiness
 from gateway.catalogue import Model
 from gateway.cost import Bill, Meter, bill
 from gateway.errors import GatewayError
-from gateway.gpu import MemoryUnknown, Nvml, Reading
+from gateway.gpu import MemoryUnknown, Nvml, Reading, drawn
 from gateway.handover import Gpu, Passage, Step
 from gateway.relay import Exchange
 from gateway.scheduler import Lane
@@ -306,10 +306,7 @@ class Metrics(Collector):
         for model in self._models.values():
             for name, lane in model.admission.scheduler.lanes.items():
                 running[name] = running.get(name, 0) + lane.running
-        drawn = [card.watts for card in self._known(now)]
-        watts = [one for one in drawn if one is not None]
-        known = sum(watts) if watts and len(watts) == len(drawn) else None
-        self.meter.looked(now, self._prices.watts or known, running)
+        self.meter.looked(now, self._prices.watts or drawn(self._known(now)), running)
 
     def _known(self, now: float) -> Sequence[Reading]:
         """What the cards have said, as long as that is worth something."""
