@@ -398,8 +398,8 @@ def _percent(factors: Iterable[float]) -> str:
 def _drawn_cost(cost: Mapping[str, Any]) -> Group:
     """What tokens have cost since the start; what is not known is a dash."""
     idle, whole = cost["idle"], cost["whole"]
-    watts = "watts not known" if cost["watts"] is None else f"{cost['watts']:.0f} W"
-    now = f"{watts} ({cost['watts_of']})" if cost["watts"] is not None else watts
+    watts = cost["watts"]
+    now = "watts not known" if watts is None else f"{watts:.0f} W {cost['watts_are']}"
     if whole["joules"]:
         now += f", {whole['joules'] / 3.6e6:.3f} kWh since the start"
     if whole["seconds"]:

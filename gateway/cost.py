@@ -137,7 +137,7 @@ def statement(meter: Meter, prices: Cost) -> dict[str, object] | None:
     return {
         "currency": prices.currency,
         "watts": meter.watts,
-        "watts_of": "the machine, as given" if prices.watts else "the cards",
+        "watts_are": "given" if prices.watts else "measured",
         "idle": _account(meter.idle, prices),
         "whole": _account(whole, prices),
         "lanes": {lane: _account(use, prices) for lane, use in meter.shares().items()},

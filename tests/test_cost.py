@@ -157,6 +157,6 @@ def test_statement_says_whose_watts_they_are() -> None:
 
     assert given is not None
     assert measured is not None
-    assert (given["watts"], given["watts_of"]) == (350, "the machine, as given")
+    assert (given["watts"], given["watts_are"]) == (350, "given")
     assert (given["currency"], measured["currency"]) == ("USD", "EUR")
-    assert measured["watts_of"] == "the cards"
+    assert measured["watts_are"] == "measured"

@@ -490,7 +490,7 @@ async def test_tokens_have_their_price_in_the_metrics_and_in_the_status(
         if sample.name == "twolane_price" and sample.labels["currency"] == "USD"
     } == {name: price for name, price in prices.items() if name != "currency"}
     whole = said["whole"]
-    assert (said["currency"], said["watts"], said["watts_of"]) == ("USD", 700, "the cards")
+    assert (said["currency"], said["watts"], said["watts_are"]) == ("USD", 700, "measured")
     assert (whole["tokens"], said["lanes"]["vllm"]["tokens"]) == (5, 5)
     # By hand, from what it says was used.
     kwh, hours = whole["joules"] / 3.6e6, whole["seconds"] / 3600
