@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -337,6 +338,22 @@ def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
     with pytest.raises(MemoryUnknown, match="pip install nvidia-ml-py"):
         Nvml().free()
+
+
+def test_machine_without_a_driver_is_told_so_and_loads_nothing_to_ask_it() -> None:
+    asked = (
+        "from gateway.gpu import Nvml; import sys; \ntry: Nvml().free()\nexcept Exception as e: "
+    )
+    asked += "print(e)\nprint('pynvml' in sys.modules)"
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        said = subprocess.run([sys.executable, "-c", asked], capture_output=True, check=True)
+    else:
+        pytest.skip("this machine has a driver")
+
+    assert said.stdout.startswith(b"there is no NVIDIA driver (libnvidia-ml.so.1: ")
+    assert said.stdout.endswith(b"False\n")
 
 
 def test_driver_that_hangs_takes_one_thread_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
