@@ -28,7 +28,8 @@ from gateway.api.pages import build
 from gateway.api.scrape import Scraped
 from gateway.auth import Keys
 from gateway.catalogue import Catalogue, Model
-from gateway.errors import BadRequest
+from gateway.cost import statement
+from gateway.errors import BadRequest, NotFound
 from gateway.gpu import Budget, Memory, MemoryUnknown, Nvml
 from gateway.handover import Deadlines, Gpu, Occupant
 from gateway.health import Breaker, Prober
@@ -101,7 +102,6 @@ class Gateway:
         self._nvml = nvml or Nvml()
         self._watching: asyncio.Task[None] | None = None
         self.scraped: Scraped | None = None
-        log_line = telemetry.Log() if read.log == "json" else telemetry.Silence()
         self.edge = Edge(
             Relay(
                 self.catalogue,
@@ -115,11 +115,11 @@ class Gateway:
                 pin=self.pin,
                 release=self.release,
                 version=importlib.metadata.version("twolane"),
-                metrics=self.metrics.exposition if read.metrics.port is None else None,
+                metrics=self._exposition,
             ),
             Keys(read.keys()),
             Keys([key.get_secret_value() for key in read.admin_keys] or read.keys()),
-            telemetry.Both(log_line, self.metrics),
+            [*([telemetry.Log()] if read.log == "json" else []), self.metrics],
             max_body=int(read.limits.max_body_mb * 1024 * 1024),
         )
 
@@ -171,9 +171,18 @@ class Gateway:
             self.scraped = Scraped(self.metrics.exposition, host, port)
         except OSError as exc:
             raise SettingsError(
-                f"metrics: {host}:{port} cannot be listened on ({exc.strerror}); choose another port"
+                f"metrics: {host}:{port} cannot be listened on ({exc.strerror}): choose another "
+                "metrics.port"
             ) from exc
         self.scraped.start()
+
+    def _exposition(self, accept: str) -> tuple[bytes, str]:
+        """What `/metrics` says here; raises NotFound where it is elsewhere."""
+        if self.scraped is not None:
+            raise NotFound(
+                f"Metrics are on a port of their own, {self.scraped.port}, without a key."
+            )
+        return self.metrics.exposition(accept)
 
     async def _take_gpu(self, models: Mapping[str, settings.Model]) -> None:
         """Be the one owner of the GPU that these models share; raises SettingsError."""
@@ -491,18 +500,10 @@ class Gateway:
 
     async def _stop(self) -> None:
         ending = [task for name in list(self.catalogue.models) for task in self._remove(name)]
-        if self._relisting is not None:
-            self._relisting.cancel()
-            ending.append(self._relisting)
-        if self._owning is not None:
-            self._owning.cancel()
-            ending.append(self._owning)
-        if self._watching is not None:
-            self._watching.cancel()
-            ending.append(self._watching)
-        for _, keeping in self._kept:
-            keeping.cancel()
-            ending.append(keeping)
+        own = (self._relisting, self._owning, self._watching, *(task for _, task in self._kept))
+        for task in filter(None, own):
+            task.cancel()
+            ending.append(task)
         await asyncio.gather(*ending, return_exceptions=True)
         if self.gpu is not None:
             await self.gpu.stop()
@@ -589,7 +590,7 @@ class Gateway:
             "in_flight": self.edge.in_flight,
             "draining": self.edge.draining,
             "gpu": self.gpu.status() if self.gpu is not None else None,
-            "cost": self.metrics.cost(),
+            "cost": statement(self.metrics.meter, self._settings.cost),
             "models": {
                 name: _status(model, time.time()) for name, model in self.catalogue.models.items()
             },

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from backends import base, http
 from gateway import settings
+from gateway.api import scrape
 from gateway.app import Gateway
 from gateway.doctor import add_command as add_doctor
 from gateway.plan import add_command as add_plan
@@ -275,6 +276,7 @@ Try it:
 Open WebUI: OPENAI_API_BASE_URL={url}/v1 OPENAI_API_KEY={"YOUR_KEY" if keyed else "none"}
 API docs:   {url}/docs
 Status:     twolane status --watch{"" if url.endswith(":8000") else f" --url {url}"}
+Metrics:    {gateway.scraped.url if gateway.scraped else f"{url}{scrape.PATH}"}
 """,
         flush=True,
     )
@@ -396,8 +398,8 @@ def _percent(factors: Iterable[float]) -> str:
 def _drawn_cost(cost: Mapping[str, Any]) -> Group:
     """What tokens have cost since the start; what is not known is a dash."""
     idle, whole = cost["idle"], cost["whole"]
-    watts = "watts not known" if cost["watts"] is None else f"{cost['watts']:.0f} W"
-    now = f"{watts} ({cost['watts_of']})" if cost["watts"] is not None else watts
+    watts = cost["watts"]
+    now = "watts not known" if watts is None else f"{watts:.0f} W {cost['watts_are']}"
     if whole["joules"]:
         now += f", {whole['joules'] / 3.6e6:.3f} kWh since the start"
     if whole["seconds"]:

@@ -12,7 +12,7 @@ tokens of that time count for what is said of energy, so that a gap flatters nob
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from gateway.settings import Cost
 
@@ -116,9 +116,39 @@ class Meter:
         """What the machine has used."""
         return sum(self.busy.values(), self.idle)
 
-    def of(self, lane: str) -> Use:
-        """What a lane has used, with its share of the idle time."""
-        own = self.busy.get(lane, Use())
+    def shares(self) -> dict[str, Use]:
+        """What each lane has used, with its share of the idle time: together the whole."""
         busy_s = sum(use.seconds for use in self.busy.values())
-        share = own.seconds / busy_s if busy_s else 0.0
-        return own + Use(self.idle.seconds * share, self.idle.joules * share)
+        if not busy_s:
+            return dict(self.busy)
+        idle = {lane: use.seconds / busy_s for lane, use in self.busy.items()}
+        return {
+            lane: use + Use(self.idle.seconds * idle[lane], self.idle.joules * idle[lane])
+            for lane, use in self.busy.items()
+        }
+
+
+def statement(meter: Meter, prices: Cost) -> dict[str, object] | None:
+    """What was used and what it has cost, as JSON; None where nothing is known of that."""
+    whole = meter.whole()
+    priced = (prices.per_kwh, prices.rent_per_hour, prices.api_per_million)
+    if not whole.joules and meter.watts is None and all(price is None for price in priced):
+        return None
+    return {
+        "currency": prices.currency,
+        "watts": meter.watts,
+        "watts_are": "given" if prices.watts else "measured",
+        "idle": _account(meter.idle, prices),
+        "whole": _account(whole, prices),
+        "lanes": {lane: _account(use, prices) for lane, use in meter.shares().items()},
+    }
+
+
+def _account(use: Use, prices: Cost) -> dict[str, object]:
+    return {
+        "seconds": use.seconds,
+        "joules": use.joules or None,
+        "tokens": use.tokens,
+        "tokens_per_joule": use.tokens_per_joule,
+        "per_million": asdict(bill(use, prices)),
+    }

@@ -8,7 +8,8 @@ thread. Whoever cannot answer says `MemoryUnknown`, and serving goes on without 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import ctypes
+import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -201,10 +202,7 @@ class Nvml:
 
     def _asked(self, question: Callable[[Any, Any], T]) -> list[T]:
         if self._library is None:
-            try:
-                self._library = importlib.import_module("pynvml")
-            except ImportError as exc:
-                raise MemoryUnknown("pynvml is not installed: pip install nvidia-ml-py") from exc
+            self._library = _pynvml()
         nvml = self._library
         try:
             if not self._open:
@@ -356,6 +354,23 @@ def _reading(nvml: Any, card: Any) -> Reading:
         utilization=None if rates is None else rates.gpu / 100,
         joules=_thousandth(told(nvml.nvmlDeviceGetTotalEnergyConsumption, card)),
     )
+
+
+def _pynvml() -> Any:
+    """What speaks to the driver; 18 MB, so it is not loaded where there is none."""
+    if importlib.util.find_spec("pynvml") is None:
+        raise MemoryUnknown("pynvml is not installed: pip install nvidia-ml-py")
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError as exc:
+        raise MemoryUnknown(f"there is no NVIDIA driver ({exc})") from exc
+    return importlib.import_module("pynvml")
+
+
+def drawn(cards: Sequence[Reading]) -> float | None:
+    """Watts of all of them together; None where one does not tell."""
+    watts = [card.watts for card in cards if card.watts is not None]
+    return sum(watts) if cards and len(watts) == len(cards) else None
 
 
 def _told(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:

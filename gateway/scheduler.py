@@ -322,16 +322,22 @@ class Scheduler:
         if pin := self.policy.pin:
             if lane.name == pin:
                 return Cause.PIN, "pinned by the operator"
-            away = f"the GPU could not be brought to {pin}, where the operator wants it"
-            return Cause.HEALTH, away
+            return (
+                Cause.HEALTH,
+                f"the GPU could not be brought to {pin}, where the operator wants it",
+            )
         if ticket.pin:
             return Cause.REQUEST_PIN, "pinned by the request"
         chosen = self.lanes.get(self.policy.lane)
+        if chosen is None:
+            return Cause.ONLY_LANE, "the model's only lane"
         if lane is chosen:
             cause = Cause.POLICY if len(self.lanes) > 1 else Cause.ONLY_LANE
             return cause, self.policy.reason(self.model)
-        if chosen is None:
-            return Cause.ONLY_LANE, "the model's only lane"
+        return self._why_not(chosen, ticket)
+
+    def _why_not(self, chosen: Lane, ticket: Ticket) -> tuple[Cause, str]:
+        """Why the policy's own lane was passed over."""
         if not self._takes(chosen, ticket):
             return Cause.CAPABILITY, ticket.why
         failed = any(replica in ticket.without for replica in chosen.replicas)

@@ -283,6 +283,15 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _ports_differ(self) -> Settings:
+        if self.port and self.metrics.port == self.port:
+            raise ValueError(
+                f"metrics.port: {self.port} is the gateway's own; choose another, or leave it out, "
+                "and /metrics is there behind the keys"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _exclusive_can_work(self) -> Settings:
         exclusive = {n: m for n, m in self.models.items() if m.placement == "exclusive"}
         pins = {model.pin for model in exclusive.values() if model.pin}

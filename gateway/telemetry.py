@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol, TextIO
+from typing import TextIO
 
 import msgspec
 
 from gateway.relay import Exchange
-
-
-class Observer(Protocol):
-    """Takes note of every exchange that is over."""
-
-    def write(self, exchange: Exchange) -> None: ...
 
 
 class Log:
@@ -30,26 +24,6 @@ class Log:
             self._out.write(line + "\n")
         except (OSError, ValueError):
             return  # disk full, pipe closed: serving goes on
-
-
-class Silence:
-    """No log."""
-
-    def write(self, exchange: Exchange) -> None:
-        """Nothing."""
-
-
-class Both:
-    """Tells two that an exchange is over."""
-
-    def __init__(self, one: Observer, other: Observer) -> None:
-        self._one = one
-        self._other = other
-
-    def write(self, exchange: Exchange) -> None:
-        """To each of them."""
-        self._one.write(exchange)
-        self._other.write(exchange)
 
 
 def record(exchange: Exchange) -> dict[str, object]:

@@ -92,7 +92,7 @@ def build(  # noqa: C901 - a table of routes
     pin: Callable[[str | None], None],
     release: Callable[[], None],
     version: str,
-    metrics: scrape.Exposition | None = None,
+    metrics: scrape.Exposition,
 ) -> FastAPI:
     """The pages as an ASGI application.
 
@@ -103,7 +103,7 @@ def build(  # noqa: C901 - a table of routes
         pin: Keep the work at a lane, or (None) leave it to the policy; raises GatewayError.
         release: Give the GPU's memory back until the next pin; raises GatewayError.
         version: Shown in the documentation.
-        metrics: What `/metrics` says, if it is to be found here.
+        metrics: What `/metrics` says, for what the asker reads; raises GatewayError.
     """
     failures: dict[int | str, dict[str, Any]] = {
         "4XX": {"model": Envelope, "description": "The request is at fault, or came too often."},
@@ -143,12 +143,9 @@ def build(  # noqa: C901 - a table of routes
         """Lanes, demand, queues, health and the last decisions."""
         return JSONResponse(status())
 
-    if metrics is not None:
-        about = "Everything that Prometheus may want to know."
-        app.add_api_route(
-            scrape.PATH, scrape.page(metrics), description=about, tags=["operating"],
-            response_class=PlainTextResponse,
-        )  # fmt: skip
+    app.add_api_route(
+        scrape.PATH, scrape.page(metrics), tags=["operating"], response_class=PlainTextResponse
+    )
 
     @app.post("/admin/pin", tags=["operating"])
     async def pinned(body: Pin) -> JSONResponse:

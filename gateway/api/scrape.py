@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
@@ -28,30 +28,34 @@ PATH = "/metrics"
 
 #: Text and content type, for what the asker accepts.
 Exposition: TypeAlias = Callable[[str], tuple[bytes, str]]
+Page: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
-def page(exposition: Exposition) -> Callable[[Request], Awaitable[Response]]:
-    """What answers at `/metrics`.
-
-    It raises Forbidden where a browser asks for another site.
-    """
+def page(exposition: Exposition) -> Page:
+    """What answers at `/metrics`."""
 
     async def metrics(request: Request) -> Response:
-        refuse_strangers(request.headers)
+        """Everything that Prometheus may want to know."""
         text, kind = exposition(request.headers.get("accept", ""))
         return Response(text, headers={"content-type": kind, "cache-control": "no-store"})
 
     return metrics
 
 
-def refuse_strangers(headers: Mapping[str, str]) -> None:
-    """Raise Forbidden where another site asks through somebody's browser."""
-    if "origin" in headers or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-        raise Forbidden("Metrics are not for other sites' pages.")
-    if not _is_near(headers.get("host", "")):
-        raise Forbidden(
-            "Ask for metrics by address, by this machine's name, or by a name without a dot."
-        )
+def _for_neighbours(answer: Page) -> Page:
+    """The same page, but Forbidden where another site asks through somebody's browser."""
+
+    async def guarded(request: Request) -> Response:
+        headers = request.headers
+        if "origin" in headers or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            raise Forbidden("Metrics are not for other sites' pages.")
+        if not _is_near(headers.get("host", "")):
+            raise Forbidden(
+                "Ask for metrics by address, by this machine's name, or by a name without a dot."
+            )
+        return await answer(request)
+
+    return guarded
 
 
 def _is_near(host: str) -> bool:
@@ -75,6 +79,10 @@ class Scraped(uvicorn.Server):
         host: Address to listen on.
         port: Port to listen on; 0: any.
 
+    Attributes:
+        port: Where it listens.
+        url: Of the page.
+
     Raises:
         OSError: It cannot listen there.
     """
@@ -82,9 +90,11 @@ class Scraped(uvicorn.Server):
     def __init__(self, exposition: Exposition, host: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family)
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://{host}:{self.port}{PATH}"
         self._serving: asyncio.Task[None] | None = None
         app = Starlette(
-            routes=[Route(PATH, page(exposition), methods=["GET"])],
+            routes=[Route(PATH, _for_neighbours(page(exposition)), methods=["GET"])],
             exception_handlers={GatewayError: _told},
         )
         super().__init__(
@@ -104,12 +114,6 @@ class Scraped(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """None: they are the gateway's."""
         yield
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        port: int = self._listener.getsockname()[1]
-        return port
 
     def start(self) -> None:
         """Serve until `stop`."""
