@@ -177,7 +177,7 @@ def rows() -> dict[str, list[Builder[Panel]]]:
             ),
             chart(
                 "Regret and price",
-                "What staying loses, request-seconds, and the price of leaving: it moves where they meet.",
+                "Request-seconds lost by staying, and what leaving costs; where both meet it leaves.",
                 "short",
                 (f"twolane_regret_request_seconds{{{MODEL}}}", "{{model}}: regret"),
                 (f"twolane_move_price_request_seconds{{{MODEL}}}", "{{model}}: price"),
