@@ -177,7 +177,7 @@ def rows() -> dict[str, list[Builder[Panel]]]:
             ),
             chart(
                 "Regret and price",
-                "Request-seconds lost by staying, and what leaving costs; where both meet it leaves.",
+                "Request-seconds that staying loses, and the price at which it moves.",
                 "short",
                 (f"twolane_regret_request_seconds{{{MODEL}}}", "{{model}}: regret"),
                 (f"twolane_move_price_request_seconds{{{MODEL}}}", "{{model}}: price"),
