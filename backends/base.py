@@ -321,6 +321,8 @@ class Engine(ABC):
     kind: ClassVar[Kind]
     #: Whether a connection may carry another request after a streamed answer.
     reuse_after_stream: ClassVar[bool] = True
+    #: Whether it loads a model when it is first asked for, and lets it go when told.
+    loads_when_asked: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -381,6 +383,10 @@ class Engine(ABC):
         One that is being loaded is among them, and one that is to go until it is gone.
         """
         return await self.models()  # what serves one model all its life has it there
+
+    async def in_memory(self, model: str) -> bool:
+        """Whether a model that it is ready for is loaded already; raises `BackendError`."""
+        return True  # or it would not be ready
 
     @abstractmethod
     async def activity(self, model: str) -> Activity:

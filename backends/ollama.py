@@ -64,6 +64,7 @@ class Ollama(Engine):
     """One Ollama server."""
 
     kind = "ollama"
+    loads_when_asked = True
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -133,6 +134,9 @@ class Ollama(Engine):
     async def resident(self) -> list[str]:
         running = await self._asked(self._manage.ps())
         return [loaded.model for loaded in running.models if loaded.model]
+
+    async def in_memory(self, model: str) -> bool:
+        return full(model) in await self.resident()
 
     async def on_gpu(self, model: str) -> float | None:
         """Which part of the model is in GPU memory, from 0.0 to 1.0; None: it is not loaded.

@@ -32,6 +32,7 @@ from gateway.gpu import Budget, Memory, MemoryUnknown, Nvml
 from gateway.handover import Deadlines, Gpu, Occupant
 from gateway.health import Breaker, Prober
 from gateway.lease import Lease, LeaseError
+from gateway.loading import Loader
 from gateway.policy import HandOver, Overlap, Policy, Served
 from gateway.profile import Refined
 from gateway.relay import Relay
@@ -93,6 +94,7 @@ class Gateway:
         self._owning: asyncio.Task[None] | None = None
         self._began = time.time()
         self.catalogue = Catalogue()
+        self._loader = Loader(self.catalogue)
         self.edge = Edge(
             Relay(
                 self.catalogue,
@@ -101,6 +103,7 @@ class Gateway:
             ),
             build(
                 self.catalogue,
+                self._loader,
                 ready=self.ready,
                 status=self.status,
                 pin=self.pin,
@@ -398,7 +401,10 @@ class Gateway:
             last = readiness
             model.admission.reported(replica, readiness)
             first.set()
+            server.loaded = server.loaded and readiness is Readiness.READY
             if readiness is Readiness.READY:
+                with contextlib.suppress(BackendError):
+                    server.loaded = await server.engine.in_memory(server.model)
                 with contextlib.suppress(BackendError):
                     server.activity = await server.engine.activity(server.model)
                 if time.monotonic() - identified > IDENTITY_S:
@@ -470,6 +476,7 @@ class Gateway:
         return tasks
 
     async def _stop(self) -> None:
+        await self._loader.close()
         ending = [task for name in list(self.catalogue.models) for task in self._remove(name)]
         if self._relisting is not None:
             self._relisting.cancel()

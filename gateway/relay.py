@@ -39,6 +39,8 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 HEARTBEAT = b": ping\n\n"
+#: How soon, and how often at most, people read what they wait for.
+STATUS_S = 1.0
 
 #: Of all requests, how many may be tried a second time (case: an engine dies under
 #: load, and every request to it is sent again to the one that is left), and how many
@@ -240,7 +242,8 @@ class Relay:
         self, catalogue: Catalogue, *, heartbeat_s: float, status_events: bool = False
     ) -> None:
         self._catalogue = catalogue
-        self._heartbeat_s = heartbeat_s
+        # Who reads what it waits for should not wait for that.
+        self._heartbeat_s = min(heartbeat_s, STATUS_S) if status_events else heartbeat_s
         self._status_events = status_events
         self._budget = RetryBudget()
 
@@ -284,8 +287,9 @@ class Relay:
             return b""
         if not reply.begun:
             exchange.lane = model.admission.scheduler.lane_for(ticket) or ""
-            exchange.reason = movement
-        return _status_event(movement, done=False) if self._status_events else HEARTBEAT
+        news = not reply.begun or movement != exchange.reason
+        exchange.reason = movement
+        return _status_event(movement, done=False) if self._status_events and news else HEARTBEAT
 
     async def _attempts(
         self,
