@@ -9,7 +9,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 RUN := .venv/bin/python -m
 PYTEST := $(RUN) pytest
 
-.PHONY: serve test engines test-engines bench day switch compare calibrate agreement check clean
+.PHONY: serve test engines test-engines test-browser bench day switch compare calibrate agreement check clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -37,7 +37,7 @@ serve: .venv/serve
 	@$(RUN) gateway serve $(ARGS)
 
 test: .venv/dev tests/clients/node_modules/.package-lock.json
-	$(PYTEST) tests --ignore tests/engines $(ARGS)
+	$(PYTEST) tests --ignore tests/engines --ignore tests/browser $(ARGS)
 
 # The openai package for Node is tested for real where Node is there.
 tests/clients/node_modules/.package-lock.json: tests/clients/package-lock.json
@@ -48,6 +48,9 @@ engines: .venv/dev
 
 test-engines: .venv/dev
 	$(PYTEST) tests/engines $(ARGS)
+
+test-browser: .venv/dev
+	$(PYTEST) tests/browser $(ARGS)
 
 bench: .venv/dev
 	$(RUN) loadtests.overhead $(ARGS)

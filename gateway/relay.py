@@ -41,6 +41,9 @@ Headers: TypeAlias = list[tuple[bytes, bytes]]
 HEARTBEAT = b": ping\n\n"
 #: How soon, and how often at most, people read what they wait for.
 STATUS_S = 1.0
+#: A chat page asks for the title of a chat just before it asks for the answer. Nobody waits for
+#: the title, so it is held back for as long: where there is one slot, the answer has it first.
+BACKGROUND_S = 0.5
 
 #: Of all requests, how many may be tried a second time (case: an engine dies under
 #: load, and every request to it is sent again to the one that is left), and how many
@@ -271,6 +274,8 @@ class Relay:
             if request.call.stream:
                 beat = partial(self._beat, model, ticket, exchange, reply)
                 stack.enter_context(Heart(reply, self._heartbeat_s, beat))
+            if request.background:
+                await asyncio.sleep(BACKGROUND_S)
             await self._attempts(model, ticket, stripped, request, exchange, reply)
 
     def _beat(self, model: Model, ticket: Ticket, exchange: Exchange, reply: Reply) -> bytes:

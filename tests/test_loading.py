@@ -227,8 +227,9 @@ async def test_an_engine_that_is_down_loads_nothing(
 
 
 async def test_the_model_list_is_there_while_a_load_hangs(
-    ollama: FakeEngine, start_gateway: StartGateway
+    ollama: FakeEngine, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("gateway.loading.ANSWER_S", 0.3)
     async with start_gateway(**alone(ollama, "small:1b")) as running:
         ollama.script(Silence(), path="load")
         loading = asyncio.create_task(load(running))

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from backends import base
+from gateway.admission import Residence
 from gateway.catalogue import Catalogue, Model
 from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
-from gateway.loading import Loader, Residence
+from gateway.loading import Loader
 
 DESCRIPTION = """
 One OpenAI endpoint over Ollama and vLLM. Point any OpenAI client at `/v1`. Every answer
