@@ -2,6 +2,7 @@
 # make bench   what the gateway costs, against nginx  make test-engines  the same on real engines
 # make check   lint, types, import contracts          make engines       gets the real engines' parts
 # make switch  the GPU passes between real engines    make compare       the experiment on real engines
+#                                                     make test-browser  the real Open WebUI, in Chromium
 
 UV_VERSION := 0.13.9
 # uv where it is installed, else one of our own: all that is needed is Python 3.11 and make.
@@ -14,7 +15,7 @@ PYTEST := $(RUN) pytest
 
 .PHONY: help
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 .cache/uv/bin/uv:
 	@echo "no uv on this machine: fetching one into .cache/uv"
