@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
@@ -60,6 +61,16 @@ def full(model: str) -> str:
     return model if ":" in model.rpartition("/")[2] else f"{model}:latest"
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory: bytes in all, bytes of them on a GPU, tokens of context a slot."""
+
+    model: str
+    size: int
+    on_gpu: int
+    context: int | None
+
+
 class Ollama(Engine):
     """One Ollama server."""
 
@@ -104,12 +115,18 @@ class Ollama(Engine):
                 return Identity(version, weights or "", (known.digest or "")[:DIGEST])
         return Identity(version)
 
+    async def own_context(self, model: str) -> int | None:
+        """Tokens of context that the model file names; None: what Ollama was started with counts.
+
+        Raises:
+            BackendError: It did not tell.
+        """
+        return _named_context((await self._asked(self._manage.show(model))).parameters or "")
+
     async def _context(self, model: str, parameters: str) -> int | None:
         """Tokens of context: the model file's own, else as loaded, else not known."""
-        for line in parameters.splitlines():
-            name, _, value = line.partition(" ")
-            if name == "num_ctx" and value.strip().isdecimal():
-                return int(value)
+        if named := _named_context(parameters):
+            return named
         running = await self._asked(self._manage.ps())
         for loaded in running.models:
             if loaded.model == full(model):
@@ -146,11 +163,19 @@ class Ollama(Engine):
         Raises:
             BackendError: It did not tell.
         """
-        running = await self._asked(self._manage.ps())
-        for loaded in running.models:
+        for loaded in await self.loaded():
             if loaded.model == full(model):
-                return (loaded.size_vram or 0) / loaded.size if loaded.size else 0.0
+                return loaded.on_gpu / loaded.size if loaded.size else 0.0
         return None
+
+    async def loaded(self) -> list[Loaded]:
+        """The models in memory, and where in it they are; raises `BackendError`."""
+        running = await self._asked(self._manage.ps())
+        return [
+            Loaded(known.model, known.size or 0, known.size_vram or 0, known.context_length)
+            for known in running.models
+            if known.model
+        ]
 
     async def activity(self, model: str) -> Activity:
         return Activity()  # Ollama has no metrics: nobody but us counts
@@ -187,6 +212,15 @@ class Ollama(Engine):
             raise Silent(f"{self}: {str(exc) or 'no answer in time'}") from exc
         except (httpx.HTTPError, ValueError) as exc:
             raise Broken(f"{self}: {str(exc) or type(exc).__name__}") from exc
+
+
+def _named_context(parameters: str) -> int | None:
+    """The `num_ctx` among a model file's parameters."""
+    for line in parameters.splitlines():
+        name, _, value = line.partition(" ")
+        if name == "num_ctx" and value.strip().isdecimal():
+            return int(value)
+    return None
 
 
 def _one_prompt(body: Body) -> msgspec.Raw | None:

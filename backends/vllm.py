@@ -6,6 +6,7 @@ Read in vLLM 0.32, seen in 0.32 on CPU.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import msgspec
@@ -50,7 +51,8 @@ class VLLM(Engine):
 
     async def ready(self, model: str) -> Readiness:
         try:
-            await self.get("/health")
+            with contextlib.suppress(Refused):  # Ray Serve's OpenAI server has none
+                await self.get("/health")
             if model not in await self.models():
                 return Readiness.ABSENT
             # /health is 200 while asleep, and requests sent then hang.

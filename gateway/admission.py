@@ -103,6 +103,16 @@ class Admission:
         toward = self._gpu.toward if self._gpu is not None and self._gpu.moving else None
         coming = any(lane.name == toward for lane in lanes)
         return Residence.LOADING if coming else Residence.UNLOADED
+    def heading(self, ticket: Ticket) -> str:
+        """The lane that is to serve who waits for the GPU; empty where none can.
+
+        The one that the GPU goes to, whatever the policy would take were it free to choose.
+        """
+        toward = self._gpu.toward if self._gpu is not None else ""
+        fits = ticket.pin is None and (not ticket.able or toward in ticket.able)
+        if toward in self.scheduler.lanes and fits:
+            return toward
+        return self.scheduler.lane_for(ticket) or ""
 
     def slot(self, ticket: Ticket, *, again: bool = False) -> Slot:
         """Hold a slot of one of the model's replicas for as long as the context is open.

@@ -31,7 +31,7 @@ from gateway.errors import BadRequest
 from gateway.gpu import Budget, Memory, MemoryUnknown, Nvml
 from gateway.handover import Deadlines, Gpu, Occupant
 from gateway.health import Breaker, Prober
-from gateway.lease import Lease, LeaseError
+from gateway.lease import Lease, LeaseError, usual_lease
 from gateway.loading import Loader
 from gateway.policy import HandOver, Overlap, Policy, Served
 from gateway.profile import Refined
@@ -139,7 +139,7 @@ class Gateway:
                     self._urls.setdefault(kind, (discovery.usual_url(kind),))
             if not self._urls:
                 await self._start_embedded()
-        configured = self._configured()
+        configured = self._settings.served()
         await self._take_gpu(
             {name: model for name, model in configured.items() if model.placement == "exclusive"}
         )
@@ -159,7 +159,7 @@ class Gateway:
             return
         own = self._settings.gpu
         try:
-            self._lease = Lease(own.lease or _usual_lease())
+            self._lease = Lease(own.lease or usual_lease())
             self._lease.acquire(f"{self._settings.host}:{self._settings.port}")
         except LeaseError as exc:
             raise SettingsError(str(exc)) from exc
@@ -202,6 +202,7 @@ class Gateway:
             [lane.model for lane in lanes],
             process=process,
             needs=int(needs * GIB) if needs else None,
+            away_s=self._settings.gpu.away_s,
         )
 
     def _check_memory(self, models: Mapping[str, settings.Model], memory: Memory) -> None:
@@ -257,14 +258,6 @@ class Gateway:
         except BackendError as exc:
             raise SettingsError(f"The embedded engine does not start: {exc}") from exc
         self._urls["llamacpp"] = (self._embedded.url,)
-
-    def _configured(self) -> dict[str, settings.Model]:
-        models = dict(self._settings.models)
-        for name, lanes in self._settings.pair.items():
-            models[name] = settings.Model(
-                lanes={kind: settings.Lane(model=model) for kind, model in lanes.items()}
-            )
-        return models
 
     async def _keep_relisting(self) -> None:
         while True:
@@ -582,12 +575,6 @@ def _supervised(kind: Kind, configured: settings.Engine) -> Supervised:
     file = configured.log or Path(tempfile.mkdtemp(prefix="twolane-")) / f"{kind}.log"
     log.info("%s is ours to start and stop (log: %s)", kind, file)
     return Supervised(configured.command, file, configured.environment)
-
-
-def _usual_lease() -> Path:
-    """Where this machine's gateways agree about its GPU."""
-    directory = settings.environment().get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    return Path(directory) / "twolane-gpu.lease"
 
 
 def _stated(found: Capabilities, lane: settings.Lane) -> Capabilities:

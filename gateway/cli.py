@@ -27,6 +27,8 @@ from rich.text import Text
 from backends import base, http
 from gateway import settings
 from gateway.app import Gateway
+from gateway.doctor import add_command as add_doctor
+from gateway.plan import add_command as add_plan
 from gateway.settings import KINDS, Kind, Settings, SettingsError
 from gateway.simulate.command import add_command as add_simulate
 from gateway.trial import add_commands as add_trials
@@ -40,6 +42,8 @@ examples:
   twolane serve --pair chat=ollama:llama3.1:70b,vllm:llama-70b-awq
                                              one name over a model of each engine
   twolane serve --config twolane.yaml        as twolane.example.yaml explains
+  twolane plan llama-3.3-70b --cards 2x24    what fits, before anything is downloaded
+  twolane doctor --config twolane.yaml       what will fail, before it does
   twolane status --watch                     lanes, demand, queues, last decisions
   twolane compare --config twolane.yaml      which engine is faster here, and from how many on
   twolane calibrate --config twolane.yaml    the same, for the gateway to decide by
@@ -122,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     release.set_defaults(run=_pin, path="/admin/release", lane=None)
 
     add_simulate(commands)
+    add_plan(commands)
+    add_doctor(commands)
     add_trials(commands, _pair)
 
     status = commands.add_parser(

@@ -1,4 +1,4 @@
-"""What there is of GPU memory, how much of it is free, and who has the rest.
+"""What there is of GPU memory, how much of it is free, who has the rest, and how the cards do.
 
 It is asked and never reckoned: an engine that says its model is gone may still hold the
 bytes. A question waits for a driver or for files, up to a tenth of a second: ask it in a
@@ -12,6 +12,8 @@ import importlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntFlag
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -45,6 +47,54 @@ class Memory(Protocol):
         """
 
 
+class Brake(IntFlag):
+    """What keeps a card from its full clock now, with the driver's own numbers."""
+
+    POWER_LIMIT = 0x4
+    HARDWARE = 0x8
+    HEAT = 0x20
+    HARDWARE_HEAT = 0x40
+    POWER_SUPPLY = 0x80
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One card as its driver sees it now; None where that does not tell.
+
+    Attributes:
+        memory: Bytes in all.
+        width: Lanes of its PCIe link now, and at most. A link may rest when nothing runs.
+        generation: Of its PCIe link now, and at most.
+        state: From 0, working at full clock, to 15, idle.
+        power_w: Its power limit, and the one it came with, watts.
+        heat_c: Its temperature, and the one at which its driver slows it down, °C.
+        peers: The cards, by index, whose memory it reads directly (P2P).
+    """
+
+    index: int
+    name: str
+    memory: int
+    width: tuple[int | None, int | None] = (None, None)
+    generation: tuple[int | None, int | None] = (None, None)
+    state: int | None = None
+    power_w: tuple[float | None, float | None] = (None, None)
+    heat_c: tuple[int | None, int | None] = (None, None)
+    brakes: Brake | None = None
+    peers: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return f"card {self.index} ({self.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The driver's version, the newest CUDA it runs, and its cards."""
+
+    version: str
+    cuda: str
+    cards: tuple[Card, ...]
+
+
 class Nvml:
     """The NVIDIA cards of this machine, as their driver sees them.
 
@@ -76,6 +126,28 @@ class Nvml:
                 size = process.usedGpuMemory or 0  # None on some drivers, and in containers
                 sizes[process.pid] = sizes.get(process.pid, 0) + size
         return _largest_first(sizes)
+
+    def cards(self) -> list[tuple[str, int]]:
+        """Name of each card, and the bytes of it that programs can have between them."""
+        return self._each(self._card)
+
+    def _card(self, nvml: Any, card: Any) -> tuple[str, int]:
+        try:  # what the driver keeps for itself is told by the second version alone
+            memory = nvml.nvmlDeviceGetMemoryInfo(card, version=nvml.nvmlMemory_v2)
+        except nvml.NVMLError_FunctionNotFound:
+            return str(nvml.nvmlDeviceGetName(card)), nvml.nvmlDeviceGetMemoryInfo(card).total
+        return str(nvml.nvmlDeviceGetName(card)), memory.total - memory.reserved
+
+    def driver(self) -> Driver:
+        """The driver, and how each card does; raises `MemoryUnknown`."""
+        cards = self._each(_card)
+        version, cuda = self._each(
+            lambda nvml, _: (
+                nvml.nvmlSystemGetDriverVersion(),
+                nvml.nvmlSystemGetCudaDriverVersion_v2(),
+            )
+        )[0]
+        return Driver(version, f"{cuda // 1000}.{cuda % 1000 // 10}", tuple(cards))
 
     def _memories(self) -> list[Any]:
         """`total`, `free` and `used` of each card."""
@@ -193,6 +265,63 @@ class Budget:
             return int((where / "statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         except OSError:
             return 0
+
+
+def _card(nvml: Any, card: Any) -> Card:
+    """What this card tells of itself."""
+
+    def told(question: Callable[..., T], *arguments: Any) -> T | None:
+        try:
+            return question(*arguments)
+        except (
+            nvml.NVMLError_NotSupported,
+            nvml.NVMLError_NoPermission,
+            nvml.NVMLError_FunctionNotFound,  # a driver older than the question
+            nvml.NVMLError_InvalidArgument,
+        ):
+            return None
+
+    def watts(milliwatts: int | None) -> float | None:
+        return None if milliwatts is None else milliwatts / 1000
+
+    index = nvml.nvmlDeviceGetIndex(card)
+    brakes = told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, card)
+    peers: list[tuple[int, int | None]] = []
+    for other in range(nvml.nvmlDeviceGetCount()):
+        if other != index:
+            handle = nvml.nvmlDeviceGetHandleByIndex(other)
+            # By number: the library's own constant for reading is a tuple by mistake.
+            peers.append((other, told(nvml.nvmlDeviceGetP2PStatus, card, handle, 0)))
+    return Card(
+        index=index,
+        name=nvml.nvmlDeviceGetName(card),
+        memory=nvml.nvmlDeviceGetMemoryInfo(card).total,
+        width=(
+            told(nvml.nvmlDeviceGetCurrPcieLinkWidth, card),
+            told(nvml.nvmlDeviceGetMaxPcieLinkWidth, card),
+        ),
+        generation=(
+            told(nvml.nvmlDeviceGetCurrPcieLinkGeneration, card),
+            told(nvml.nvmlDeviceGetMaxPcieLinkGeneration, card),
+        ),
+        state=told(nvml.nvmlDeviceGetPerformanceState, card),
+        power_w=(
+            watts(told(nvml.nvmlDeviceGetPowerManagementLimit, card)),
+            watts(told(nvml.nvmlDeviceGetPowerManagementDefaultLimit, card)),
+        ),
+        heat_c=(
+            told(nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
+            told(
+                nvml.nvmlDeviceGetTemperatureThreshold,
+                card,
+                nvml.NVML_TEMPERATURE_THRESHOLD_GPU_MAX,
+            ),
+        ),
+        brakes=None if brakes is None else Brake(brakes & sum(Brake)),
+        peers=None
+        if any(status is None for _, status in peers)
+        else tuple(other for other, status in peers if status == nvml.NVML_P2P_STATUS_OK),
+    )
 
 
 def _largest_first(sizes: dict[int, int]) -> list[tuple[int, int]]:

@@ -49,8 +49,6 @@ log = logging.getLogger("gateway.handover")
 
 #: How often an engine, or the memory, is looked at while a step waits for it.
 LOOK_S = 0.1
-#: How long an engine that is not ours to start may be away, as when its container restarts.
-AWAY_S = 30.0
 #: How long the engines of a gateway that was killed may take to end.
 LEFTOVER_S = 15.0
 #: Seconds to start from nothing, to choose whom to start when the holder has died.
@@ -138,6 +136,8 @@ class Occupant:
         models: Its own names of the models it serves, the first to be loaded first.
         process: The engine's process, where it is ours to start and stop.
         needs: Bytes that must be free before it loads, if that is known.
+        away_s: How long it may be away where it is not ours to start, as when its container
+            restarts.
     """
 
     def __init__(
@@ -147,11 +147,13 @@ class Occupant:
         *,
         process: Supervised | None = None,
         needs: int | None = None,
+        away_s: float = 30.0,
     ) -> None:
         self.engine = engine
         self.models = tuple(models)
         self.process = process
         self.needs = needs
+        self.away_s = away_s
         self.cold_s = COLD_S[engine.kind]
 
     @property
@@ -205,7 +207,7 @@ class Occupant:
                 raise Unsupported(f"{self.engine} does not have the model {self.models[0]}")
             if self.process is not None and not self.process.running:
                 raise Unreachable(f"{self.engine} ended: {self.process.last_words()}")
-            if self.process is None and time.monotonic() - began > AWAY_S:
+            if self.process is None and time.monotonic() - began > self.away_s:
                 raise Unreachable(f"{self.engine} cannot be reached")
             await asyncio.sleep(LOOK_S)
 

@@ -10,10 +10,13 @@ import errno
 import fcntl
 import os
 import stat
+import tempfile
 from datetime import datetime
 from pathlib import Path
 
 import msgspec
+
+from gateway import settings
 
 #: The most that is read of what an owner wrote, bytes.
 MAX_TEXT = 4096
@@ -27,10 +30,15 @@ class LeaseTaken(LeaseError):
     """Another gateway has it."""
 
 
-class _Owner(msgspec.Struct):
+class Owner(msgspec.Struct, frozen=True):
+    """What an owner says of itself: its process, where it serves, and since when it owns."""
+
     pid: int
     address: str
     since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid}, at {self.address}, since {self.since}"
 
 
 class Lease:
@@ -64,7 +72,7 @@ class Lease:
             self._lock(file)
             now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             os.ftruncate(file, 0)
-            os.pwrite(file, msgspec.json.encode(_Owner(os.getpid(), address, now)), 0)
+            os.pwrite(file, msgspec.json.encode(Owner(os.getpid(), address, now)), 0)
         except OSError as exc:
             os.close(file)
             raise self._unusable(exc.strerror or str(exc)) from exc
@@ -117,10 +125,46 @@ class Lease:
         )
 
 
+def usual_lease() -> Path:
+    """Where this machine's gateways agree about its GPU."""
+    directory = settings.environment().get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    return Path(directory) / "twolane-gpu.lease"
+
+
+def owner(path: Path, *, proc: Path = Path("/proc")) -> Owner | None:
+    """Who owns the GPU that this file stands for; None: nobody.
+
+    It is only read: an attempt to lock it would be in the way of a gateway that starts.
+
+    Raises:
+        LeaseError: It cannot be told.
+    """
+    try:
+        found = path.lstat()
+        locks = (proc / "locks").read_text().splitlines()
+        # 1: FLOCK  ADVISORY  WRITE 708 fe:00:9981000 0 EOF
+        held = any(
+            " FLOCK " in line and f":{found.st_ino} " in line and " WRITE " in line
+            for line in locks
+        )
+        said = path.read_bytes()[:MAX_TEXT] if held else b""
+    except FileNotFoundError as exc:
+        if exc.filename == str(path):
+            return None
+        raise LeaseError(f"this kernel does not tell who locks {path}") from exc
+    except OSError as exc:
+        raise LeaseError(f"{path} cannot be read: {exc.strerror}") from exc
+    if not held:
+        return None
+    try:
+        return msgspec.json.decode(said, type=Owner)
+    except msgspec.MsgspecError as exc:
+        raise LeaseError(f"{path} is locked, and does not say by whom") from exc
+
+
 def _named(file: int) -> str:
     """Who wrote this file."""
     try:
-        owner = msgspec.json.decode(os.pread(file, MAX_TEXT, 0), type=_Owner)
+        return str(msgspec.json.decode(os.pread(file, MAX_TEXT, 0), type=Owner))
     except msgspec.MsgspecError:
         return "it has just started and not said who it is"  # or has just begun to end
-    return f"process {owner.pid}, at {owner.address}, since {owner.since}"

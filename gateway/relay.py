@@ -47,7 +47,7 @@ BACKGROUND_S = 0.5
 
 #: Of all requests, how many may be tried a second time (case: an engine dies under
 #: load, and every request to it is sent again to the one that is left), and how many
-#: such attempts may be saved up.
+#: such attempts may be saved up, if no server has more slots.
 RETRY_SHARE = 0.2
 RETRY_SAVED = 10.0
 
@@ -215,14 +215,21 @@ class Heart:
 
 
 class RetryBudget:
-    """Second attempts as a share of all requests, so that no failure is multiplied."""
+    """Second attempts as a share of all requests, so that no failure is multiplied.
+
+    What is saved up is enough for all that one server may have at once: its death is one
+    fault, and none of those that it had not begun to answer shall be lost to it.
+    """
 
     def __init__(self) -> None:
-        self._saved = RETRY_SAVED
+        self._most = self._saved = RETRY_SAVED
 
-    def earn(self) -> None:
-        """A request came."""
-        self._saved = min(RETRY_SAVED, self._saved + RETRY_SHARE)
+    def earn(self, slots: int) -> None:
+        """A request came, for servers of so many slots at most."""
+        if slots > self._most:
+            self._saved += slots - self._most
+            self._most = slots
+        self._saved = min(self._most, self._saved + RETRY_SHARE)
 
     def spend(self) -> bool:
         """Whether one may be tried again."""
@@ -269,7 +276,7 @@ class Relay:
         exchange.stream = request.call.stream
         exchange.background = request.background
         ticket, stripped = self._ticket(model, request, named or pin, exchange.key)
-        self._budget.earn()
+        self._budget.earn(model.admission.scheduler.largest)
         with contextlib.ExitStack() as stack:
             if request.call.stream:
                 beat = partial(self._beat, model, ticket, exchange, reply)
@@ -291,7 +298,7 @@ class Relay:
         if not movement:
             return b""
         if not reply.begun:
-            exchange.lane = model.admission.scheduler.lane_for(ticket) or ""
+            exchange.lane = model.admission.heading(ticket)
         news = not reply.begun or movement != exchange.reason
         exchange.reason = movement
         return _status_event(movement, done=False) if self._status_events and news else HEARTBEAT

@@ -167,6 +167,8 @@ class Scheduler:
         refined: Refined | None = None,
     ) -> None:
         self.lanes: Mapping[str, Lane] = {lane.name: lane for lane in lanes}
+        #: Slots of the server that has the most.
+        self.largest = max((r.slots for lane in lanes for r in lane.replicas), default=0)
         self.policy = policy
         self.model = model
         self.exclusive = exclusive

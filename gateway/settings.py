@@ -150,6 +150,9 @@ class Gpu(_Part):
     free_s: PositiveFloat = Field(30, description="For that memory to be seen free.")
     load_s: PositiveFloat = Field(900, description="For an engine to start, wake or load.")
     probe_s: PositiveFloat = Field(60, description="For its first token.")
+    away_s: PositiveFloat = Field(
+        30, description="For an engine that is not ours to start to be there, or there again."
+    )
     idle_release_s: NonNegativeFloat = Field(
         0, description="Without requests for so long, the memory is given back. 0: never."
     )
@@ -199,6 +202,9 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port to listen on.")
+    published: str | None = Field(
+        None, description="Address that a container's port is published on, if not `host`."
+    )
     allow_public_without_key: bool = Field(
         False, description="Listen beyond this machine although anybody may then use it."
     )
@@ -276,8 +282,18 @@ class Settings(BaseSettings):
                     )
         return self
 
+    def served(self) -> dict[str, Model]:
+        """The models by public name, pairs among them."""
+        pairs = {
+            name: Model(lanes={kind: Lane(model=model) for kind, model in lanes.items()})
+            for name, lanes in self.pair.items()
+        }
+        return {**self.models, **pairs}
+
     def keys(self) -> tuple[str, ...]:
         """All API keys, from the settings and the file.
+
+        A file may be without any where `published` says who can come.
 
         Raises:
             SettingsError: The file cannot be read, is empty, or a key is too short.
@@ -289,7 +305,7 @@ class Settings(BaseSettings):
             except (OSError, UnicodeDecodeError) as exc:
                 raise SettingsError(f"api_keys_file: {self.api_keys_file}: {exc}") from None
             listed = [key for line in lines if (key := line.strip()) and key[0] != "#"]
-            if not listed:
+            if not listed and self.published is None:
                 raise SettingsError(f"api_keys_file: {self.api_keys_file} holds no key")
             keys += listed
         if any(len(key) < 8 or not key.isascii() for key in keys):
@@ -302,11 +318,13 @@ class Settings(BaseSettings):
         Raises:
             SettingsError: The address is not this machine's own and no key is asked for.
         """
-        local = self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
+        said, at = ("host", self.host) if self.published is None else ("published", self.published)
+        local = at == "localhost" or at.startswith("127.") or at == "::1"
         if local or self.keys() or self.allow_public_without_key:
             return
+        file = f"Put one into {self.api_keys_file}. " if self.api_keys_file else ""
         raise SettingsError(
-            f"host {self.host} is open to other machines, and no API key is set. Set api_keys "
+            f"{said} {at} is open to other machines, and no API key is set. {file}Set api_keys "
             "(or TWOLANE_API_KEYS='[\"…\"]'), or say allow_public_without_key: true."
         )
 

@@ -38,6 +38,7 @@ from gateway.settings import SLOTS, Kind, Settings, SettingsError
 from loadtests import analysis, calibrate, compare, experiment, report, samples, selfcheck
 from loadtests.compare import Entrant, Progressing, Session, Visit, VisitFailed
 from loadtests.experiment import Experiment, ExperimentError, Plan, Subject
+from loadtests.load import for_others
 from loadtests.samples import SamplesError
 from loadtests.stopwatch import BadTarget, Target
 
@@ -121,7 +122,8 @@ def add_commands(commands: Any, pair: Callable[[str], Any]) -> None:
     for name, what in (("ttft", "first token"), ("tpot", "token"), ("e2e", "whole answer")):
         compare.add_argument(
             f"--good-{name}-s", type=_seconds, metavar="S",
-            help=f"an answer is good (goodput) within so many seconds a {what}",
+            help=f"an answer is good (goodput) within so many seconds a {what}; levels are added "
+            "until it is known how many at once get good ones",
         )  # fmt: skip
     compare.add_argument("--out", type=Path, metavar="FOLDER", help="for everything (compare-DATE)")
     compare.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with what is there")
@@ -241,16 +243,14 @@ class Lanes:
 
     Args:
         read: The settings.
-        name: The model's public name.
-        model: Its settings.
+        model: The settings of the model.
         client: What talks to the engines.
         folder: For what engines of ours say.
     """
 
     def __init__(
-        self, read: Settings, name: str, model: settings.Model, client: http.Client, folder: Path
+        self, read: Settings, model: settings.Model, client: http.Client, folder: Path
     ) -> None:
-        self.name = name
         self._read = read
         self._model = model
         self._client = client
@@ -261,16 +261,13 @@ class Lanes:
         """Every lane; Ollama once for each number of slots, where it is ours to start."""
         found = []
         for kind, lane in self._model.lanes.items():
-            ours = bool(self._engine_settings(kind).command)
+            ours = bool(self._read.engines[kind].command)
             several = ollama_slots if kind == "ollama" and ours else (None,)
             found += [self._entrant(kind, lane, slots) for slots in several]
         return found
 
-    def _engine_settings(self, kind: Kind) -> settings.Engine:
-        return self._read.engines[kind]
-
     def _entrant(self, kind: Kind, lane: settings.Lane, slots: int | None) -> Entrant:
-        own = self._engine_settings(kind)
+        own = self._read.engines[kind]
         url = (lane.urls or own.urls)[0]
         key = own.api_key.get_secret_value() if own.api_key else None
         engine = discovery.CLASSES[kind](url, self._client, api_key=key)
@@ -291,7 +288,7 @@ class Lanes:
             engine=kind,
             slots=slots or lane.slots or SLOTS[kind],
             context=lane.context,
-            command=shown(own.command),
+            command=shlex.join(for_others(own.command)),
         )
         target = Target(subject.label, url, lane.model, key)
         return Entrant(subject, target, partial(self._serving, occupant, subject))
@@ -321,15 +318,6 @@ class Lanes:
             await occupant.stop()
 
 
-def shown(command: Sequence[str]) -> str:
-    """A command line for a report: without the folders of whoever ran it."""
-    text = shlex.join(command)
-    for place, short in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
-        if place != "/":
-            text = text.replace(place, short)
-    return text
-
-
 def in_front(
     arguments: Sequence[str], read: Settings, name: str, before: Sequence[str], folder: Path
 ) -> Entrant:
@@ -355,7 +343,7 @@ def in_front(
         model=name,
         engine=GATEWAY,
         version=metadata.version("twolane"),
-        command=shown(["twolane", "serve", *arguments]),
+        command=shlex.join(for_others(["twolane", "serve", *arguments])),
         before=tuple(before),
     )
     key = next(iter(read.keys()), None)
@@ -364,7 +352,7 @@ def in_front(
     async def running() -> AsyncIterator[Subject]:
         try:
             await process.start()
-            await _until_ready(url, process)
+            await _until_settled(url, process)
         except BackendError as exc:
             await process.stop()
             raise VisitFailed(f"the gateway does not serve: {exc}") from exc
@@ -376,20 +364,29 @@ def in_front(
     return Entrant(subject, Target(GATEWAY, url, name, key), running)
 
 
-async def _until_ready(url: str, process: Supervised) -> None:
-    """Return when it is; raises `BackendError`."""
+async def _until_settled(url: str, process: Supervised) -> None:
+    """Return when every lane serves that can, not just any; raises `BackendError`.
+
+    A gateway answers as soon as one lane does; an engine that still loads beside it would be
+    in every figure.
+    """
     deadline = time.monotonic() + READY_S
+    waits = "it says nothing"
     async with http.Client() as client:
-        while time.monotonic() < deadline:
-            with contextlib.suppress(http.HttpError):
+        while process.running:
+            with contextlib.suppress(http.HttpError, msgspec.DecodeError):
                 answer = await client.request(
                     http.Origin.of(url), "GET", "/ready", {}, b"", connect_s=2, head_s=5
                 )
+                said = msgspec.json.decode(await answer.read_all(2**20))
                 answer.close(reuse=False)
-                if answer.status == 200:
+                gpu = said.get("gpu")  # who has it serves, and the other cannot
+                settled = gpu["step"] == "held" if gpu else not said["waiting_for"]
+                if said["ready"] and settled:
                     return
-            if not process.running:
-                break
+                waits = f"it waits for {said['waiting_for']}"
+            if time.monotonic() > deadline:
+                raise BackendError(f"after {READY_S:g} s {waits}")
             await asyncio.sleep(0.2)
     raise BackendError(process.last_words())
 
@@ -440,11 +437,7 @@ async def _configured(
         found = await discovery.find(client, discovery.USUAL, own_port=0)
         engines = {kind: settings.Engine(urls=(url,)) for kind, url in found.items()}
         read = read.model_copy(update={"engines": engines})
-    models = dict(read.models)
-    for name, lanes in read.pair.items():
-        models[name] = settings.Model(
-            lanes={kind: settings.Lane(model=model) for kind, model in lanes.items()}
-        )
+    models = read.served()
     if not models:
         raise SettingsError(
             "no model to measure: name one in the settings (--config), give one of each engine "
@@ -501,24 +494,16 @@ def _begun(args: argparse.Namespace) -> tuple[argparse.Namespace, Path, Experime
         args.levels, args.repetitions, args.rounds, args.warm_up, args.tokens_in, args.tokens_out,
         args.cell_s, prompts=args.prompts or "",
     )  # fmt: skip
-    command = shlex.join(["twolane", *_without_key(sys.argv[1:])])
-    begun = Experiment(experiment.VERSION, time.time(), machine, plan, (), limits, command)
+    begun = Experiment(experiment.VERSION, time.time(), machine, plan, (), limits, _said(args.key))
     folder = args.out or Path(time.strftime("compare-%Y%m%d-%H%M"))
     if (folder / experiment.EXPERIMENT).exists():
         raise ExperimentError(f"{folder} holds an experiment: go on with --resume {folder}")
     return args, folder, begun
 
 
-def _without_key(arguments: Sequence[str]) -> list[str]:
-    """What was said, less what nobody may read later."""
-    kept = []
-    words = iter(arguments)
-    for word in words:
-        if word == "--key":
-            next(words, None)
-        elif not word.startswith("--key="):
-            kept.append(word)
-    return kept
+def _said(key: str | None = None) -> str:
+    """What this was called with."""
+    return shlex.join(["twolane", *for_others(sys.argv[1:], key)])
 
 
 def _packages() -> dict[str, str]:
@@ -538,7 +523,7 @@ async def _compared(asked: argparse.Namespace, console: Console) -> int:
             entrants = await _strangers([Target.read(one, key) for one in args.target], client)
         else:
             read, name, model = await _configured(args, client)
-            entrants = Lanes(read, name, model, client, folder).entrants(args.ollama_slots)
+            entrants = Lanes(read, model, client, folder).entrants(args.ollama_slots)
             if not args.no_gateway:
                 before = [one.label for one in entrants]
                 arguments = _gateway_arguments(args)
@@ -597,7 +582,7 @@ async def _calibrated(args: argparse.Namespace, console: Console) -> None:
         folder = Path(scratch)
         async with http.Client() as client:
             read, name, model = await _configured(args, client)
-            lanes = Lanes(read, name, model, client, folder)
+            lanes = Lanes(read, model, client, folder)
             entrants = {one.label: one for one in lanes.entrants()}
             visits = [Visit(label, 1, plan.levels) for label in entrants]
             with Progressing(console, plan, visits) as view:
@@ -644,7 +629,7 @@ def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: analysis.Cells)
         tokens_in=plan.tokens_in,
         tokens_out=plan.tokens_out,
         crossover=_crossover(list(subjects), cells),
-        command=shlex.join(["twolane", *_without_key(sys.argv[1:])]),
+        command=_said(),
     )
 
 

@@ -2,8 +2,9 @@
 
 The other two are not ours: guidellm, and vLLM's own `bench serve`. On a server of known
 times all are held to the truth as well; on a real one a run is never like the one before,
-so there they agree if what they saw overlaps from run to run. One that is itself too far from
-the truth is told, and ours is not held against it. Who is compared by what:
+so there each is compared with who asked just before or after it, and they disagree if ours
+is off in the same direction in every repetition. One that is itself too far from the truth
+is told, and ours is not held against it. Who is compared by what:
 
 | here         | ours                          | guidellm                   | bench serve         |
 |--------------|-------------------------------|----------------------------|---------------------|
@@ -19,15 +20,16 @@ last such event. Both count ramp-up and ramp-down into tokens a second.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
 import msgspec
 
-from loadtests.experiment import ExperimentError, Machine
-from loadtests.known import Times
+from loadtests import experiment
+from loadtests.analysis import Spread
+from loadtests.experiment import Machine
+from loadtests.known import QUANTITIES, Times
 
 VERSION = 1
 AGREEMENT = "agreement.json"
@@ -67,43 +69,25 @@ class Reading(msgspec.Struct, frozen=True, omit_defaults=True):
     late_s: float = 0.0
 
 
-class Seen(msgspec.Struct, frozen=True):
-    """A tool's median over the repetitions, and the lowest and highest of them."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Seen:
-        return cls(statistics.median(values), min(values), max(values))
-
-    def overlaps(self, other: Seen) -> bool:
-        """Whether there are runs of both that cannot be told apart."""
-        return self.low <= other.high and other.low <= self.high
-
-
 class Row(msgspec.Struct, frozen=True):
     """One quantity of one server at one level, as all saw it.
 
     Attributes:
         truth: None where nobody knows.
         by_tool: Ours is among them.
+        shares: Ours as a share of each other's, repetition by repetition.
     """
 
     server: str
     level: int
     quantity: str
     truth: float | None
-    by_tool: dict[str, Seen]
-
-    def against(self, tool: str) -> float:
-        """Ours, as a share of what this tool saw."""
-        return self.by_tool[OURS].median / self.by_tool[tool].median
+    by_tool: dict[str, Spread]
+    shares: dict[str, Spread]
 
     def to_truth(self, tool: str) -> float | None:
         """What the tool saw as a share of the truth."""
-        return None if self.truth is None else self.by_tool[tool].median / self.truth
+        return None if self.truth is None else self.by_tool[tool].value / self.truth
 
     def is_stray(self, tool: str) -> bool:
         """Whether the tool is too far from the truth itself to hold another against."""
@@ -112,14 +96,13 @@ class Row(msgspec.Struct, frozen=True):
 
     def disagreements(self) -> Iterator[str]:
         """Where ours is off by more than it may be, in words."""
-        ours = self.by_tool[OURS]
         if self.is_stray(OURS):
             yield self._told(OURS)
-        for tool, seen in self.by_tool.items():
-            near = abs(self.against(tool) - 1) <= OF_OTHERS
-            apart = not ours.overlaps(seen) if self.truth is None else not self.is_stray(tool)
-            if not near and apart:
-                yield f"{self._where}: {self.against(tool):.3f} of what {tool} saw"
+        for tool, share in self.shares.items():
+            near = abs(share.value - 1) <= OF_OTHERS
+            by_chance = self.truth is None and share.low <= 1 <= share.high
+            if not near and not by_chance and not self.is_stray(tool):
+                yield f"{self._where}: {share.value:.3f} of what {tool} saw"
 
     def strays(self) -> Iterator[str]:
         """Who of the others is too far from the truth, in words."""
@@ -167,17 +150,12 @@ class Agreement(msgspec.Struct, frozen=True, omit_defaults=True):
             key=lambda one: (one.server, one.level),
         )
         for (server, level), group in groupby(good, key=lambda one: (one.server, one.level)):
-            runs = list(group)
-            if not any(run.tool == OURS for run in runs):
-                continue
-            for quantity in runs[0].medians:
-                by_tool = {
-                    tool: Seen.of([run.medians[quantity] for run in runs if run.tool == tool])
-                    for tool in self.tools
-                    if any(run.tool == tool for run in runs)
-                }
-                truth = self.times.truth(level)[quantity] if server == KNOWN else None
-                rows.append(Row(server, level, quantity, truth, by_tool))
+            runs: dict[str, dict[int, Reading]] = {}
+            for one in group:
+                runs.setdefault(one.tool, {})[one.repetition] = one
+            truths = self.times.truth(level) if server == KNOWN else {}
+            if OURS in runs:
+                rows += [_row(server, level, name, truths.get(name), runs) for name in QUANTITIES]
         return rows
 
     def disagreements(self) -> list[str]:
@@ -194,18 +172,35 @@ class Agreement(msgspec.Struct, frozen=True, omit_defaults=True):
         Raises:
             ExperimentError: It cannot be written.
         """
-        path = folder / AGREEMENT
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            whole = path.with_suffix(".new")
-            whole.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
-            whole.replace(path)
-        except OSError as exc:
-            raise ExperimentError(f"{path} cannot be written: {exc.strerror}") from exc
+        experiment.write(folder / AGREEMENT, self)
 
 
-class _Versioned(msgspec.Struct):
-    version: int
+def _row(
+    server: str,
+    level: int,
+    quantity: str,
+    truth: float | None,
+    runs: Mapping[str, Mapping[int, Reading]],
+) -> Row:
+    """One quantity, of runs by tool and repetition."""
+    seen = {
+        tool: {repetition: run.medians[quantity] for repetition, run in of.items()}
+        for tool, of in runs.items()
+    }
+    ours = seen[OURS]
+    pairs = {
+        tool: [ours[n] / theirs[n] for n in theirs.keys() & ours.keys()]
+        for tool, theirs in seen.items()
+        if tool != OURS
+    }
+    return Row(
+        server,
+        level,
+        quantity,
+        truth,
+        {tool: Spread.of([*of.values()]) for tool, of in seen.items()},
+        {tool: Spread.of(shares) for tool, shares in pairs.items() if shares},
+    )
 
 
 def load(folder: Path) -> Agreement:
@@ -214,13 +209,6 @@ def load(folder: Path) -> Agreement:
     Raises:
         ExperimentError: There is none, or not one of this version.
     """
-    path = folder / AGREEMENT
-    try:
-        said = path.read_bytes()
-        if msgspec.json.decode(said, type=_Versioned).version != VERSION:
-            raise ExperimentError(f"{path} is of another version: run `make agreement` again")
-        return msgspec.json.decode(said, type=Agreement)
-    except OSError as exc:
-        raise ExperimentError(f"{path} cannot be read: {exc.strerror}") from exc
-    except msgspec.DecodeError as exc:
-        raise ExperimentError(f"{path} is no agreement: {exc}") from exc
+    return experiment.read(
+        folder / AGREEMENT, Agreement, VERSION, else_do="run `make agreement` again"
+    )

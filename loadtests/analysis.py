@@ -414,6 +414,14 @@ class Kept(msgspec.Struct, frozen=True):
     level: int | None
     fails: int | None
 
+    @property
+    def between(self) -> int | None:
+        """The level to measure next to know it closer; None: it is known closely enough."""
+        low = self.level or 0
+        if self.fails is None or self.fails - low <= max(1, low // 8):
+            return None
+        return (low + self.fails) // 2
+
 
 def kept(table: Iterable[Row]) -> list[Kept]:
     """Of every target; its levels in order."""

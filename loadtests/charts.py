@@ -37,6 +37,8 @@ MATPLOTLIB: tuple[tuple[Dashes, str], ...] = (
 POINTS = 3000
 #: How far the points of a level lie apart, in octaves.
 WIDTH = 0.62
+#: How many times the one before a level must be, to be named beside it.
+APART = 1.25
 DPI = 160
 
 
@@ -119,7 +121,7 @@ def _layout(title: str, levels: Sequence[int], y: dict[str, Any]) -> dict[str, A
         "type": "log",
         "range": [end * math.log10(2) for end in ends],
         "tickvals": list(levels),
-        "ticktext": [str(level) for level in levels],
+        "ticktext": _named(levels),
         "title": {"text": "requests at once", "standoff": 8},
         "fixedrange": True,
     }
@@ -144,6 +146,16 @@ def _log_axis(panel: Panel) -> dict[str, Any]:
 
 def _levels(table: Iterable[Row]) -> list[int]:
     return sorted({row.level for row in table})
+
+
+def _named(levels: Sequence[int]) -> list[str]:
+    """What is written at each level; nothing where it would be on top of the one before."""
+    names, last = [], 0.0
+    for level in levels:
+        apart = level >= APART * last
+        names.append(str(level) if apart else "")
+        last = level if apart else last
+    return names
 
 
 def line_plots(table: Sequence[Row], look: Mapping[str, Look]) -> list[dict[str, Any]]:
@@ -305,7 +317,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _against_levels(axes: Axes, levels: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(levels, [str(level) for level in levels])
+    axes.set_xticks(levels, _named(levels))
     axes.minorticks_off()
     axes.set_xlim(levels[0] / 2**0.5, levels[-1] * 2**0.5)
     axes.set_ylim(bottom=0)

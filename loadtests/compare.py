@@ -2,6 +2,7 @@
 
 Whatever is measured shares one machine, so one target is asked at a time, and the order
 turns round with every repetition: what the machine does over the hours falls on all alike.
+Where limits are stated, levels are added until it is known how many at once keep them.
 The load itself is Locust's (`concurrency.py`), in a process of its own for each visit to a
 target. Every cell that is done is in the raw file, and is not done again.
 """
@@ -13,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,8 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from loadtests import samples
-from loadtests.experiment import RAW, Experiment, ExperimentError, Machine, Plan, Subject
+from loadtests import analysis, samples
+from loadtests.experiment import RAW, Experiment, ExperimentError, Limits, Machine, Plan, Subject
 from loadtests.stopwatch import Target
 
 LOCUSTFILE = Path(__file__).with_name("concurrency.py")
@@ -80,9 +81,7 @@ class Visit:
 def itinerary(plan: Plan, labels: Sequence[str], done: Iterable[samples.Cell]) -> list[Visit]:
     """What is still to be measured, in order: forth in odd repetitions, back in even ones."""
     complete = {
-        (cell.label, cell.repetition, cell.level)
-        for cell in map(_Key.of, done)
-        if cell.outcome == "complete"
+        (cell.target, cell.repetition, cell.level) for cell in done if cell.outcome == "complete"
     }
     visits = []
     for repetition in range(1, plan.repetitions + 1):
@@ -93,16 +92,19 @@ def itinerary(plan: Plan, labels: Sequence[str], done: Iterable[samples.Cell]) -
     return visits
 
 
-@dataclass(frozen=True)
-class _Key:
-    label: str
-    repetition: int
-    level: float
-    outcome: str
+def search(plan: Plan, limits: Limits, label: str, lines: Sequence[samples.Line]) -> list[Visit]:
+    """What to measure next to learn how many at once this target answers within the limits.
 
-    @classmethod
-    def of(cls, cell: samples.Cell) -> Self:
-        return cls(cell.target, cell.repetition, cell.level, cell.outcome)
+    Halves what lies between the highest level that keeps them and the lowest that does not.
+    Nothing where that is known, or where no limit is stated.
+    """
+    cells = [(cell, of) for cell, of in analysis.closed_cells(lines) if cell.target == label]
+    added = {int(cell.level) for cell, _ in cells} - {*plan.levels}  # perhaps interrupted
+    if limits != Limits():
+        table = analysis.rows(cells, tokens_out=plan.tokens_out, limits=limits)
+        added |= {one.between for one in analysis.kept(table) if one.between}
+    wanted = msgspec.structs.replace(plan, levels=tuple(sorted(added)))
+    return itinerary(wanted, [label], [cell for cell, _ in cells])
 
 
 def seconds_left(
@@ -389,7 +391,7 @@ async def run(
     with Progressing(console, experiment.plan, visits) as view:
         by_label = {one.label: one for one in entrants}
         async with Session(folder, experiment.plan, by_label, view) as session:
-            for visit in visits:
+            for visit in _and_search(visits, experiment, by_label, raw, failures):
                 try:
                     await session.visit(visit)
                 except VisitFailed as exc:
@@ -400,6 +402,27 @@ async def run(
                 experiment = msgspec.structs.replace(experiment, subjects=tuple(known.values()))
                 experiment.save(folder)
     return [f"{label}: {why}" for label, why in failures.items()]
+
+
+def _and_search(
+    visits: Sequence[Visit],
+    experiment: Experiment,
+    labels: Iterable[str],
+    raw: Path,
+    failures: Mapping[str, str],
+) -> Iterator[Visit]:
+    """First these visits, then each target's search; none of them twice."""
+    yield from visits
+    for label in labels:
+        gone: set[Visit] = set()
+        while label not in failures and raw.exists():
+            lines = [*samples.read(raw)]
+            left = search(experiment.plan, experiment.limits, label, lines)
+            visit = next((one for one in left if one not in gone), None)
+            if visit is None:
+                break
+            gone.add(visit)
+            yield visit
 
 
 def resumed(folder: Path, found: Experiment, machine: Machine) -> Experiment:

@@ -33,18 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtests.prompts import TOPICS, WORDS
+from loadtests.stopwatch import BadTarget, Target
 
 #: Ollama's own time is the measure of phases with up to so many people, vLLM's above.
 QUIET = 2
-
-
-@dataclass(frozen=True)
-class Target:
-    """Something that speaks OpenAI's API, and its name of the model."""
-
-    label: str
-    url: str
-    model: str
 
 
 @dataclass
@@ -311,11 +303,10 @@ def write(path: Path, day: Day, table: Sequence[Row], asked: Sequence[Asked]) ->
 
 def target_of(text: str) -> Target:
     """`LABEL=URL=MODEL`."""
-    label, _, rest = text.partition("=")
-    url, _, model = rest.partition("=")
-    if not model or not url.startswith("http"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no LABEL=URL=MODEL")
-    return Target(label, url.rstrip("/"), model)
+    try:
+        return Target.read(text)
+    except BadTarget as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
 def people_of(text: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -21,8 +22,58 @@ RAW = "raw.jsonl"
 SELFCHECK = "selfcheck.json"
 
 
+_File = TypeVar("_File", bound=msgspec.Struct)
+
+
 class ExperimentError(Exception):
     """A folder holds no experiment, or another one; the text says what to do."""
+
+
+class _Versioned(msgspec.Struct):
+    version: int
+
+
+def write(path: Path, what: msgspec.Struct) -> None:
+    """Write a file of an experiment, whole or not at all; its folder is made if need be.
+
+    Raises:
+        ExperimentError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_suffix(".new")
+        whole.write_bytes(msgspec.json.format(msgspec.json.encode(what), indent=1))
+        whole.replace(path)
+    except OSError as exc:
+        raise ExperimentError(f"{path} cannot be written: {exc.strerror}") from exc
+
+
+def read(path: Path, kind: type[_File], version: int, *, else_do: str) -> _File:
+    """What `write` wrote.
+
+    Args:
+        path: The file.
+        kind: What is in it; has a field `version`.
+        version: The one this program reads.
+        else_do: What to do where it is of another version.
+
+    Raises:
+        ExperimentError: It is not there, of another version, or something else.
+    """
+    try:
+        said = path.read_bytes()
+        found = msgspec.json.decode(said, type=_Versioned).version
+        if found != version:
+            raise ExperimentError(
+                f"{path} has version {found}, this program reads {version}: {else_do}"
+            )
+        return msgspec.json.decode(said, type=kind)
+    except OSError as exc:
+        raise ExperimentError(
+            f"{path} cannot be read ({exc.strerror}): is {path.parent} the folder of an experiment?"
+        ) from exc
+    except msgspec.DecodeError as exc:
+        raise ExperimentError(f"{path} is no {path.stem}: {exc}") from exc
 
 
 class Machine(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -122,18 +173,7 @@ class Experiment(msgspec.Struct, frozen=True, omit_defaults=True):
         Raises:
             ExperimentError: It cannot be written.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = msgspec.json.format(msgspec.json.encode(self), indent=1)
-            whole = folder / f"{EXPERIMENT}.new"
-            whole.write_bytes(text)
-            whole.replace(folder / EXPERIMENT)
-        except OSError as exc:
-            raise ExperimentError(f"{folder} cannot be written: {exc.strerror}") from exc
-
-
-class _Versioned(msgspec.Struct):
-    version: int
+        write(folder / EXPERIMENT, self)
 
 
 def load(folder: Path) -> Experiment:
@@ -142,22 +182,10 @@ def load(folder: Path) -> Experiment:
     Raises:
         ExperimentError: There is none, or not one of this version.
     """
-    path = folder / EXPERIMENT
-    try:
-        said = path.read_bytes()
-        version = msgspec.json.decode(said, type=_Versioned).version
-        if version != VERSION:
-            raise ExperimentError(
-                f"{path} has version {version}, this program reads {VERSION}: use the one that "
-                "wrote it, or measure again"
-            )
-        return msgspec.json.decode(said, type=Experiment)
-    except OSError as exc:
-        raise ExperimentError(
-            f"{path} cannot be read ({exc.strerror}): is {folder} the folder of an experiment?"
-        ) from exc
-    except msgspec.DecodeError as exc:
-        raise ExperimentError(f"{path} is no experiment: {exc}") from exc
+    return read(
+        folder / EXPERIMENT, Experiment, VERSION,
+        else_do="use the one that wrote it, or measure again",
+    )  # fmt: skip
 
 
 def this_machine(packages: dict[str, str]) -> Machine:

@@ -280,12 +280,16 @@ def the_host(options: Any) -> Target:
     return Target.read(f"host={options.host}={model}", options.api_key)
 
 
-def without_key(arguments: Sequence[str], key: str | None) -> list[str]:
-    """A command line less what nobody may read later, however the option was spelt."""
-    if not key:
-        return list(arguments)
-    hidden = [word.removesuffix(f"={key}") for word in arguments]
-    return ["..." if word == key else word for word in hidden]
+def for_others(arguments: Sequence[str], key: str | None = None) -> list[str]:
+    """A command line that others may read: without the key, and without anybody's folders."""
+    shown = list(arguments)
+    for place, short in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
+        if place != "/":
+            shown = [word.replace(place, short) for word in shown]
+    if key:
+        hidden = [word.removesuffix(f"={key}") for word in shown]
+        shown = ["..." if word == key else word for word in hidden]
+    return shown
 
 
 def preflight(target: Target) -> None:

@@ -14,7 +14,7 @@ from locust.env import Environment
 from locust.runners import MasterRunner, Runner, WorkerRunner
 
 from loadtests import samples
-from loadtests.load import without_key
+from loadtests.load import for_others
 from loadtests.samples import Loop, Phase, Request, Run, SamplesError, Writer
 from loadtests.stopwatch import Timing
 
@@ -96,7 +96,7 @@ def begun(environment: Environment) -> Run:
         if name not in others and name != "api_key" and value not in (None, "", []):
             words = value if isinstance(value, list) else [value]
             asked[name] = value if isinstance(value, int | float) else " ".join(words)
-    return Run(samples.VERSION, time.time(), without_key(sys.argv, options["api_key"]), asked)
+    return Run(samples.VERSION, time.time(), for_others(sys.argv, options["api_key"]), asked)
 
 
 def complain(environment: Environment, why: str) -> None:

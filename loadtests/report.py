@@ -338,7 +338,7 @@ def _goodput(found: Findings) -> Iterator[Block]:
         elif one.fails is None:
             told.append(f"{one.target}: all measured keep them, up to {one.level} at once.")
         else:
-            told.append(f"{one.target}: up to {one.level} at once; {one.fails} does not keep them.")
+            told.append(f"{one.target}: up to {one.level} at once; {one.fails} do not keep them.")
     yield Bullets(told)
     yield Grid(
         ("", "good requests/s", "share that was good", "answered", "failed", "cut"),
@@ -559,6 +559,10 @@ def _agreement(seen: Agreement | None) -> Iterator[Block]:
             f"Ours is within {agreement.OF_TRUTH:.0%} of the truth and {agreement.OF_OTHERS:.0%} "
             "of the others, or, on a real server, within the spread of the runs."
         )
+    strays = seen.strays()
+    if strays:
+        yield Text("Who is too far from the truth to hold ours against:")
+        yield Bullets(strays)
     yield Text(
         "guidellm's inter-token latency is what is called TPOT here; its own TPOT has the wait "
         "for the first token in it. bench serve begins TTFT at the first event that has choices, "
@@ -568,14 +572,16 @@ def _agreement(seen: Agreement | None) -> Iterator[Block]:
 
 
 def _seen_by(row: agreement.Row, tool: str) -> str:
-    """A tool's median, its runs, and how it stands to the truth or else to ours."""
+    """A tool's median, the spread of its runs, and its share of the truth or else of ours."""
     seen = row.by_tool.get(tool)
     if seen is None:
         return "-"
-    value = selfcheck.written(row.quantity, seen.median)
+    value = selfcheck.written(row.quantity, seen.value)
+    if seen.high > seen.low:
+        value += f" ±{(seen.high - seen.low) / 2 / seen.value:.1%}"
     share = row.to_truth(tool)
     if share is None and tool != agreement.OURS:
-        share = 1 / row.against(tool)
+        share = 1 / row.shares[tool].value
     return value if share is None else f"{value} ({share:.3f})"
 
 

@@ -173,7 +173,7 @@ class Writer:
     def _failed(self, exc: OSError) -> SamplesError:
         return SamplesError(
             f"{self.path} cannot be written: {exc.strerror}. What is in it stays; free some "
-            "space or name another file, and go on with --resume"
+            "space or name another file"
         )
 
 

@@ -24,7 +24,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from loadtests import analysis, known, samples
+from loadtests import analysis, experiment, known, samples
 from loadtests.compare import Visit, locust_command
 from loadtests.experiment import RAW, SELFCHECK, ExperimentError, Plan
 from loadtests.known import Lateness, Times
@@ -118,43 +118,18 @@ class SelfCheck(msgspec.Struct, frozen=True):
         """Write it into the folder of an experiment.
 
         Raises:
-            SelfCheckError: It cannot be written.
+            ExperimentError: It cannot be written.
         """
-        path = folder / SELFCHECK
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            whole = path.with_suffix(".new")
-            whole.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
-            whole.replace(path)
-        except OSError as exc:
-            raise SelfCheckError(f"{path} cannot be written: {exc.strerror}") from exc
-
-
-class _Versioned(msgspec.Struct):
-    version: int
+        experiment.write(folder / SELFCHECK, self)
 
 
 def load(folder: Path) -> SelfCheck:
     """The self-check of an experiment's folder.
 
     Raises:
-        SelfCheckError: There is none, or not one of this version.
+        ExperimentError: There is none, or not one of this version.
     """
-    path = folder / SELFCHECK
-    try:
-        said = path.read_bytes()
-        version = msgspec.json.decode(said, type=_Versioned).version
-        if version != VERSION:
-            raise SelfCheckError(
-                f"{path} has version {version}, this program reads {VERSION}: check again"
-            )
-        return msgspec.json.decode(said, type=SelfCheck)
-    except OSError as exc:
-        raise SelfCheckError(
-            f"{path} cannot be read ({exc.strerror}): nothing proves the stopwatch of {folder}"
-        ) from exc
-    except msgspec.DecodeError as exc:
-        raise SelfCheckError(f"{path} is no self-check: {exc}") from exc
+    return experiment.read(folder / SELFCHECK, SelfCheck, VERSION, else_do="check again")
 
 
 def check(level: int, *, python: str = sys.executable, processes: int = 1) -> SelfCheck:
@@ -355,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(seen, console)
         if args.out:
             seen.save(args.out)
-    except SelfCheckError as exc:
+    except ExperimentError as exc:
         console.print(str(exc), style="red", markup=False)
         return 1
     return 0 if seen.passed else 1

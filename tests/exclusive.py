@@ -34,6 +34,7 @@ SHORT: Mapping[str, Any] = {
     "free_s": 0.5,
     "load_s": 0.6,
     "probe_s": 0.5,
+    "away_s": 0.4,
 }
 #: What the gateway asks to see whether an engine generates.
 PROBE = "Hi"

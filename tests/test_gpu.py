@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backends.fake import GIB, FakeGpu
 from gateway import gpu
-from gateway.gpu import Budget, Memory, MemoryUnknown, Nvml
+from gateway.gpu import Brake, Budget, Card, Memory, MemoryUnknown, Nvml
 
 MIB = 1024**2
 
@@ -127,6 +128,65 @@ class Driver:
             raise self.fault
 
 
+class FunctionNotFound(NVMLError):
+    pass
+
+
+#: What a card says that works at full clock: an RTX 4090 in a slot of eight lanes.
+WELL: dict[str, Any] = {
+    "CurrPcieLinkWidth": 8,
+    "MaxPcieLinkWidth": 16,
+    "CurrPcieLinkGeneration": 4,
+    "MaxPcieLinkGeneration": 4,
+    "PerformanceState": 2,
+    "PowerManagementLimit": 300_000,
+    "PowerManagementDefaultLimit": 450_000,
+    "Temperature": 61,
+    "TemperatureThreshold": 84,
+    "CurrentClocksThrottleReasons": 0x4 | 0x1,
+    "P2PStatus": 1,
+}
+
+
+@dataclass
+class Told(Driver):
+    """A driver that tells of its cards what it is made to; an error is raised."""
+
+    says: dict[str, Any] = field(default_factory=lambda: dict(WELL))
+
+    NVMLError_FunctionNotFound = FunctionNotFound
+    NVMLError_InvalidArgument = InvalidArgument
+    NVML_TEMPERATURE_GPU = 0
+    NVML_TEMPERATURE_THRESHOLD_GPU_MAX = 3
+    NVML_P2P_STATUS_OK = 0
+
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "570.86.10"
+
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:  # noqa: N802
+        return 12080
+
+    def nvmlDeviceGetIndex(self, handle: tuple[int, int]) -> int:  # noqa: N802
+        return self.card(handle)
+
+    def nvmlDeviceGetName(self, handle: tuple[int, int]) -> str:  # noqa: N802
+        return "NVIDIA GeForce RTX 4090"
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        said = self.says[name.removeprefix("nvmlDeviceGet")]
+
+        def answer(*_: Any) -> Any:
+            if isinstance(said, NVMLError):
+                raise said
+            return said
+
+        return answer
+
+
+def two_4090(**says: Any) -> Told:
+    return Told([Info(24 * GIB, 3 * GIB), Info(24 * GIB, 5 * GIB)], says=WELL | says)
+
+
 def two_cards() -> Driver:
     return Driver(
         [Info(24 * GIB, 3 * GIB), Info(24 * GIB, 5 * GIB)],
@@ -186,6 +246,46 @@ def test_driver_is_opened_once_and_again_after_a_fault() -> None:
     assert driver.opened == 2
 
 
+def test_driver_tells_how_its_cards_do() -> None:
+    driver = Nvml(library=two_4090()).driver()
+
+    assert (driver.version, driver.cuda) == ("570.86.10", "12.8")
+    assert driver.cards[1] == Card(
+        index=1,
+        name="NVIDIA GeForce RTX 4090",
+        memory=24 * GIB,
+        width=(8, 16),
+        generation=(4, 4),
+        state=2,
+        power_w=(300.0, 450.0),
+        heat_c=(61, 84),
+        brakes=Brake.POWER_LIMIT,
+        peers=(),
+    )
+
+
+def test_cards_that_read_each_others_memory_are_named() -> None:
+    assert [card.peers for card in Nvml(library=two_4090(P2PStatus=0)).driver().cards] == [
+        (1,),
+        (0,),
+    ]
+
+
+@pytest.mark.parametrize(
+    "refusal", [NotSupported(), NoPermission(), FunctionNotFound(), InvalidArgument()]
+)
+def test_what_a_card_does_not_tell_is_none(refusal: NVMLError) -> None:
+    silent = dict.fromkeys(WELL, refusal)
+    card = Nvml(library=two_4090(**silent)).driver().cards[0]
+
+    assert card == Card(0, "NVIDIA GeForce RTX 4090", 24 * GIB)
+
+
+def test_card_that_is_lost_is_no_card_without_a_temperature() -> None:
+    with pytest.raises(MemoryUnknown, match="GpuIsLost"):
+        Nvml(library=two_4090(Temperature=GpuIsLost())).driver()
+
+
 def test_no_driver_is_said_in_words() -> None:
     with pytest.raises(MemoryUnknown, match="driver says: Uninitialized"):
         Nvml(library=Driver(fault=Uninitialized())).total()
@@ -227,6 +327,17 @@ def test_driver_that_hangs_takes_one_thread_and_no_more(monkeypatch: pytest.Monk
         first.join()
 
     assert memory.free() == 1 * GIB
+
+
+@pytest.mark.gpu
+def test_real_cards_tell_how_they_do() -> None:
+    try:
+        driver = Nvml().driver()
+    except MemoryUnknown as exc:
+        pytest.skip(str(exc))
+
+    assert driver.version
+    assert all(card.name and card.memory > 0 for card in driver.cards)
 
 
 @pytest.mark.gpu

@@ -120,6 +120,44 @@ async def test_a_pin_in_the_settings_is_where_it_begins(
     assert box.asked("ollama", "/api/generate") == []
 
 
+async def test_the_first_lane_is_waited_for_before_the_other_loads_anything(
+    tmp_path: Path, start_gateway: StartGateway
+) -> None:
+    async with boxed(tmp_path) as box:
+        # A vLLM whose container starts with ours: it wants its share of the memory free.
+        box.vllm.kill()
+        box.models["m"] = box.model("vllm", "ollama")
+        limits = {"heartbeat_s": 0.04}
+        async with serving(start_gateway, box, holder=None, away_s=10.0, limits=limits) as served:
+            early = served.asking("early", stream=True)
+            await served.until(Step.LOADING)
+            ready = await served.running.http.get("/ready")
+            await asyncio.sleep(0.1)  # a heartbeat has told the lane already
+            await box.vllm.up()
+            answer = await early
+            passages = [(p.source, p.target, p.outcome) for p in served.owner.passages]
+
+        loads = box.asked("ollama", "/api/generate")
+
+    assert ready.status_code == 503
+    assert (ready.json()["gpu"]["to"], ready.json()["gpu"]["step"]) == ("vllm", "loading")
+    assert answer.headers["x-gateway-lane"] == "vllm"
+    assert passages == [(None, "vllm", "done")]
+    assert loads == []
+
+
+async def test_a_first_lane_that_stays_away_leaves_the_gpu_to_the_other(
+    tmp_path: Path, start_gateway: StartGateway
+) -> None:
+    async with boxed(tmp_path) as box:
+        box.vllm.kill()
+        box.models["m"] = box.model("vllm", "ollama")
+        async with serving(start_gateway, box, away_s=0.3) as served:
+            answer = await served.ask()
+
+    assert answer.headers["x-gateway-lane"] == "ollama"
+
+
 # There and back, by the load
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.lease import Lease, LeaseError, LeaseTaken
+from gateway.lease import Lease, LeaseError, LeaseTaken, owner
 
 HOLDER = """
 import sys
@@ -200,3 +200,60 @@ def test_a_path_that_cannot_be_written_says_so_and_what_to_do(
 def test_a_directory_that_is_not_ours_to_write_to_says_so() -> None:
     with pytest.raises(LeaseError, match=r"Permission denied|Read-only"):
         Lease(Path("/sys/gpu.lease")).acquire("here")
+
+
+# Who has it, without taking it
+
+
+def test_the_owner_is_told_to_who_only_looks(path: Path) -> None:
+    with holder(path) as first:
+        found = owner(path)
+
+    assert found is not None
+    assert (found.pid, found.address) == (first.pid, "127.0.0.1:8000")
+
+
+def test_nobody_owns_what_is_not_there_what_was_released_and_what_was_left_behind(
+    path: Path,
+) -> None:
+    before = owner(path)
+    lease = Lease(path)
+    lease.acquire("127.0.0.1:8000")
+    lease.release()
+    released = owner(path)
+    with holder(path) as first:
+        first.kill()
+        first.wait()
+        left = owner(path)
+
+    assert b"127.0.0.1:8000" in path.read_bytes()
+    assert (before, released, left) == (None, None, None)
+
+
+def test_who_looks_is_in_nobodys_way(path: Path) -> None:
+    with holder(path):
+        owner(path)
+    lease = Lease(path)
+    lease.acquire("127.0.0.1:8000")
+    owner(path)
+
+    with pytest.raises(LeaseTaken):
+        Lease(path).acquire("127.0.0.1:9000")
+    lease.release()
+
+
+def test_an_owner_that_has_not_said_who_it_is_is_not_made_up(path: Path) -> None:
+    lease = Lease(path)
+    lease.acquire("127.0.0.1:8000")
+    path.write_bytes(b"")
+
+    with pytest.raises(LeaseError, match="does not say by whom"):
+        owner(path)
+    lease.release()
+
+
+def test_a_kernel_that_does_not_tell_of_locks_is_said(path: Path, tmp_path: Path) -> None:
+    path.touch()
+
+    with pytest.raises(LeaseError, match="does not tell"):
+        owner(path, proc=tmp_path)

@@ -222,7 +222,6 @@ async def test_what_people_waited_is_told_of_the_hand_over_they_waited_for(
 async def test_what_went_wrong_is_in_the_status_until_it_is_over(
     box: Box, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.handover.AWAY_S", 0.2)
     monkeypatch.setattr("gateway.handover.FIRST_PAUSE_S", 0.3)
     monkeypatch.setattr("gateway.handover.LONGEST_PAUSE_S", 0.3)
     async with serving(start_gateway, box, **SHORT) as served:

@@ -363,6 +363,20 @@ def test_this_machine_needs_no_key(place: Place, host: str) -> None:
     place.load(f"host: '{host}'").check_exposure()
 
 
+def test_where_a_container_is_published_decides_who_can_come(place: Place) -> None:
+    place.load("host: 0.0.0.0\npublished: 127.0.0.1").check_exposure()
+    with pytest.raises(SettingsError, match=r"published 192\.0\.2\.1 is open to other machines"):
+        place.load("host: 0.0.0.0\npublished: 192.0.2.1").check_exposure()
+
+
+def test_who_is_published_to_others_is_told_where_a_key_belongs(place: Place) -> None:
+    keys = place.file("# none yet\n", "keys")
+    settings = f"host: 0.0.0.0\npublished: 0.0.0.0\napi_keys_file: {keys}"
+
+    with pytest.raises(SettingsError, match=f"Put one into {keys}"):
+        place.load(settings).check_exposure()
+
+
 def test_keys_come_from_the_settings_and_from_the_file(place: Place) -> None:
     keys = place.file(
         "first-secret\n\n  # a comment, indented\n# another\n second-secret \n", "keys"

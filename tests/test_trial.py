@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
-from gateway import profile
+from gateway import profile, settings, trial
 from loadtests import samples
 from loadtests.known import Times, running
 from tests.loadtests.servers import nobody
@@ -49,7 +52,7 @@ def folder(targets: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("compare") / "out"
     done = twolane(
         "compare", *targets, "--levels", "1,2", "--rounds", 2, "--repetitions", 2,
-        "--tokens-out", 16, "--key", "sk-secret", "--unchecked", "--out", out,
+        "--tokens-out", 16, "--ke", "sk-secret", "--unchecked", "--out", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return out
@@ -160,6 +163,50 @@ def test_a_folder_with_an_experiment_is_not_begun_again(folder: Path, targets: l
     assert f"--resume {folder}" in done.stderr
 
 
+# A gateway in front
+
+
+async def test_a_gateway_is_asked_when_all_of_its_lanes_serve(tmp_path: Path) -> None:
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = tmp_path / "twolane.yaml"
+    with ExitStack() as stack:
+        ollama = stack.enter_context(fake("--kind", "ollama"))
+        config.write_text(two_lanes(ollama, f"http://127.0.0.1:{port}"))
+        read = settings.load(config, {}, {})
+        arguments = ["--config", str(config)]
+        entrant = trial.in_front(arguments, read, "chat", ("ollama", "vllm"), tmp_path)
+
+        async def entered() -> None:
+            await serving.enter_async_context(entrant.running())
+
+        async with AsyncExitStack() as serving, httpx.AsyncClient() as client:
+            entering = asyncio.create_task(entered())
+            while not await answers(client, f"{entrant.target.url}/ready"):
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(1)
+            early = entering.done()
+            stack.enter_context(fake("--kind", "vllm", "--port", str(port)))
+            await entering
+
+    assert not early
+
+
+async def answers(client: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await client.get(url)).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def two_lanes(ollama: str, vllm: str) -> str:
+    return f"""
+        engines: {{ollama: {{urls: ["{ollama}"]}}, vllm: {{urls: ["{vllm}"]}}}}
+        models: {{chat: {{lanes: {{ollama: {{model: m}}, vllm: {{model: m}}}}}}}}
+        """
+
+
 # calibrate
 
 
@@ -169,12 +216,7 @@ def test_a_profile_is_measured_closer_and_closer_to_where_the_lanes_cross(tmp_pa
         fake("--kind", "ollama", "--ttft", "0.05", "--slots", "1") as ollama,
         fake("--kind", "vllm", "--ttft", "0.15") as vllm,
     ):
-        config.write_text(
-            f"""
-            engines: {{ollama: {{urls: ["{ollama}"]}}, vllm: {{urls: ["{vllm}"]}}}}
-            models: {{chat: {{lanes: {{ollama: {{model: m}}, vllm: {{model: m}}}}}}}}
-            """
-        )
+        config.write_text(two_lanes(ollama, vllm))
         done = twolane(
             "calibrate", "--config", config, "--levels", "1,8", "--rounds", 2, "--tokens-out", 4,
             "--minutes", 0.4, "--out", out,

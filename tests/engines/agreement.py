@@ -52,6 +52,12 @@ START_BENCH = (
 )
 #: Nobody is to be asked for anything; the tokenizer is the rig's.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+#: As ours and `bench serve` ask. Left to itself guidellm wants the usage with every chunk, which
+#: took vLLM 5 % of its time here, and its own sampling.
+BODY = {
+    "temperature": 0,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+}
 #: Longest our own run may take, seconds.
 WITHIN_S = 900.0
 
@@ -66,6 +72,7 @@ class Run:
     level: int
     repetition: int
     plan: Plan
+    prompt_tokens: int
 
     @property
     def measured(self) -> int:
@@ -112,7 +119,7 @@ def guidellm(run: Run) -> Reading:
                 "kind": "openai_http",
                 "target": run.url,
                 "model": run.model,
-                "extras": {"body": {"temperature": 0}},
+                "extras": {"body": BODY},
             },
             "profile": {
                 "kind": "concurrent",
@@ -126,7 +133,7 @@ def guidellm(run: Run) -> Reading:
             "tokenizer": {"kind": "huggingface_auto", "model": str(rig.WEIGHTS)},
             "data": {
                 "kind": "synthetic_text",
-                "prompt_tokens": run.plan.tokens_in,
+                "prompt_tokens": run.prompt_tokens,
                 "output_tokens": run.plan.tokens_out,
             },
             "seed": {"kind": "static", "value": run.repetition},
@@ -169,7 +176,7 @@ def bench(run: Run) -> Reading:
         command = [str(rig.VLLM_PYTHON), "-c", START_BENCH, "--disable-tqdm", "--ignore-eos"]
         command += ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
         command += ["--base-url", run.url, "--model", run.model, "--tokenizer", str(rig.WEIGHTS)]
-        command += ["--dataset-name", "random", "--random-input-len", str(run.plan.tokens_in)]
+        command += ["--dataset-name", "random", "--random-input-len", str(run.prompt_tokens)]
         command += ["--random-output-len", str(run.plan.tokens_out), "--temperature", "0"]
         command += ["--max-concurrency", str(run.level), "--num-prompts", str(run.measured)]
         command += ["--num-warmups", str(run.level * run.plan.warm_up)]
@@ -209,7 +216,8 @@ def on_known(plan: Plan, times: Times, say: Say) -> Iterator[Reading]:
         for name, tool in TOOLS.items():
             say(f"{level} at once on the engine of known times, by {name}")
             with known.running(times) as engine:
-                seen = tool(Run(KNOWN, engine.url, known.MODEL, level, 1, plan))
+                run = Run(KNOWN, engine.url, known.MODEL, level, 1, plan, plan.tokens_in)
+                seen = tool(run)
                 yield msgspec.structs.replace(seen, late_s=engine.lateness().p50)
 
 
@@ -227,8 +235,11 @@ def on_vllm(plan: Plan, level: int, say: Say) -> Iterator[Reading]:
         with _only(cores[:half]):
             engine = stack.enter_context(rig.vllm())
         stack.enter_context(_only(cores[half:] or cores))
-        run = Run(VLLM, engine.url, engine.model, level, plan.repetitions + 1, plan)
-        ours(run)  # the first to come finds everything cold
+        run = Run(VLLM, engine.url, engine.model, level, plan.repetitions + 1, plan, plan.tokens_in)
+        # The first to come finds everything cold. By the server's own count the prompts of the
+        # others, in which there is no question, are made as long as ours.
+        tokens_in = ours(run).tokens_in
+        run = replace(run, prompt_tokens=round(plan.tokens_in + tokens_in - bench(run).tokens_in))
         for repetition in range(1, plan.repetitions + 1):
             tools = list(TOOLS.items())
             for name, tool in tools if repetition % 2 else reversed(tools):
@@ -287,8 +298,8 @@ def show(found: Agreement, console: Console) -> None:
             if row.truth is not None and of_truth is not None:
                 cells = [_number(row, row.truth), _seen(row, OURS), f"{of_truth:.3f}"]
             for tool in others:
-                there = tool in row.by_tool
-                cells += [_seen(row, tool), f"{row.against(tool):.3f}"] if there else ["-", ""]
+                there = tool in row.shares
+                cells += [_seen(row, tool), _share(row, tool)] if there else ["-", ""]
             first = row.quantity == QUANTITIES[0]
             table.add_row(str(row.level) if first else "", row.quantity, *cells)
         console.print(table)
@@ -304,8 +315,15 @@ def show(found: Agreement, console: Console) -> None:
 def _seen(row: Row, tool: str) -> str:
     """What a tool saw, and how far its runs were apart."""
     seen = row.by_tool[tool]
-    spread = f" ±{(seen.high - seen.low) / 2 / seen.median:.1%}" if seen.high > seen.low else ""
-    return _number(row, seen.median) + spread
+    spread = f" ±{(seen.high - seen.low) / 2 / seen.value:.1%}" if seen.high > seen.low else ""
+    return _number(row, seen.value) + spread
+
+
+def _share(row: Row, tool: str) -> str:
+    """Ours as a share of what a tool saw, and how far that goes from one repetition to another."""
+    share = row.shares[tool]
+    told = f"{share.value:.3f}"
+    return told if share.low == share.high else f"{told} {share.low:.2f}-{share.high:.2f}"
 
 
 def _number(row: Row, value: float) -> str:
@@ -322,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--levels", type=levels_of, default=(1, 4, 8, 16, 32), metavar="N,N,…")
     parser.add_argument("--vllm-level", type=int, default=8, help="on the real one; 0: none (8)")
-    parser.add_argument("--repetitions", type=int, default=3, help="on the real one (3)")
+    parser.add_argument("--repetitions", type=int, default=5, help="on the real one (5)")
     parser.add_argument("--rounds", type=int, default=10, help="requests of each at once (10)")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write agreement.json there")
     args = parser.parse_args(arguments)

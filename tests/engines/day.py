@@ -30,6 +30,7 @@ from rich.console import Console
 
 from gateway.profile import VERSION, Lane, Profile
 from loadtests import day
+from loadtests.stopwatch import Target
 from tests.engines import rig
 
 START_S = 30.0
@@ -46,8 +47,8 @@ def main() -> int:
     own, arguments = parser.parse_known_args()
     with rig.ollama() as ollama, rig.vllm() as vllm, tempfile.TemporaryDirectory() as scratch:
         lanes = [
-            day.Target("ollama", ollama.url, ollama.model),
-            day.Target("vllm", vllm.url, vllm.model),
+            Target("ollama", ollama.url, ollama.model),
+            Target("vllm", vllm.url, vllm.model),
         ]
         model: dict[str, object] = {
             "lanes": {lane.label: {"model": lane.model} for lane in lanes},
@@ -63,12 +64,12 @@ def main() -> int:
             "TWOLANE_LOG": "off",
         }
         with gateway(environment) as url:
-            targets = [*lanes, day.Target("gateway", url, "smollm2")]
+            targets = [*lanes, Target("gateway", url, "smollm2")]
             flags = [f"--target={one.label}={one.url}={one.model}" for one in targets]
             return day.main([*flags, *arguments])
 
 
-async def measured(lanes: Sequence[day.Target], console: Console) -> Profile:
+async def measured(lanes: Sequence[Target], console: Console) -> Profile:
     """Both lanes at every level, asked without a pause."""
     steady = day.Day(think_s=0.0, seed=1)
     times: dict[str, list[float]] = {lane.label: [] for lane in lanes}

@@ -1,26 +1,31 @@
 """`twolane compare` and `twolane calibrate` on the rig's engines: `make compare`, `make calibrate`.
 
 Writes the settings that an operator would write, engines' commands included, and hands
-over to the command: what is measured here is what a user would have measured.
+over to the command: what is measured here is what a user would have measured. What was
+calibrated is what the gateway of a later comparison decides by.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
 from tests.engines import rig
 
 CONFIG = rig.ENGINES / "twolane.yaml"
+PROFILE = rig.ENGINES / "profile.json"
 
 
-def configuration() -> dict[str, Any]:
+def configuration(ports: Mapping[str, int], profile: Path | None = None) -> dict[str, Any]:
     """Both engines on the CPU, side by side, with one model."""
-    ports = {"ollama": rig.free_port(), "vllm": rig.free_port()}
     urls = {kind: f"http://127.0.0.1:{port}" for kind, port in ports.items()}
+    measured = {"profile": os.path.relpath(profile)} if profile else {}
     return {
         "engines": {
             "ollama": {
@@ -38,10 +43,11 @@ def configuration() -> dict[str, Any]:
         },
         "models": {
             "smollm2": {
+                **measured,
                 "lanes": {
                     "ollama": {"model": rig.OLLAMA_MODEL, "slots": 1},
                     "vllm": {"model": rig.VLLM_MODEL, "slots": 32},
-                }
+                },
             }
         },
     }
@@ -52,13 +58,24 @@ def _own(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 
+def ports() -> dict[str, int]:
+    """As last time: a profile tells what command lines were measured, and the port is in them."""
+    if not CONFIG.exists():
+        return {kind: rig.free_port() for kind in ("ollama", "vllm")}
+    engines = yaml.safe_load(CONFIG.read_text())["engines"]
+    return {kind: urlsplit(its["urls"][0]).port for kind, its in engines.items()}
+
+
 def main() -> None:
     """Write the settings, and become the command."""
     missing = [part.name for part in rig.parts() if not part.is_complete()]
     if missing:
         sys.exit(f"not installed: {', '.join(missing)}; {rig.GET_ENGINES}")
-    CONFIG.write_text(yaml.safe_dump(configuration()))
     command, *arguments = sys.argv[1:]
+    known = PROFILE if PROFILE.exists() else None
+    CONFIG.write_text(yaml.safe_dump(configuration(ports(), known)))
+    if command == "calibrate" and "--out" not in arguments:
+        arguments += ["--out", os.path.relpath(PROFILE)]
     said = [command, "--config", os.path.relpath(CONFIG), *arguments]
     if "--resume" in arguments:
         said = [command, *arguments]

@@ -68,6 +68,7 @@ ENGINES = ROOT / ".engines"
 LOGS = ENGINES / "logs"
 VLLM_PYTHON = ENGINES / "vllm" / "bin" / "python"
 WEIGHTS = ENGINES / "smollm2"
+TINY = ENGINES / "tiny"
 OLLAMA_HOME = ENGINES / "ollama"
 OPEN_WEBUI_PYTHON = ENGINES / "open-webui" / "bin" / "python"
 
@@ -147,6 +148,7 @@ def parts() -> list[Part]:
             build_open_webui,
             OPEN_WEBUI_PYTHON,
         ),
+        Part("tiny", f"a random Llama of 8 heads, tokenizer out of {model}", build_tiny, TINY),
     ]
     if shutil.which("ollama"):
         recipe = f"{OLLAMA_MODEL}, {CONTEXT_TOKENS} tokens of context, its system prompt"
@@ -215,6 +217,15 @@ def build_weights() -> None:
     partial.rename(WEIGHTS)
 
 
+def build_tiny() -> None:
+    """Make a model whose heads two ranks can share; SmolLM2 has nine."""
+    partial = TINY.with_suffix(".partial")
+    for leftover in (partial, TINY):
+        shutil.rmtree(leftover, ignore_errors=True)
+    do([str(VLLM_PYTHON), "-I", __file__, "random", str(WEIGHTS), str(partial)])
+    partial.rename(TINY)
+
+
 def build_ollama() -> None:
     """Make the model known to an Ollama whose store is ours alone.
 
@@ -243,6 +254,25 @@ def convert(source: Path, target: Path) -> None:
         quantization_config=transformers.GgufConfig(dequantize=True),
     )
     model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def random(source: Path, target: Path) -> None:
+    """Write a Llama that has learned nothing, with the tokenizer of another model."""
+    torch = importlib.import_module("torch")
+    transformers = importlib.import_module("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(source))
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT_TOKENS,
+    )
+    torch.manual_seed(1)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
@@ -626,10 +656,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # The first two are how this file calls itself, in other processes.
+    # The first three are how this file calls itself, in other processes.
     if sys.argv[1:2] == ["guard"]:
         guard(sys.argv[2:])
     elif sys.argv[1:2] == ["convert"]:
         convert(Path(sys.argv[2]), Path(sys.argv[3]))
+    elif sys.argv[1:2] == ["random"]:
+        random(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         sys.exit(main())

@@ -8,7 +8,7 @@ from loadtests.experiment import Plan
 from loadtests.known import QUANTITIES
 from tests.engines.agreement import Run, levels_of, read_bench, read_guidellm
 
-RUN = Run("known", "http://127.0.0.1:1", "known", 8, 1, Plan())
+RUN = Run("known", "http://127.0.0.1:1", "known", 8, 1, Plan(), 80)
 
 
 def test_guidellms_time_between_tokens_is_our_tpot() -> None:

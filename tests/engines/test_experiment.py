@@ -49,7 +49,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"not installed: {', '.join(missing)}; {rig.GET_ENGINES}")
     scratch = tmp_path_factory.mktemp("compare")
     config = scratch / "twolane.yaml"
-    config.write_text(yaml.safe_dump(experiment.configuration()))
+    config.write_text(yaml.safe_dump(experiment.configuration(experiment.ports())))
     folder = scratch / "report"
     done = twolane(
         "compare", "--config", config, "--levels", "1,4", "--repetitions", "1", "--rounds", "2",

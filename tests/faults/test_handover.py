@@ -51,8 +51,7 @@ SOON_S = 20.0
 
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for an engine that is away does not wait for long."""
-    monkeypatch.setattr("gateway.handover.AWAY_S", 0.4)
+    """Between two attempts there is not much time."""
     monkeypatch.setattr("gateway.handover.FIRST_PAUSE_S", 0.1)
     monkeypatch.setattr("gateway.handover.LONGEST_PAUSE_S", 0.2)
 

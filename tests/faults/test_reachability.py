@@ -430,7 +430,7 @@ async def test_05_second_attempts_are_a_share_of_all_requests(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     requests = 60
-    async with start_gateway(**pair(ollama, vllm)) as running:
+    async with start_gateway(**pair(ollama, vllm, slots=8)) as running:
         # Two of three fail: never three in a row, so that it is never left alone.
         for _ in range(requests):
             ollama.script(status(500), status(500), Serve())

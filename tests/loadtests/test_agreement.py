@@ -54,18 +54,27 @@ def test_one_that_is_far_from_the_truth_itself_is_told_and_not_held_against_ours
     assert seen.strays() == [f"TTFT at 8 on known: {BENCH} saw 1.050 of the truth"]
 
 
-def test_on_a_real_server_runs_that_cannot_be_told_apart_agree() -> None:
-    ours = [reading(OURS, ratio, server=VLLM, repetition=n) for n, ratio in ((1, 1.0), (2, 1.2))]
-    theirs = [reading(BENCH, ratio, server=VLLM, repetition=n) for n, ratio in ((1, 1.1), (2, 1.4))]
+def test_on_a_real_server_they_agree_where_now_one_and_now_the_other_saw_more() -> None:
+    ours = [reading(OURS, ratio, server=VLLM, repetition=n) for n, ratio in ((1, 1.0), (2, 1.3))]
+    theirs = [reading(BENCH, ratio, server=VLLM, repetition=n) for n, ratio in ((1, 1.1), (2, 1.2))]
 
     assert found(*ours, *theirs).disagreements() == []
 
 
-def test_on_a_real_server_runs_that_can_be_told_apart_do_not() -> None:
-    ours = [reading(OURS, ratio, server=VLLM, repetition=n) for n, ratio in ((1, 1.0), (2, 1.05))]
-    theirs = [reading(BENCH, ratio, server=VLLM, repetition=n) for n, ratio in ((1, 1.2), (2, 1.3))]
+def test_on_a_real_server_that_changes_meanwhile_each_is_held_to_who_asked_beside_it() -> None:
+    ours = [reading(OURS, ratio, server=VLLM, repetition=n) for n, ratio in ((1, 1.0), (2, 1.5))]
+    theirs = [reading(BENCH, ratio, server=VLLM, repetition=n) for n, ratio in ((1, 1.1), (2, 1.7))]
 
-    assert len(found(*ours, *theirs).disagreements()) == 1
+    said = found(*ours, *theirs).disagreements()
+
+    assert said == [f"TTFT at 8 on vLLM: 0.896 of what {BENCH} saw"]
+
+
+def test_on_a_real_server_a_difference_that_is_small_is_none() -> None:
+    ours = [reading(OURS, 1.02, server=VLLM, repetition=n) for n in (1, 2)]
+    theirs = [reading(BENCH, 1.0, server=VLLM, repetition=n) for n in (1, 2)]
+
+    assert found(*ours, *theirs).disagreements() == []
 
 
 def test_what_a_tool_saw_of_several_runs_is_their_median_with_lowest_and_highest() -> None:
@@ -73,7 +82,7 @@ def test_what_a_tool_saw_of_several_runs_is_their_median_with_lowest_and_highest
 
     seen = found(*runs).rows()[0].by_tool[OURS]
 
-    assert (seen.low, seen.median, seen.high) == pytest.approx((0.3, 0.6, 0.9))
+    assert (seen.low, seen.value, seen.high) == pytest.approx((0.3, 0.6, 0.9))
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -87,5 +96,7 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_of_another_version_it_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / agreement.AGREEMENT).write_text('{"version": 0}')
 
-    with pytest.raises(ExperimentError, match="of another version: run `make agreement` again"):
+    with pytest.raises(
+        ExperimentError, match="has version 0, this program reads 1: run `make agreement` again"
+    ):
         agreement.load(tmp_path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from loadtests import samples
-from loadtests.compare import Visit, itinerary, locust_command, seconds_left
-from loadtests.experiment import Plan
+from loadtests.compare import Visit, itinerary, locust_command, search, seconds_left
+from loadtests.experiment import Limits, Plan
 from loadtests.stopwatch import Target
 
 PLAN = Plan(levels=(1, 4), repetitions=3)
@@ -39,6 +40,48 @@ def test_with_everything_done_nothing_is_left() -> None:
     done = [cell(t, n, r) for t in "ab" for n in (1, 4) for r in (1, 2, 3)]
 
     assert itinerary(PLAN, ["a", "b"], done) == []
+
+
+def answers(took: Mapping[int, float], repetitions: int = 3) -> list[samples.Line]:
+    """Of a target that takes so long at each level, in every repetition."""
+    return [
+        line
+        for level, seconds in took.items()
+        for n in range(1, repetitions + 1)
+        for line in (
+            samples.Request("a", "closed", level, n, 0, 0, "measured", 0.1, seconds, seconds / 2),
+            cell("a", level, n),
+        )
+    ]
+
+
+def test_with_limits_it_is_searched_between_the_last_level_that_keeps_them_and_the_next() -> None:
+    limits = Limits(e2e_s=5)
+
+    first = search(PLAN, limits, "a", answers({1: 1.0, 4: 4.0, 16: 16.0}))
+    second = search(PLAN, limits, "a", answers({1: 1.0, 4: 4.0, 10: 10.0, 16: 16.0}))
+    last = search(PLAN, limits, "a", answers({4: 4.0, 5: 5.0, 6: 6.0}))
+
+    assert first == [Visit("a", n, (10,)) for n in (1, 2, 3)]
+    assert second == [Visit("a", n, (7,)) for n in (1, 2, 3)]
+    assert last == []
+
+
+def test_below_the_lowest_level_it_is_searched_too() -> None:
+    visits = search(PLAN, Limits(e2e_s=0.5), "a", answers({4: 4.0}))
+
+    assert visits[0] == Visit("a", 1, (2,))
+
+
+def test_a_level_of_the_search_that_was_interrupted_is_gone_on_with() -> None:
+    lines = [*answers({1: 1.0, 4: 9.0}), *answers({2: 2.0}, repetitions=1)]
+
+    assert search(PLAN, Limits(e2e_s=2.5), "a", lines)[0] == Visit("a", 1, (3,))
+    assert search(PLAN, Limits(e2e_s=1.5), "a", lines) == [Visit("a", n, (2,)) for n in (2, 3)]
+
+
+def test_without_limits_nothing_is_searched() -> None:
+    assert search(PLAN, Limits(), "a", answers({1: 1.0, 4: 4.0})) == []
 
 
 def test_what_is_left_takes_as_long_as_what_was_done() -> None:

@@ -85,7 +85,7 @@ def test_what_is_no_such_file_is_refused_with_the_line(path: Path, text: str, wh
 
 
 def test_a_full_disk_is_said_with_what_to_do() -> None:
-    with pytest.raises(SamplesError, match=r"No space left.*--resume"):
+    with pytest.raises(SamplesError, match=r"No space left.*free some space"):
         Writer(Path("/dev/full")).write(asked(1.0))
 
 

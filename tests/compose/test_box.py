@@ -1,0 +1,259 @@
+"""The box from `up` to `down`: it serves, an engine dies and returns, and nothing is left."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from backends.fake import DONE
+from tests import compose
+from tests.compose import KEY, Box
+from tests.compose.conftest import Up
+
+pytestmark = pytest.mark.timeout(900)
+
+ENGINES = ["ollama", "vllm"]
+OTHER = {"ollama": "vllm", "vllm": "ollama"}
+
+
+def text(answer: httpx.Response) -> str:
+    """What an answer says; it must be whole."""
+    assert answer.status_code == 200, answer.text
+    assert answer.content.endswith(DONE), answer.text
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line[:7] == "data: {"]
+    assert not any("error" in event for event in events), answer.text
+    choices = [event["choices"][0] for event in events if event.get("choices")]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
+def lane(answer: httpx.Response) -> str:
+    return answer.headers["x-gateway-lane"]
+
+
+def holds(box: Box, engine: str) -> None:
+    """Return when this engine has the GPU."""
+
+    def held() -> bool:
+        gpu = box.get("/status")["gpu"]
+        return (gpu["step"], gpu["holder"]) == ("held", engine)
+
+    compose.until(held, 120, lambda: (box.get("/status")["gpu"], box.logs()))
+
+
+def well(box: Box, engine: str) -> bool:
+    """Whether the gateway would give this engine work."""
+    [replica] = box.get("/status")["models"]["smollm2"]["lanes"][engine]["replicas"]
+    return bool(replica["state"] == "ready")
+
+
+@pytest.fixture(scope="module")
+def shared(up: Up) -> Box:
+    """The same box after `PLACEMENT=shared`: both engines at once."""
+    up.box.compose("up", "--detach", "--wait", "--no-deps", "gateway", PLACEMENT="shared")
+    for engine in ENGINES:
+        compose.until(lambda: well(up.box, engine), 60, up.box.logs)  # noqa: B023 - waited for
+    return up.box
+
+
+# The models come first
+
+
+def test_the_setup_gets_both_models_and_says_how_far_it_is(up: Up) -> None:
+    for puller in ("pull-ollama", "pull-vllm"):
+        said = re.findall(rf"^{puller}-1 +\| (.*)$", up.setup, re.MULTILINE)
+        assert " there | " in said[0]
+        assert re.fullmatch(r"\d+M there: done", said[-1])
+
+
+def test_no_engine_starts_before_its_model_is_there(up: Up) -> None:
+    lines = up.setup.splitlines()
+    done = next(i for i, line in enumerate(lines) if re.search("pull-vllm.*there: done", line))
+
+    assert not any(line.startswith("vllm-1") for line in lines[:done])
+
+
+# One holds the cards at a time
+
+
+def test_it_is_up_before_the_engines_and_says_what_it_waits_for(up: Up) -> None:
+    [(status, said)] = [(s, said) for s, said in up.waited if said["gpu"]["step"] == "loading"]
+
+    assert status == 503
+    assert said["gpu"]["to"] == "vllm"
+    assert said["ready"] is False
+
+
+def test_who_comes_too_early_is_told_what_is_going_on_and_then_answered(up: Up) -> None:
+    answer = up.early.result(120)
+
+    assert text(answer)
+    assert lane(answer) == "vllm"
+    assert "The GPU goes to vllm: loading" in answer.text
+
+
+def test_ollama_loads_nothing_before_vllm_was_there(up: Up) -> None:
+    passages = up.box.get("/status")["gpu"]["passages"]
+
+    assert [(p["from"], p["to"], p["outcome"]) for p in passages] == [(None, "vllm", "done")]
+    assert up.box.inside("ollama", "ollama", "ps").stdout.count("\n") == 1, "the table's head"
+
+
+def test_the_cards_pass_from_one_engine_to_the_other_and_back(up: Up) -> None:
+    served = []
+    for engine in ENGINES:
+        assert up.box.post("/admin/pin", {"lane": engine}).status_code == 200
+        holds(up.box, engine)
+        answer = up.box.chat()
+        asleep = up.box.inside("vllm", "curl", "-s", "http://127.0.0.1:8000/is_sleeping").stdout
+        served.append((lane(answer), bool(text(answer)), json.loads(asleep)["is_sleeping"]))
+    up.box.post("/admin/pin", {"lane": "auto"})
+
+    assert served == [("ollama", True, True), ("vllm", True, False)]
+
+
+# Who reaches what
+
+
+def test_without_a_key_nobody_is_served(up: Up) -> None:
+    with up.box.client(key="") as client:
+        answers = [client.post(compose.CHAT, json={}), client.get("/status")]
+
+    assert [answer.status_code for answer in answers] == [401, 401]
+
+
+def test_only_the_gateway_is_published_and_only_on_this_machine(up: Up) -> None:
+    published = {
+        name: [port for ports in bound.values() for port in ports or ()]
+        for name in ("gateway", *ENGINES)
+        if (bound := up.box.container(name)["NetworkSettings"]["Ports"]) is not None
+    }
+
+    assert published == {
+        "gateway": [{"HostIp": "127.0.0.1", "HostPort": str(up.box.port)}],
+        "ollama": [],
+        "vllm": [],
+    }
+
+
+def test_the_engines_are_where_nothing_gets_out(up: Up) -> None:
+    for engine in ENGINES:
+        networks = list(up.box.container(engine)["NetworkSettings"]["Networks"])
+        assert networks == [f"{up.box.project}_engines"]
+
+    outside = ["--network", f"{up.box.project}_outside", compose.BASE]
+    reached = {
+        name: compose.docker("run", "--rm", *outside, "curl", "-s", "-m", "3", f"http://{url}")
+        for name, url in {
+            "gateway": "gateway:8000/health",
+            "ollama": "ollama:11434/api/version",
+            "vllm": "vllm:8000/health",
+        }.items()
+    }
+
+    assert {name: said.returncode == 0 for name, said in reached.items()} == {
+        "gateway": True,
+        "ollama": False,
+        "vllm": False,
+    }
+
+
+def test_the_gateway_is_nobody_writes_nowhere_and_has_no_keys_in_its_environment(up: Up) -> None:
+    container = up.box.container("gateway")
+    status = up.box.inside("gateway", "cat", "/proc/1/status").stdout
+    written = up.box.inside("gateway", "touch", "/opt/twolane/x")
+
+    assert container["HostConfig"]["ReadonlyRootfs"]
+    assert up.box.inside("gateway", "id", "-u").stdout.strip() == "10001"
+    assert "Read-only file system" in written.stderr
+    assert "CapEff:\t0000000000000000" in status
+    assert "NoNewPrivs:\t1" in status
+    assert KEY not in json.dumps(container["Config"])
+    assert "docker.sock" not in json.dumps(container["Mounts"])
+
+
+# Both at once: each may die
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_lane_streams_an_answer(shared: Box, engine: str) -> None:
+    answer = shared.chat(f"smollm2@{engine}")
+
+    assert text(answer)
+    assert lane(answer) == engine
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_dies_costs_nobody_an_answer_and_is_started_again(
+    shared: Box, engine: str
+) -> None:
+    before = shared.container(engine)
+    shared.crash(engine)
+    answers = [shared.chat() for _ in range(6)]
+    compose.until(lambda: well(shared, engine), 240, shared.logs)
+    back = shared.chat(f"smollm2@{engine}")
+    after = shared.container(engine)
+
+    assert all(text(answer) for answer in answers)  # Ollama may be back before the second
+    assert (lane(back), bool(text(back))) == (engine, True)
+    assert after["RestartCount"] == before["RestartCount"] + 1
+    assert after["Id"] == before["Id"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_was_killed_by_hand_is_done_without_until_it_is_started(
+    shared: Box, engine: str
+) -> None:
+    shared.compose("kill", engine)
+    answers = [shared.chat() for _ in range(3)]
+    refused = shared.chat(f"smollm2@{engine}")
+    shared.compose("start", engine)
+    compose.until(lambda: well(shared, engine), 240, shared.logs)
+
+    assert [(lane(answer), bool(text(answer))) for answer in answers] == [(OTHER[engine], True)] * 3
+    assert refused.status_code == 503
+    assert "cannot be reached" in refused.json()["error"]["message"]
+    assert lane(shared.chat(f"smollm2@{engine}")) == engine
+
+
+# Ending
+
+
+def test_stopped_amid_an_answer_it_first_gives_the_answer(shared: Box) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(shared.chat, "smollm2@ollama", max_tokens=200, min_tokens=100)
+        compose.until(lambda: shared.get("/status")["in_flight"] == 1, 20, shared.logs)
+        shared.compose("stop", "gateway")
+        answer = asked.result(60)
+    ended = shared.container("gateway")["State"]
+    shared.compose("up", "--detach", "--wait", "--no-deps", "gateway", PLACEMENT="shared")
+
+    assert text(answer)
+    assert (ended["ExitCode"], ended["OOMKilled"]) == (0, False)
+
+
+def test_a_stop_in_its_first_moment_is_heeded(shared: Box) -> None:
+    shared.compose("stop", "gateway")
+    shared.compose("start", "gateway")
+    shared.compose("stop", "gateway")
+
+    # 137 is Docker's SIGKILL, after the whole grace period.
+    assert shared.container("gateway")["State"]["ExitCode"] != 137
+
+
+def test_taken_down_nothing_is_left(shared: Box) -> None:
+    there = shared.left()
+    shared.compose("--profile", "*", "down", "--volumes", "--timeout", "40")
+
+    assert {kind: bool(names) for kind, names in there.items()} == {
+        "containers": True,
+        "networks": True,
+        "volumes": True,
+    }
+    assert shared.left() == {"containers": [], "networks": [], "volumes": []}
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", shared.port)) != 0

@@ -1,0 +1,75 @@
+"""What the plan tells people to start is what the real engines understand."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gateway import discovery, fit, weights
+from gateway.fit import Cards, Lane, Wish
+from tests.engines import rig
+
+#: vLLM's own reading of its command line; nothing is loaded.
+PARSE = """
+import sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+said = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
+print(said.tensor_parallel_size, said.kv_cache_dtype, said.max_model_len, said.enable_sleep_mode)
+"""
+MEASURE = """
+import sys
+from gguf import GGUFReader
+print(*(sum(int(n) for n in of) for of in zip(*(
+    (t.n_bytes, t.n_elements) for t in GGUFReader(sys.argv[1]).tensors))))
+"""
+
+
+def lane(engine: weights.Engine, name: str) -> Lane:
+    ollama, vllm = weights.named(name, "ollama"), weights.named(name, "vllm")
+    return fit.plan(ollama, vllm, Cards(2, 23.5, "2x24"), Wish()).lanes[engine]
+
+
+def needs(there: object, what: str) -> None:
+    if not there:
+        assert os.environ.get("CI") != "true", what
+        pytest.skip(what)
+
+
+def vllm_python(code: str, *arguments: str) -> str:
+    needs(rig.VLLM_PYTHON.exists(), "no vLLM: make engines")
+    done = subprocess.run(
+        [rig.VLLM_PYTHON, "-c", code, *arguments],
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.timeout(300)
+def test_vllm_takes_every_flag() -> None:
+    assert vllm_python(PARSE, *lane("vllm", "llama-3.3-70b").arguments) == "2 fp8 8192 True"
+
+
+def test_ollama_knows_every_variable() -> None:
+    needs(shutil.which("ollama"), rig.GET_OLLAMA)
+    told = subprocess.run(
+        ["ollama", "serve", "--help"],  # noqa: S607 - as a person has it
+        capture_output=True, text=True, check=True, timeout=30,
+    ).stdout  # fmt: skip
+
+    for model in ("llama-3.3-70b", "llama-3.1-8b"):  # by turns, and together
+        assert {one for one in lane("ollama", model).environment if one not in told} == set()
+
+
+@pytest.mark.timeout(120)
+def test_a_gguf_is_read_as_its_own_package_reads_it() -> None:
+    path = discovery.packaged_model()
+    needs(path, "no extra `embedded`")
+    read = weights.read(Path(str(path)))
+
+    assert vllm_python(MEASURE, str(path)) == f"{read.total} {read.parameters}"

@@ -1,0 +1,216 @@
+"""The file that starts the box, without Docker: it is read, and its scripts are run.
+
+What compose makes of it, and the box itself, are in tests/compose.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gateway import settings
+from gateway.settings import Settings, SettingsError
+
+ROOT = Path(__file__).parents[1]
+VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return (ROOT / "compose.yaml").read_text()
+
+
+@pytest.fixture(scope="module")
+def file(text: str) -> dict[str, Any]:
+    """The file, every variable at its default."""
+    read: dict[str, Any] = yaml.safe_load(VARIABLE.sub(r"\2", text).replace("$$", "$"))
+    return read
+
+
+def settings_of(text: str, folder: Path, **variables: str) -> Settings:
+    """What the gateway is told, with these variables."""
+    chosen = VARIABLE.sub(lambda m: variables.get(m[1]) or m[2], text)
+    inline = yaml.safe_load(chosen)["services"]["gateway"]["environment"]["SETTINGS"]
+    (folder / "twolane.yaml").write_text(inline)
+    return settings.load(folder / "twolane.yaml", {}, {})
+
+
+def test_the_gateway_understands_what_it_is_told(text: str, tmp_path: Path) -> None:
+    read = settings_of(text, tmp_path)
+
+    [model] = read.models.values()
+    assert model.placement == "exclusive"
+    assert {kind: engine.urls for kind, engine in read.engines.items()} == {
+        "vllm": ("http://vllm:8000",),
+        "ollama": ("http://ollama:11434",),
+    }
+    assert model.lanes["vllm"].slots == 32
+
+
+def test_vllm_has_the_cards_first_and_time_to_start(text: str, tmp_path: Path) -> None:
+    read = settings_of(text, tmp_path)
+
+    [model] = read.models.values()
+    assert next(iter(model.lanes)) == "vllm"
+    assert read.gpu.away_s >= 150, "a 70B's start on two cards"
+
+
+def test_every_variable_has_one_default(text: str) -> None:
+    defaults: dict[str, set[str]] = {}
+    for name, default in VARIABLE.findall(text):
+        defaults.setdefault(name, set()).add(default)
+
+    # What is no default for a number is none for the settings, either.
+    assert {name: values for name, values in defaults.items() if len(values) > 1} == {}
+    assert re.findall(r"(?<!\$)\$\{?(\w+)(?!\w*:-)\b", text) == []
+
+
+def test_without_a_file_of_ones_own_it_is_as_in_the_example(text: str) -> None:
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    example = dict(line.split("=", 1) for line in lines if line and line[0] != "#")
+    defaults = dict(VARIABLE.findall(text))
+
+    assert {name: defaults[name] for name in example} == example
+
+
+def test_what_may_be_changed_arrives(text: str, tmp_path: Path) -> None:
+    read = settings_of(
+        text, tmp_path, MODEL="chat", PLACEMENT="shared", OLLAMA_SLOTS="8", VLLM_CONTEXT="4096"
+    )
+
+    chat = read.models["chat"]
+    assert chat.placement == "shared"
+    assert chat.lanes["ollama"].slots == 8
+    assert chat.lanes["vllm"].context == 4096
+
+
+def test_published_to_others_it_wants_a_key(text: str, tmp_path: Path) -> None:
+    own, keys = {"api_keys_file": tmp_path / "keys"}, tmp_path / "keys"
+    keys.write_text((ROOT / "secrets" / "api_keys").read_text())
+    here = settings_of(text, tmp_path).model_copy(update=own)
+    everywhere = settings_of(text, tmp_path, GATEWAY_BIND="0.0.0.0").model_copy(update=own)  # noqa: S104
+
+    here.check_exposure()
+    with pytest.raises(SettingsError, match=r"published 0\.0\.0\.0 is open"):
+        everywhere.check_exposure()
+    keys.write_text("a-long-secret\n")
+    everywhere.check_exposure()
+
+
+def test_a_stop_leaves_time_to_drain(file: dict[str, Any], text: str, tmp_path: Path) -> None:
+    grace_s = int(file["services"]["gateway"]["stop_grace_period"].removesuffix("s"))
+
+    assert grace_s > settings_of(text, tmp_path).limits.drain_s + 2
+
+
+def test_every_image_is_pinned(file: dict[str, Any]) -> None:
+    images = {name: service["image"] for name, service in file["services"].items()}
+    base = re.search(r"^ARG BASE=(\S+)", (ROOT / "deploy" / "Dockerfile").read_text(), re.MULTILINE)
+
+    assert base is not None
+    for image in (*images.values(), base[1]):
+        assert re.search(r":v?\d+\.\d+\.\d+", image), image
+
+
+def test_the_secrets_of_the_repository_are_empty() -> None:
+    for name in ("api_keys", "hf_token"):
+        tracked = ["git", "show", f"HEAD:secrets/{name}"]
+        held = subprocess.run(tracked, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+        assert [line for line in held.splitlines() if line and line[0] != "#"] == []
+
+
+# deploy/await-room.sh: vLLM starts when the cards have room
+
+
+def command(folder: Path, name: str, script: str) -> None:
+    """A program of this name, first on the path of what is run in this folder."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def script(name: str, *arguments: str, path: Path, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["/bin/sh", str(ROOT / "deploy" / name), *arguments],
+        env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_vllm_starts_where_every_card_has_room(tmp_path: Path) -> None:
+    command(tmp_path, "nvidia-smi", "printf '23800, 200\\n23900, 100\\n'")
+
+    said, _ = script("await-room.sh", "0.95", "echo", "vllm", "starts", path=tmp_path).communicate()
+
+    assert said == "vllm starts\n"
+
+
+def test_vllm_waits_until_the_fullest_card_has_room(tmp_path: Path) -> None:
+    free = tmp_path / "free"
+    free.write_text("23800, 200\n3000, 21000\n")
+    command(tmp_path, "nvidia-smi", f"cat {free}")
+
+    with script("await-room.sh", "0.95", "echo", "vllm starts", path=tmp_path) as waiting:
+        assert waiting.stdout is not None
+        first = waiting.stdout.readline()
+        free.write_text("23800, 200\n23800, 200\n")
+        rest = waiting.stdout.read()
+
+    assert first == "await-room: waits until 0.95 of every card is free\n"
+    assert rest == "vllm starts\n"
+
+
+def test_a_vllm_that_waits_is_stopped_at_once(tmp_path: Path) -> None:
+    command(tmp_path, "nvidia-smi", "echo 0, 24000")
+
+    with script("await-room.sh", "0.95", "false", path=tmp_path) as waiting:
+        assert waiting.stdout is not None
+        waiting.stdout.readline()
+        waiting.terminate()
+
+    assert waiting.returncode == 0
+
+
+@pytest.mark.parametrize("broken", ["exit 9", "echo 'No devices were found' >&2"])
+def test_where_no_card_can_be_seen_vllm_itself_says_what_is_wrong(
+    tmp_path: Path, broken: str
+) -> None:
+    command(tmp_path, "nvidia-smi", broken)
+
+    with script("await-room.sh", "0.95", "echo", "vllm starts", path=tmp_path) as started:
+        assert started.stdout is not None
+        assert "vllm starts" in started.stdout.read()
+
+
+# deploy/pull.sh: a download's progress as lines
+
+
+def test_a_download_says_now_and_then_how_far_it_is(tmp_path: Path) -> None:
+    bar = "for n in 1 2 3; do printf '\\r\\033[Kmodel: %s0 %%' $n; sleep 0.7; done"
+
+    pulling = script("pull.sh", str(tmp_path), "sh", "-c", bar, path=tmp_path, EVERY_S="1")
+    said, _ = pulling.communicate()
+
+    assert pulling.returncode == 0
+    assert re.search(r"there \| model: [12]0 %\n", said)
+    assert said.endswith("there: done\n")
+    assert "\r" not in said
+    assert "\x1b" not in said
+
+
+def test_a_download_that_fails_says_why_and_that_it_can_go_on(tmp_path: Path) -> None:
+    failing = "printf '\\r10 %%'; echo 'no route to the hub' >&2; exit 3"
+
+    pulling = script("pull.sh", str(tmp_path), "sh", "-c", failing, path=tmp_path)
+    said, _ = pulling.communicate()
+
+    assert pulling.returncode == 3
+    assert "no route to the hub" in said
+    assert "run it again" in said
