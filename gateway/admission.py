@@ -103,6 +103,7 @@ class Admission:
         toward = self._gpu.toward if self._gpu is not None and self._gpu.moving else None
         coming = any(lane.name == toward for lane in lanes)
         return Residence.LOADING if coming else Residence.UNLOADED
+
     def heading(self, ticket: Ticket) -> str:
         """The lane that is to serve who waits for the GPU; empty where none can.
 

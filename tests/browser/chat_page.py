@@ -26,16 +26,9 @@ class ChatPage:
         """A new chat with the model that is there; the news of the release are put away."""
         news = self.page.get_by_role("button", name="Okay, Let's Go!")
         await self.page.add_locator_handler(news, news.click)
-        # Whenever a container comes or goes the machine's networks change, and Chromium drops
-        # what it is loading (ERR_NETWORK_CHANGED). A person would reload, too.
-        broken = self.page.get_by_text("500: Internal Error")
-        await self.page.add_locator_handler(broken, self._reload)
         await self.page.goto(self._home)
         await expect(self.page.locator("#chat-input")).to_be_visible()
         await expect(self._selector).to_be_visible()
-
-    async def _reload(self) -> None:
-        await self.page.reload()
 
     async def say(self, text: str) -> None:
         """Send a message."""

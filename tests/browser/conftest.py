@@ -97,7 +97,6 @@ async def open_page(
             context.set_default_timeout(PATIENCE_S * 1000)
             stem = f"{request.node.name}-{len(pages) + 1}" if pages else request.node.name
             page = ChatPage(await context.new_page(), site.url, PICTURES / stem)
-            page.page.on("requestfailed", lambda r: open("/tmp/failed.txt", "a").write(f"{r.url} {r.failure}\n"))  # TEMP
             pages.append(page)
             await page.open()
             return page
