@@ -85,6 +85,19 @@ class ChatPage:
         await self.options.first.hover()
         await self.options.first.get_by_role("button", name="Eject model").click()
 
+    # The administrator's list
+
+    async def manage(self) -> None:
+        """Look at the models where the administrator loads and unloads them."""
+        await self.page.goto(f"{self._home}/admin/settings/models")
+        await self.page.get_by_role("button", name="Actions").click()
+        await self.page.get_by_role("button", name=re.compile("^Manage")).click()
+
+    async def press(self, button: str, then: str) -> None:
+        """Press the first model's button, and return when the list says what it is then."""
+        await self.page.get_by_role("button", name=button).first.click()
+        await expect(self.page.get_by_text(then, exact=True)).to_be_visible()
+
     async def shot(self, name: str = "") -> Path:
         """A picture of the page as it is."""
         self._pictures.parent.mkdir(parents=True, exist_ok=True)

@@ -129,30 +129,49 @@ async def test_who_presses_stop_leaves_ollama_free(
     assert chat["outcome"] == "cancelled"
 
 
+async def resident(ollama: rig.Engine) -> list[str]:
+    """What Ollama has in memory, by its own word."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        told = (await client.get(f"{ollama.url}/api/ps")).json()
+    return [model["model"] for model in told["models"]]
+
+
 async def test_the_dot_shows_what_is_loaded_and_the_eject_button_unloads_it(
     ollama: rig.Engine, start: StartGateway, open_page: OpenPage
 ) -> None:
-    async with start(**smollm2(ollama)) as running, httpx.AsyncClient(trust_env=False) as client:
-
-        async def resident() -> list[str]:
-            told = (await client.get(f"{ollama.url}/api/ps")).json()
-            return [model["model"] for model in told["models"]]
-
+    async with start(**smollm2(ollama)) as running:
         operator = {"authorization": f"Bearer {KEY}"}
         wish = {"model": "smollm2"}
         loaded = await running.http.post("/models/load", json=wish, headers=operator)
-        before = await resident()
+        before = await resident(ollama)
         page = await open_page()
         await page.open_list()
         await expect(page.dot).to_be_visible()
         await page.shot("loaded")
         await page.eject()
         await expect(page.dot).to_have_count(0)
-        after = await resident()
+        after = await resident(ollama)
 
     assert loaded.status_code == 200
     assert before == [ollama.model]
     assert after == []
+
+
+async def test_the_administrators_buttons_load_and_unload(
+    ollama: rig.Engine, start: StartGateway, open_page: OpenPage
+) -> None:
+    async with start(**smollm2(ollama)) as running:
+        operator = {"authorization": f"Bearer {KEY}"}
+        await running.http.post("/models/unload", json={"model": "smollm2"}, headers=operator)
+        page = await open_page()
+        await page.manage()
+        await page.press("Load Model", then="loaded")
+        loaded = await resident(ollama)
+        await page.press("Unload Model", then="unloaded")
+        unloaded = await resident(ollama)
+
+    assert loaded == [ollama.model]
+    assert unloaded == []
 
 
 # Where failures and times are needed: with engines that are played
