@@ -149,10 +149,19 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """Requests that run and wait inside the engine. None: it does not tell."""
+    """What an engine says of itself now. None: it does not tell.
+
+    Attributes:
+        running: Requests inside the engine.
+        waiting: Requests that it lets wait.
+        loaded: Whether the model is in memory.
+        on_gpu: Which part of a loaded model is in GPU memory, from 0.0 to 1.0.
+    """
 
     running: int | None = None
     waiting: int | None = None
+    loaded: bool | None = None
+    on_gpu: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,7 +174,9 @@ class Ollama(Engine):
         ]
 
     async def activity(self, model: str) -> Activity:
-        return Activity()  # Ollama has no metrics: nobody but us counts
+        # It has no metrics: of what runs nobody but us knows.
+        part = await self.on_gpu(model)
+        return Activity(loaded=part is not None, on_gpu=part)
 
     def bridge(self, call: Call, model: str) -> Bridged:
         known = KNOWN[call.path]
