@@ -149,10 +149,19 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """Requests that run and wait inside the engine. None: it does not tell."""
+    """What an engine says of itself now. None: it does not tell.
+
+    Attributes:
+        running: Requests inside the engine.
+        waiting: Requests that it lets wait.
+        loaded: Whether a model that it is ready for is in memory already.
+        on_gpu: Which part of a loaded model is in GPU memory, from 0.0 to 1.0.
+    """
 
     running: int | None = None
     waiting: int | None = None
+    loaded: bool = True  # or it would not be ready
+    on_gpu: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,10 +392,6 @@ class Engine(ABC):
         One that is being loaded is among them, and one that is to go until it is gone.
         """
         return await self.models()  # what serves one model all its life has it there
-
-    async def in_memory(self, model: str) -> bool:
-        """Whether a model that it is ready for is loaded already; raises `BackendError`."""
-        return True  # or it would not be ready
 
     @abstractmethod
     async def activity(self, model: str) -> Activity:

@@ -152,9 +152,6 @@ class Ollama(Engine):
         running = await self._asked(self._manage.ps())
         return [loaded.model for loaded in running.models if loaded.model]
 
-    async def in_memory(self, model: str) -> bool:
-        return full(model) in await self.resident()
-
     async def on_gpu(self, model: str) -> float | None:
         """Which part of the model is in GPU memory, from 0.0 to 1.0; None: it is not loaded.
 
@@ -178,7 +175,9 @@ class Ollama(Engine):
         ]
 
     async def activity(self, model: str) -> Activity:
-        return Activity()  # Ollama has no metrics: nobody but us counts
+        # It has no metrics: of what runs nobody but us knows.
+        part = await self.on_gpu(model)
+        return Activity(loaded=part is not None, on_gpu=part)
 
     def bridge(self, call: Call, model: str) -> Bridged:
         known = KNOWN[call.path]

@@ -25,14 +25,17 @@ from gateway import discovery, profile, settings, telemetry
 from gateway.admission import Admission, Server
 from gateway.api.edge import Edge
 from gateway.api.pages import build
+from gateway.api.scrape import Scraped
 from gateway.auth import Keys
 from gateway.catalogue import Catalogue, Model
-from gateway.errors import BadRequest
+from gateway.cost import statement
+from gateway.errors import BadRequest, NotFound
 from gateway.gpu import Budget, Memory, MemoryUnknown, Nvml
 from gateway.handover import Deadlines, Gpu, Occupant
 from gateway.health import Breaker, Prober
 from gateway.lease import Lease, LeaseError, usual_lease
 from gateway.loading import Loader
+from gateway.metrics import Metrics
 from gateway.policy import HandOver, Overlap, Policy, Served
 from gateway.profile import Refined
 from gateway.relay import Relay
@@ -63,6 +66,7 @@ class Gateway:
         ports: Where engines are looked for if the settings name none.
         client: What talks to the engines; closed at the end.
         memory: What the GPU's is read from, in place of its driver.
+        nvml: That driver.
 
     Raises (on entering):
         SettingsError: There is nothing to serve, or a profile cannot be used.
@@ -75,6 +79,7 @@ class Gateway:
         *,
         client: http.Client | None = None,
         memory: Memory | None = None,
+        nvml: Nvml | None = None,
     ) -> None:
         self._settings = read
         self._ports = ports
@@ -95,6 +100,10 @@ class Gateway:
         self._began = time.time()
         self.catalogue = Catalogue()
         self._loader = Loader(self.catalogue)
+        self.metrics = Metrics(self.catalogue.models, read.cost)
+        self._nvml = nvml or Nvml()
+        self._watching: asyncio.Task[None] | None = None
+        self.scraped: Scraped | None = None
         self.edge = Edge(
             Relay(
                 self.catalogue,
@@ -109,10 +118,11 @@ class Gateway:
                 pin=self.pin,
                 release=self.release,
                 version=importlib.metadata.version("twolane"),
+                metrics=self._exposition,
             ),
             Keys(read.keys()),
             Keys([key.get_secret_value() for key in read.admin_keys] or read.keys()),
-            telemetry.Log() if read.log == "json" else telemetry.Silence(),
+            [*([telemetry.Log()] if read.log == "json" else []), self.metrics],
             max_body=int(read.limits.max_body_mb * 1024 * 1024),
         )
 
@@ -132,6 +142,7 @@ class Gateway:
     # Starting
 
     async def _start(self) -> None:
+        self._serve_metrics()
         if self._discovers:
             await self._discover()
             for lanes in self._settings.pair.values():
@@ -151,7 +162,30 @@ class Gateway:
         if not self._settings.models:
             await self._relist()
             self._relisting = asyncio.create_task(self._keep_relisting())
+        self._watching = asyncio.create_task(self.metrics.watch(self._nvml))
         await self._first_look()
+
+    def _serve_metrics(self) -> None:
+        """On a port of their own, if they have one; raises SettingsError."""
+        host, port = self._settings.metrics.host, self._settings.metrics.port
+        if port is None:
+            return
+        try:
+            self.scraped = Scraped(self.metrics.exposition, host, port)
+        except OSError as exc:
+            raise SettingsError(
+                f"metrics: {host}:{port} cannot be listened on ({exc.strerror}): choose another "
+                "metrics.port"
+            ) from exc
+        self.scraped.start()
+
+    def _exposition(self, accept: str) -> tuple[bytes, str]:
+        """What `/metrics` says here; raises NotFound where it is elsewhere."""
+        if self.scraped is not None:
+            raise NotFound(
+                f"Metrics are on a port of their own, {self.scraped.port}, without a key."
+            )
+        return self.metrics.exposition(accept)
 
     async def _take_gpu(self, models: Mapping[str, settings.Model]) -> None:
         """Be the one owner of the GPU that these models share; raises SettingsError."""
@@ -175,12 +209,14 @@ class Gateway:
         policy.pin = next((model.pin for model in models.values() if model.pin), None)
         deadlines = Deadlines(own.drain_s, own.unload_s, own.free_s, own.load_s, own.probe_s)
         ours = [o.process for o in occupants.values() if o.process is not None]
-        memory = self._memory or Nvml()
+        memory = self._memory or self._nvml
         if own.budget_gib is not None:
             size = int(own.budget_gib * GIB)
             memory = Budget(size, lambda: [p.pid for p in ours if p.pid is not None])
         self._check_memory(models, memory)
         self.gpu = Gpu(policy, occupants, deadlines, memory, idle_release_s=own.idle_release_s)
+        self.gpu.on_passage = self.metrics.passed
+        self.metrics.gpu = self.gpu
 
     async def _occupant(self, kind: Kind, models: Mapping[str, settings.Model]) -> Occupant:
         """One engine as a tenant of the GPU; raises SettingsError where it cannot give it back."""
@@ -397,9 +433,8 @@ class Gateway:
             server.loaded = server.loaded and readiness is Readiness.READY
             if readiness is Readiness.READY:
                 with contextlib.suppress(BackendError):
-                    server.loaded = await server.engine.in_memory(server.model)
-                with contextlib.suppress(BackendError):
                     server.activity = await server.engine.activity(server.model)
+                    server.loaded = server.activity.loaded
                 if time.monotonic() - identified > IDENTITY_S:
                     identified = time.monotonic()
                     await self._compare(model, replica, kind, lane)
@@ -471,15 +506,10 @@ class Gateway:
     async def _stop(self) -> None:
         await self._loader.close()
         ending = [task for name in list(self.catalogue.models) for task in self._remove(name)]
-        if self._relisting is not None:
-            self._relisting.cancel()
-            ending.append(self._relisting)
-        if self._owning is not None:
-            self._owning.cancel()
-            ending.append(self._owning)
-        for _, keeping in self._kept:
-            keeping.cancel()
-            ending.append(keeping)
+        own = (self._relisting, self._owning, self._watching, *(task for _, task in self._kept))
+        for task in filter(None, own):
+            task.cancel()
+            ending.append(task)
         await asyncio.gather(*ending, return_exceptions=True)
         if self.gpu is not None:
             await self.gpu.stop()
@@ -491,6 +521,8 @@ class Gateway:
                 log.warning("%s", failed)
         if self._lease is not None:
             self._lease.release()
+        if self.scraped is not None:
+            await self.scraped.stop()
         for engine in self._engines.values():
             await engine.close()
         self._client.close()
@@ -564,6 +596,7 @@ class Gateway:
             "in_flight": self.edge.in_flight,
             "draining": self.edge.draining,
             "gpu": self.gpu.status() if self.gpu is not None else None,
+            "cost": statement(self.metrics.meter, self._settings.cost),
             "models": {
                 name: _status(model, time.time()) for name, model in self.catalogue.models.items()
             },

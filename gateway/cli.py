@@ -26,6 +26,7 @@ from rich.text import Text
 
 from backends import base, http
 from gateway import settings
+from gateway.api import scrape
 from gateway.app import Gateway
 from gateway.doctor import add_command as add_doctor
 from gateway.plan import add_command as add_plan
@@ -275,6 +276,7 @@ Try it:
 Open WebUI: OPENAI_API_BASE_URL={url}/v1 OPENAI_API_KEY={"YOUR_KEY" if keyed else "none"}
 API docs:   {url}/docs
 Status:     twolane status --watch{"" if url.endswith(":8000") else f" --url {url}"}
+Metrics:    {gateway.scraped.url if gateway.scraped else f"{url}{scrape.PATH}"}
 """,
         flush=True,
     )
@@ -349,6 +351,8 @@ def _drawn(said: Mapping[str, Any]) -> Group:
     parts: list[Any] = [head + (", draining" if said["draining"] else "")]
     if said["gpu"] is not None:
         parts.append(Panel(_drawn_gpu(said["gpu"]), title="GPU", title_align="left"))
+    if said["cost"] is not None:
+        parts.append(Panel(_drawn_cost(said["cost"]), title="Cost", title_align="left"))
     for name, model in said["models"].items():
         lanes = Table("lane", "running", "slots", "mean s", "replicas", box=None, pad_edge=False)
         for lane, state in model["lanes"].items():
@@ -389,6 +393,26 @@ def _percent(factors: Iterable[float]) -> str:
     added = sorted({round(100 * (factor - 1)) for factor in factors})
     first, last = f"{added[0]:+d}", f"{added[-1]:+d} %"
     return last if len(added) == 1 else f"{first} to {last}"
+
+
+def _drawn_cost(cost: Mapping[str, Any]) -> Group:
+    """What tokens have cost since the start; what is not known is a dash."""
+    idle, whole = cost["idle"], cost["whole"]
+    watts = cost["watts"]
+    now = "watts not known" if watts is None else f"{watts:.0f} W {cost['watts_are']}"
+    if whole["joules"]:
+        now += f", {whole['joules'] / 3.6e6:.3f} kWh since the start"
+    if whole["seconds"]:
+        now += f", idle {idle['seconds'] / whole['seconds']:.0%} of the time"
+    head = f"{cost['currency']} a million tokens out, idle time included"
+    table = Table("", "tokens", "tokens/J", "electricity", "rented", "an API", box=None,
+                  pad_edge=False, title=head, title_justify="left", title_style="")  # fmt: skip
+    for name, account in [*cost["lanes"].items(), ("all", whole)]:
+        bill = account["per_million"]
+        figures = (account["tokens_per_joule"], bill["electricity"], bill["rent"], bill["api"])
+        shown = ("-" if value is None else f"{value:.3g}" for value in figures)
+        table.add_row(name, f"{account['tokens']:,}", *shown)
+    return Group(now, table)
 
 
 def _drawn_gpu(gpu: Mapping[str, Any]) -> Group:

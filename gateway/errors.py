@@ -3,6 +3,7 @@
     GatewayError
     ├── BadRequest          400  the request itself is wrong
     ├── Unauthorized        401  no key, or not one of ours
+    ├── Forbidden           403  asked from where nobody should ask
     ├── NotFound            404  no such path
     │   └── ModelNotFound   404  no such model
     ├── MethodNotAllowed    405
@@ -101,6 +102,14 @@ class Unauthorized(GatewayError):
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
+
+
+class Forbidden(GatewayError):
+    """Asked from where nobody should ask: by another site's page in a browser."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
 
 
 class NotFound(GatewayError):

@@ -8,12 +8,14 @@ thread. Whoever cannot answer says `MemoryUnknown`, and serving goes on without 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import ctypes
+import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -87,6 +89,31 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """What a card's meters show now; None where it has no such meter.
+
+    Attributes:
+        memory_total: Bytes in all.
+        memory_used: Bytes that somebody has.
+        watts: What it draws.
+        watts_limit: What it may draw.
+        celsius: Of the chip.
+        utilization: Share of the time in which it computed, 0.0 to 1.0.
+        joules: Energy since the driver was loaded.
+    """
+
+    index: int
+    name: str
+    memory_total: int
+    memory_used: int
+    watts: float | None = None
+    watts_limit: float | None = None
+    celsius: int | None = None
+    utilization: float | None = None
+    joules: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Driver:
     """The driver's version, the newest CUDA it runs, and its cards."""
 
@@ -149,6 +176,10 @@ class Nvml:
         )[0]
         return Driver(version, f"{cuda // 1000}.{cuda % 1000 // 10}", tuple(cards))
 
+    def readings(self) -> list[Reading]:
+        """What each card's meters show; raises `MemoryUnknown`."""
+        return self._each(_reading)
+
     def _memories(self) -> list[Any]:
         """`total`, `free` and `used` of each card."""
         return self._each(lambda nvml, card: nvml.nvmlDeviceGetMemoryInfo(card))
@@ -171,10 +202,7 @@ class Nvml:
 
     def _asked(self, question: Callable[[Any, Any], T]) -> list[T]:
         if self._library is None:
-            try:
-                self._library = importlib.import_module("pynvml")
-            except ImportError as exc:
-                raise MemoryUnknown("pynvml is not installed: pip install nvidia-ml-py") from exc
+            self._library = _pynvml()
         nvml = self._library
         try:
             if not self._open:
@@ -269,21 +297,7 @@ class Budget:
 
 def _card(nvml: Any, card: Any) -> Card:
     """What this card tells of itself."""
-
-    def told(question: Callable[..., T], *arguments: Any) -> T | None:
-        try:
-            return question(*arguments)
-        except (
-            nvml.NVMLError_NotSupported,
-            nvml.NVMLError_NoPermission,
-            nvml.NVMLError_FunctionNotFound,  # a driver older than the question
-            nvml.NVMLError_InvalidArgument,
-        ):
-            return None
-
-    def watts(milliwatts: int | None) -> float | None:
-        return None if milliwatts is None else milliwatts / 1000
-
+    told = partial(_told, nvml)
     index = nvml.nvmlDeviceGetIndex(card)
     brakes = told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, card)
     peers: list[tuple[int, int | None]] = []
@@ -306,8 +320,8 @@ def _card(nvml: Any, card: Any) -> Card:
         ),
         state=told(nvml.nvmlDeviceGetPerformanceState, card),
         power_w=(
-            watts(told(nvml.nvmlDeviceGetPowerManagementLimit, card)),
-            watts(told(nvml.nvmlDeviceGetPowerManagementDefaultLimit, card)),
+            _thousandth(told(nvml.nvmlDeviceGetPowerManagementLimit, card)),
+            _thousandth(told(nvml.nvmlDeviceGetPowerManagementDefaultLimit, card)),
         ),
         heat_c=(
             told(nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
@@ -322,6 +336,59 @@ def _card(nvml: Any, card: Any) -> Card:
         if any(status is None for _, status in peers)
         else tuple(other for other, status in peers if status == nvml.NVML_P2P_STATUS_OK),
     )
+
+
+def _reading(nvml: Any, card: Any) -> Reading:
+    """What this card's meters show."""
+    told = partial(_told, nvml)
+    memory = nvml.nvmlDeviceGetMemoryInfo(card)
+    rates = told(nvml.nvmlDeviceGetUtilizationRates, card)
+    return Reading(
+        index=nvml.nvmlDeviceGetIndex(card),
+        name=nvml.nvmlDeviceGetName(card),
+        memory_total=memory.total,
+        memory_used=memory.used,
+        watts=_thousandth(told(nvml.nvmlDeviceGetPowerUsage, card)),
+        watts_limit=_thousandth(told(nvml.nvmlDeviceGetEnforcedPowerLimit, card)),
+        celsius=told(nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
+        utilization=None if rates is None else rates.gpu / 100,
+        joules=_thousandth(told(nvml.nvmlDeviceGetTotalEnergyConsumption, card)),
+    )
+
+
+def _pynvml() -> Any:
+    """What speaks to the driver; 18 MB, so it is not loaded where there is none."""
+    if importlib.util.find_spec("pynvml") is None:
+        raise MemoryUnknown("pynvml is not installed: pip install nvidia-ml-py")
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError as exc:
+        raise MemoryUnknown(f"there is no NVIDIA driver ({exc})") from exc
+    return importlib.import_module("pynvml")
+
+
+def drawn(cards: Sequence[Reading]) -> float | None:
+    """Watts of all of them together; None where one does not tell."""
+    watts = [card.watts for card in cards if card.watts is not None]
+    return sum(watts) if cards and len(watts) == len(cards) else None
+
+
+def _told(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
+    """What is answered, which not every card does to everything; else None."""
+    try:
+        return question(*arguments)
+    except (
+        nvml.NVMLError_NotSupported,
+        nvml.NVMLError_NoPermission,
+        nvml.NVMLError_FunctionNotFound,  # a driver older than the question
+        nvml.NVMLError_InvalidArgument,
+    ):
+        return None
+
+
+def _thousandth(thousandths: int | None) -> float | None:
+    """Watts of milliwatts, joules of millijoules."""
+    return None if thousandths is None else thousandths / 1000
 
 
 def _largest_first(sizes: dict[int, int]) -> list[tuple[int, int]]:

@@ -284,6 +284,7 @@ class Gpu:
         self.released = False  # by the operator
         self.held_once = False
         self.passages: deque[Passage] = deque(maxlen=50)
+        self.on_passage: Callable[[Passage], None] = lambda _: None  # is told of each that is over
         self._idle_release_s = idle_release_s
         self._tenants: list[Tenant] = []
         self._unloading: asyncio.Future[bool] | None = None
@@ -469,6 +470,7 @@ class Gpu:
             passage.outcome = "done"
             self._open(target)
         passage.waited = self.policy.waited - waited
+        self.on_passage(passage)
 
     async def _take(self, kind: str, passage: Passage | None = None) -> None:
         self.toward = kind

@@ -66,6 +66,7 @@ class Exchange:
     stream: bool = False
     background: bool = False
     lane: str = ""
+    cause: str = ""
     reason: str = ""
     dropped: tuple[str, ...] = ()
     attempts: int = 0
@@ -320,6 +321,7 @@ class Relay:
                     exchange.attempts += 1
                     assert ticket.lane is not None  # noqa: S101 - admitted
                     exchange.lane = ticket.lane.name
+                    exchange.cause = ticket.cause
                     exchange.reason = ticket.reason
                     exchange.dropped = stripped
                     exchange.sent = time.monotonic()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TypeAlias
 
 from gateway.errors import GatewayError, NoLane, QueueFull
@@ -27,6 +28,18 @@ REFINE_S = 30.0
 #: of the model had hardly anything to do: relative standard deviation, and share.
 STEADY = 0.25
 ALONE = 0.05
+
+
+class Cause(StrEnum):
+    """Why a request went where it went, in a word that can be counted by."""
+
+    POLICY = "policy"
+    ONLY_LANE = "only_lane"
+    PIN = "pin"  # the operator's
+    REQUEST_PIN = "request_pin"
+    CAPABILITY = "capability"  # the policy's lane cannot take it
+    HEALTH = "health"  # that lane is not usable now
+    FAILOVER = "failover"  # that lane has failed this request
 
 
 @dataclass(eq=False, slots=True)
@@ -116,6 +129,7 @@ class Ticket:
     started: float = 0.0
     lane: Lane | None = None
     replica: Replica | None = None
+    cause: Cause = Cause.POLICY
     reason: str = ""
     before: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
@@ -303,21 +317,32 @@ class Scheduler:
             return self.policy.lane  # the GPU could not be brought to the pin: serve where it is
         return pin or ticket.pin
 
-    def _why(self, ticket: Ticket, lane: Lane) -> str:
-        """The reason for this choice, for people."""
+    def _why(self, ticket: Ticket, lane: Lane) -> tuple[Cause, str]:
+        """The reason for this choice, in a word and for people."""
         if pin := self.policy.pin:
-            away = f"the GPU could not be brought to {pin}, where the operator wants it"
-            return "pinned by the operator" if lane.name == pin else away
+            if lane.name == pin:
+                return Cause.PIN, "pinned by the operator"
+            return (
+                Cause.HEALTH,
+                f"the GPU could not be brought to {pin}, where the operator wants it",
+            )
         if ticket.pin:
-            return "pinned by the request"
+            return Cause.REQUEST_PIN, "pinned by the request"
         chosen = self.lanes.get(self.policy.lane)
-        if lane is chosen:
-            return self.policy.reason(self.model)
         if chosen is None:
-            return "the model's only lane"
+            return Cause.ONLY_LANE, "the model's only lane"
+        if lane is chosen:
+            cause = Cause.POLICY if len(self.lanes) > 1 else Cause.ONLY_LANE
+            return cause, self.policy.reason(self.model)
+        return self._why_not(chosen, ticket)
+
+    def _why_not(self, chosen: Lane, ticket: Ticket) -> tuple[Cause, str]:
+        """Why the policy's own lane was passed over."""
         if not self._takes(chosen, ticket):
-            return ticket.why
-        return f"{chosen.name} {self._trouble(chosen, ticket)}"
+            return Cause.CAPABILITY, ticket.why
+        failed = any(replica in ticket.without for replica in chosen.replicas)
+        cause = Cause.FAILOVER if failed else Cause.HEALTH
+        return cause, f"{chosen.name} {self._trouble(chosen, ticket)}"
 
     def _takes(self, lane: Lane, ticket: Ticket) -> bool:
         return not ticket.able or lane.name in ticket.able
@@ -381,7 +406,7 @@ class Scheduler:
                 continue
             self._dequeue(ticket)
             ticket.lane, ticket.replica, ticket.started = chosen, replica, now
-            ticket.reason = self._why(ticket, chosen)
+            ticket.cause, ticket.reason = self._why(ticket, chosen)
             if self.refined is not None:
                 ticket.before = self._ran(chosen)
             replica.running += 1

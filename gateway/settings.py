@@ -186,6 +186,33 @@ class Limits(_Part):
     drain_s: PositiveFloat = Field(30, description="For running requests after SIGTERM.")
 
 
+class Metrics(_Part):
+    """Where Prometheus asks for `/metrics`."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on, if it has its own port.")
+    port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        None, description="Its own port, without a key; none: the gateway's own, behind the keys."
+    )
+
+
+class Cost(_Part):
+    """Prices, to tell what tokens cost. What is not given is not known."""
+
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = Field(
+        "EUR", description="Of all prices, three letters."
+    )
+    per_kwh: NonNegativeFloat | None = Field(None, description="Of electricity.")
+    rent_per_hour: NonNegativeFloat | None = Field(
+        None, description="Of a rented machine like this one."
+    )
+    api_per_million: NonNegativeFloat | None = Field(
+        None, description="Of a million output tokens from somebody's API."
+    )
+    watts: PositiveFloat | None = Field(
+        None, description="Of the whole machine, in place of what its cards say they draw."
+    )
+
+
 class Settings(BaseSettings):
     """The whole configuration.
 
@@ -227,6 +254,8 @@ class Settings(BaseSettings):
     )
     embedded: Embedded = Embedded()
     limits: Limits = Limits()
+    metrics: Metrics = Metrics()
+    cost: Cost = Cost()
     status_events: bool = Field(
         False, description="Tell streams that wait for the GPU so, in Open WebUI's own way."
     )
@@ -251,6 +280,15 @@ class Settings(BaseSettings):
                             f"pair.{name}.{kind}: no engine is configured for it; "
                             f"add engines.{kind}.urls"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Settings:
+        if self.port and self.metrics.port == self.port:
+            raise ValueError(
+                f"metrics.port: {self.port} is the gateway's own; choose another, or leave it out, "
+                "and /metrics is there behind the keys"
+            )
         return self
 
     @model_validator(mode="after")

@@ -26,13 +26,6 @@ class Log:
             return  # disk full, pipe closed: serving goes on
 
 
-class Silence:
-    """No log."""
-
-    def write(self, exchange: Exchange) -> None:
-        """Nothing."""
-
-
 def record(exchange: Exchange) -> dict[str, object]:
     """What is logged of an exchange; times in seconds, null where it never came to it."""
     began = exchange.began

@@ -33,6 +33,7 @@ from backends import http
 from backends.base import BackendError, Engine, Identity
 from backends.process import Supervised
 from gateway import discovery, profile, settings
+from gateway.gpu import MemoryUnknown, Nvml, drawn
 from gateway.handover import Occupant
 from gateway.settings import SLOTS, Kind, Settings, SettingsError
 from loadtests import analysis, calibrate, compare, experiment, report, samples, selfcheck
@@ -518,6 +519,7 @@ async def _compared(asked: argparse.Namespace, console: Console) -> int:
     """Check, measure, report; 0 where every target could be measured."""
     args, folder, begun = _begun(asked)
     async with http.Client() as client:
+        cost = settings.load(args.config, {}, settings.environment()).cost
         if args.target:
             key = args.key or settings.environment().get("OPENAI_API_KEY")
             entrants = await _strangers([Target.read(one, key) for one in args.target], client)
@@ -533,17 +535,33 @@ async def _compared(asked: argparse.Namespace, console: Console) -> int:
             raise BadTarget(f"every target needs a label of its own: {', '.join(labels)}")
         if begun.subjects and [one.label for one in begun.subjects] != labels:
             raise ExperimentError(f"{folder} was begun with other targets: begin a new one")
-        begun = msgspec.structs.replace(begun, subjects=tuple(one.subject for one in entrants))
+        begun = msgspec.structs.replace(
+            begun,
+            subjects=tuple(one.subject for one in entrants),
+            cost=experiment.Cost(**cost.model_dump()),
+        )
         checked = await _checked(args, folder, begun, console)
         console.print(f"measuring {', '.join(labels)} into [bold]{folder}[/]")
         try:
-            failures = await compare.run(folder, begun, entrants, console)
+            failures = await compare.run(folder, begun, entrants, console, await metered(Nvml()))
         except asyncio.CancelledError:
             console.print(f"\nkept in {folder}; go on with: twolane compare --resume {folder}")
             raise
     page = report.write(folder, unchecked=not checked)
     console.print(f"the report is [bold]{page}[/], and beside it report.md, report.json, pictures")
     return 1 if failures else 0
+
+
+async def metered(nvml: Nvml) -> compare.Watts | None:
+    """What reads the watts of these cards; None where there is none that tells them."""
+
+    async def watts() -> float | None:
+        try:
+            return drawn(await asyncio.to_thread(nvml.readings))
+        except MemoryUnknown:
+            return None
+
+    return None if await watts() is None else watts
 
 
 async def _checked(

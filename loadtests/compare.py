@@ -14,11 +14,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeAlias
+from urllib.parse import urlsplit
 
 import msgspec
 from rich.console import Console
@@ -33,10 +42,16 @@ LOCUSTFILE = Path(__file__).with_name("concurrency.py")
 LOG = "locust.log"
 #: How often the raw file is looked at for progress, seconds.
 LOOK_S = 0.5
+#: How often the cards are asked what they draw, seconds.
+METER_S = 1.0
 #: How long Locust may take to write down what it has when it is told to end, seconds.
 LAST_WORD_S = 15.0
 #: How much of what Locust said last is shown when it fails, characters.
 TOLD = 600
+
+
+#: Tells what the cards of this machine draw together; None where they do not say it now.
+Watts: TypeAlias = Callable[[], Awaitable[float | None]]
 
 
 class VisitFailed(Exception):
@@ -61,6 +76,12 @@ class Entrant:
     @property
     def label(self) -> str:
         return self.target.label
+
+    @property
+    def is_here(self) -> bool:
+        """Whether what it draws is drawn by this machine's cards, for all its address tells."""
+        name = urlsplit(self.target.url).hostname or ""
+        return name in ("localhost", "::1") or name.startswith("127.")
 
 
 @asynccontextmanager
@@ -149,6 +170,7 @@ class Session:
         plan: How to measure.
         entrants: By label.
         view: Is told how far it is.
+        watts: Asked about once a second while a target of this machine is measured.
         processes: Of the load generator.
     """
 
@@ -156,6 +178,7 @@ class Session:
     plan: Plan
     entrants: Mapping[str, Entrant]
     view: View
+    watts: Watts | None = None
     processes: int = 1
     subjects: dict[str, Subject] = field(default_factory=dict)
     _up: str | None = None
@@ -180,7 +203,33 @@ class Session:
             self._up = None
             self.subjects[visit.label] = await self._stack.enter_async_context(entrant.running())
             self._up = visit.label
-        await self._generate(entrant.target, visit)
+        whom = [entrant, *(self.entrants[label] for label in entrant.subject.before)]
+        async with self._metering(self.watts if all(one.is_here for one in whom) else None):
+            await self._generate(entrant.target, visit)
+
+    @asynccontextmanager
+    async def _metering(self, watts: Watts | None) -> AsyncIterator[None]:
+        """Meanwhile what the cards draw goes into the raw file, too."""
+
+        async def read(watts: Watts) -> None:
+            raw = samples.Writer(self.folder / RAW)
+            try:
+                while True:
+                    drawn = await watts()
+                    if drawn is not None:
+                        raw.write(samples.Power(time.time(), drawn))
+                    await asyncio.sleep(METER_S)
+            finally:
+                raw.close()
+
+        reading = None if watts is None else asyncio.create_task(read(watts))
+        try:
+            yield
+        finally:
+            if reading is not None:
+                reading.cancel()
+                with suppress(asyncio.CancelledError):
+                    await reading
 
     async def _generate(self, target: Target, visit: Visit) -> None:
         """Locust, on one target; what it writes is passed on as it comes."""
@@ -373,11 +422,16 @@ def _clock(seconds: float) -> str:
 
 
 async def run(
-    folder: Path, experiment: Experiment, entrants: Sequence[Entrant], console: Console
+    folder: Path,
+    experiment: Experiment,
+    entrants: Sequence[Entrant],
+    console: Console,
+    watts: Watts | None = None,
 ) -> list[str]:
     """Measure all that the folder does not have yet; says which targets failed, and why.
 
-    What is known of the targets once they serve is added to the experiment's file.
+    What is known of the targets once they serve is added to the experiment's file, and what
+    the cards draw meanwhile, where `watts` tells it, to the raw one.
 
     Raises:
         ExperimentError: The folder cannot be written.
@@ -390,7 +444,7 @@ async def run(
     failures: dict[str, str] = {}
     with Progressing(console, experiment.plan, visits) as view:
         by_label = {one.label: one for one in entrants}
-        async with Session(folder, experiment.plan, by_label, view) as session:
+        async with Session(folder, experiment.plan, by_label, view, watts) as session:
             for visit in _and_search(visits, experiment, by_label, raw, failures):
                 try:
                     await session.visit(visit)

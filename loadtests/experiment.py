@@ -156,6 +156,24 @@ class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
     e2e_s: float | None = None
 
 
+class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What was said of prices; None: nothing.
+
+    Attributes:
+        currency: Of all of them.
+        per_kwh: Of electricity.
+        rent_per_hour: Of a rented machine like this one.
+        api_per_million: Of a million output tokens from somebody's API.
+        watts: Of the whole machine, in place of what its cards draw.
+    """
+
+    currency: str = "EUR"
+    per_kwh: float | None = None
+    rent_per_hour: float | None = None
+    api_per_million: float | None = None
+    watts: float | None = None
+
+
 class Experiment(msgspec.Struct, frozen=True, omit_defaults=True):
     """All of it; `at` is Unix time, `command` how it was asked for, keys left out."""
 
@@ -166,6 +184,7 @@ class Experiment(msgspec.Struct, frozen=True, omit_defaults=True):
     subjects: tuple[Subject, ...]
     limits: Limits = Limits()
     command: str = ""
+    cost: Cost = Cost()
 
     def save(self, folder: Path) -> None:
         """Write it into its folder, which is made if it is not there.

@@ -15,9 +15,10 @@ import msgspec
 
 from loadtests import analysis
 from loadtests.agreement import Agreement
-from loadtests.analysis import Cells, Cost, Crossover, Kept, Row, Spread
+from loadtests.analysis import Cells, Cost, Crossover, Energy, Kept, Row, Spread
 from loadtests.experiment import Experiment, Subject
 from loadtests.page import number
+from loadtests.samples import Power
 from loadtests.selfcheck import SelfCheck
 
 VERSION = 1
@@ -64,6 +65,7 @@ class Findings(msgspec.Struct, frozen=True, omit_defaults=True):
         doubts: Why this should not have been written; empty as a rule.
         headline: The one sentence to remember.
         short: What else there is to remember.
+        energy: Watts, and what tokens cost, as far as it is known.
     """
 
     version: int
@@ -79,6 +81,7 @@ class Findings(msgspec.Struct, frozen=True, omit_defaults=True):
     fairness: tuple[Judgement, ...]
     selfcheck: SelfCheck | None = None
     agreement: Agreement | None = None
+    energy: tuple[Energy, ...] = ()
 
 
 def find(
@@ -87,6 +90,7 @@ def find(
     doubts: Iterable[str],
     selfcheck: SelfCheck | None,
     agreement: Agreement | None,
+    powers: Sequence[Power] = (),
 ) -> Findings:
     """All that the cells say.
 
@@ -96,6 +100,7 @@ def find(
         doubts: What is wrong with the stopwatch; what is wrong with a cell is added.
         selfcheck: What the stopwatch was held to.
         agreement: What other tools saw.
+        powers: What the cards drew.
     """
     table = analysis.rows(cells, tokens_out=experiment.plan.tokens_out, limits=experiment.limits)
     subjects = _subjects(experiment, table)
@@ -127,6 +132,7 @@ def find(
         fairness=judgements,
         selfcheck=selfcheck,
         agreement=agreement,
+        energy=tuple(analysis.energy(table, powers, experiment.cost)),
     )
 
 

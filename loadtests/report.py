@@ -21,7 +21,7 @@ import msgspec
 
 from loadtests import agreement, analysis, charts, experiment, page, samples, selfcheck
 from loadtests.agreement import AGREEMENT, Agreement
-from loadtests.analysis import Cells, Row, Spread, Summary
+from loadtests.analysis import Cells, Energy, Row, Spread, Summary
 from loadtests.experiment import RAW, SELFCHECK, Experiment, ExperimentError, Limits
 from loadtests.findings import Crossing, Findings, find, spread
 from loadtests.page import Block, Bullets, Chart, Code, Grid, Key, Section, Text, number
@@ -66,6 +66,11 @@ FORMULAS = {
     f"{analysis.AGREEING:.0%} of the draws cross once. Of three repetitions it is rough: "
     "simulated, it held the truth 95 times in 100 where these differed by 1 %, and 77 times "
     "where by 5 %",
+    "tokens/J": "tokens/s / watts; measured watts are the mean of what the cards of this machine "
+    "drew in the window, together and about once a second, and the rest of the machine is not in "
+    f"them. Not known where the driver said nothing for over {analysis.LONGEST_GAP_S:g} s",
+    "cost of a million tokens": "output tokens: electricity by tokens/J, rent by tokens/s, both "
+    "within the window, so a machine that idles between costs more; an API as it was given",
     "gateway's cost": "its median less the median of the lane behind it whose E2E is lower",
     "saturated": f"the generator's busiest process uses over {analysis.CPU_MOST:.0%} of a core, "
     f"or is late by over {analysis.LATE_P50:.0%} of the median TTFT in the median, or "
@@ -92,12 +97,13 @@ def write(folder: Path, *, unchecked: bool = False) -> Path:
     if any(importlib.util.find_spec(name) is None for name in ("plotly", "matplotlib", "numpy")):
         raise ReportError(NEEDS)
     known = experiment.load(folder)
-    cells = analysis.closed_cells(samples.read(folder / RAW))
+    lines = [*samples.read(folder / RAW)]
+    cells = analysis.closed_cells(lines)
     if not cells:
         raise ReportError(f"nothing was measured in {folder} yet: go on with --resume")
     checked, doubts = _checked(folder, max(int(cell.level) for cell, _ in cells))
     agreed = agreement.load(folder) if (folder / AGREEMENT).exists() else None
-    found = find(known, cells, doubts, checked, agreed)
+    found = find(known, cells, doubts, checked, agreed, samples.powers(lines))
     if found.doubts and not unchecked:
         raise ReportError(
             f"no report of {folder}: {'; '.join(found.doubts)}. What was measured is kept; measure "
@@ -209,6 +215,7 @@ def sections(found: Findings, key: Key, lines: Chart, scatter: Chart) -> list[Se
             f"Of a target with more than {charts.POINTS:,} every n-th is drawn.", "small")]),
         Section("All cells", [*_cells(found.rows)]),
         Section("Goodput", [*_goodput(found)]),
+        Section("Watts, and what tokens cost", [*_energy(found)]),
         Section("Where the faster one changes", [*_crossovers(found.crossings)]),
         Section("Errors", [*_errors(found)]),
         Section("Achieved concurrency, and the load generator itself", [*_achieved(found.rows)]),
@@ -353,6 +360,49 @@ def _goodput(found: Findings) -> Iterator[Block]:
             )
         ],
     )
+
+
+def _energy(found: Findings) -> Iterator[Block]:
+    prices = found.experiment.cost
+    if not found.energy:
+        yield Text(
+            "Not known: no card of this machine told what it draws, and neither watts nor a rent "
+            "was given. Say what there is in the settings, under cost (watts, the price of a kWh, "
+            "the rent of an hour), and twolane compare --resume on this folder writes the report "
+            "again."
+        )
+        return
+    given = {
+        "for a kWh": prices.per_kwh,
+        "for an hour of a rented machine": prices.rent_per_hour,
+        "for a million output tokens of an API": prices.api_per_million,
+    }
+    paid = ", ".join(f"{price:g} {what}" for what, price in given.items() if price is not None)
+    source = f"given: {prices.watts:g} W" if prices.watts else "measured: what the cards drew"
+    yield Text(
+        f"Watts are {source}. "
+        + (f"Prices are given, in {prices.currency}: {paid}." if paid else "No price was given.")
+    )
+    columns: dict[str, Callable[[Energy], str]] = {
+        "watts": lambda one: spread(one.watts),
+        "tokens/J": lambda one: spread(one.tokens_per_joule),
+        "electricity": lambda one: spread(one.electricity),
+        "rent": lambda one: spread(one.rent),
+        "an API": lambda _: number(prices.api_per_million),
+    }
+    shown = {name: of for name, of in columns.items() if {"-"} != {*map(of, found.energy)}}
+    by_row = {(one.target, one.level): one for one in found.energy}
+    yield Grid(
+        ("", *shown),
+        [
+            *_each(
+                [row for row in found.rows if (row.target, row.level) in by_row],
+                lambda row: (of(by_row[row.target, row.level]) for of in shown.values()),
+            )
+        ],
+    )
+    if paid:
+        yield Text(f"Costs are {prices.currency} a million output tokens.", "small")
 
 
 def _crossovers(crossings: Sequence[Crossing]) -> Iterator[Block]:

@@ -4,13 +4,14 @@ The file is the measurement; every figure of a report is computed from it again.
 are whole or not there: each is one write to a file opened for appending, so that several
 processes may write at once and a run that is ended loses at most its last line.
 
-Schema, version 1. Every line is an object with a `type`.
+Schema, version 2; version 1 had no `power`. Every line is an object with a `type`.
 
 | type      | a line for                     | written                                      |
 |-----------|--------------------------------|----------------------------------------------|
 | `run`     | a start of the load generator  | first; says `version` and how it was called  |
 | `request` | a request, however it ended    | when it is over                              |
 | `cell`    | a target at a level, once      | when all its measured requests are over      |
+| `power`   | what the cards draw            | about once a second, where they tell it      |
 
 Seconds are from just before the request was sent, by a steady clock; `start`, `began` and
 `ended` are Unix time. Fields that hold nothing are left out.
@@ -25,7 +26,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
+READ = (1, VERSION)
 
 Loop: TypeAlias = Literal["closed", "open", "chat"]
 Phase: TypeAlias = Literal["warm-up", "measured", "trailing"]
@@ -120,7 +122,19 @@ class Cell(msgspec.Struct, tag="cell", omit_defaults=True):
     lag_p99_s: float = 0.0
 
 
-Line: TypeAlias = Run | Request | Cell
+class Power(msgspec.Struct, tag="power"):
+    """What all cards of this machine draw together.
+
+    Attributes:
+        at: Unix time.
+        watts: As their driver tells it.
+    """
+
+    at: float
+    watts: float
+
+
+Line: TypeAlias = Run | Request | Cell | Power
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
@@ -197,10 +211,10 @@ def read(path: Path) -> Iterator[Line]:
             if _cut(lines, number):
                 continue
             raise SamplesError(f"{path}, line {number}: {exc}") from exc
-        if isinstance(said, Run) and said.version != VERSION:
+        if isinstance(said, Run) and said.version not in READ:
             raise SamplesError(
-                f"{path} has version {said.version}, this program reads {VERSION}: use the one "
-                "that wrote it, or measure again"
+                f"{path} has version {said.version}, this program reads "
+                f"{' and '.join(map(str, READ))}: use the one that wrote it, or measure again"
             )
         yield said
 
@@ -230,7 +244,7 @@ def by_cell(lines: Iterable[Line]) -> list[tuple[Cell, list[Request]]]:
             since = line.at
         elif isinstance(line, Cell):
             begun.append((since, line, []))
-        else:
+        elif isinstance(line, Request):
             asked.append(line)
     by_key: dict[tuple[str, str, float, int], list[tuple[float, Cell, list[Request]]]] = {}
     for one in begun:
@@ -243,6 +257,11 @@ def by_cell(lines: Iterable[Line]) -> list[tuple[Cell, list[Request]]]:
             if began <= request.start <= cell.ended:
                 its.append(request)
     return [(cell, its) for _, cell, its in begun]
+
+
+def powers(lines: Iterable[Line]) -> list[Power]:
+    """What the cards drew, in the order of time."""
+    return sorted((line for line in lines if isinstance(line, Power)), key=lambda one: one.at)
 
 
 def cells(lines: Iterable[Line]) -> list[Cell]:

@@ -16,7 +16,7 @@ from backends import http
 from gateway import discovery, settings
 from gateway.app import Gateway
 from gateway.cli import GracefulServer, listen
-from gateway.gpu import Memory
+from gateway.gpu import Memory, Nvml
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ async def run_gateway(
     ports: discovery.Ports | None = None,
     upstream: http.Client | None = None,
     memory: Memory | None = None,
+    nvml: Nvml | None = None,
     **overrides: Any,
 ) -> AsyncIterator[Running]:
     """A gateway with these settings, as `twolane serve` runs it, in this event loop.
@@ -55,7 +56,7 @@ async def run_gateway(
     Engines are looked for on `ports` only: what a contributor's machine runs is not ours.
     """
     read = settings.load(None, {"port": 0, "log": "off", **overrides}, {})
-    async with Gateway(read, ports or {}, client=upstream, memory=memory) as gateway:
+    async with Gateway(read, ports or {}, client=upstream, memory=memory, nvml=nvml) as gateway:
         listener = listen(read)
         server = GracefulServer(gateway, read)
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -11,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from backends.fake import GIB, FakeGpu
 from gateway import gpu
-from gateway.gpu import Brake, Budget, Card, Memory, MemoryUnknown, Nvml
+from gateway.gpu import Brake, Budget, Card, Memory, MemoryUnknown, Nvml, Reading
 
 MIB = 1024**2
 
@@ -281,6 +283,39 @@ def test_what_a_card_does_not_tell_is_none(refusal: NVMLError) -> None:
     assert card == Card(0, "NVIDIA GeForce RTX 4090", 24 * GIB)
 
 
+def test_meters_are_read_in_watts_and_joules() -> None:
+    [first, second] = Nvml(
+        library=two_4090(
+            PowerUsage=350_400,
+            EnforcedPowerLimit=450_000,
+            UtilizationRates=SimpleNamespace(gpu=97, memory=60),
+            TotalEnergyConsumption=7_200_500,
+        )
+    ).readings()
+
+    assert (first.index, second.index) == (0, 1)
+    assert first == Reading(
+        index=0,
+        name="NVIDIA GeForce RTX 4090",
+        memory_total=24 * GIB,
+        memory_used=21 * GIB,
+        watts=350.4,
+        watts_limit=450.0,
+        celsius=61,
+        utilization=0.97,
+        joules=7_200.5,
+    )
+
+
+@pytest.mark.parametrize("refusal", [NotSupported(), NoPermission(), FunctionNotFound()])
+def test_meters_that_a_card_does_not_have_show_nothing(refusal: NVMLError) -> None:
+    names = ("PowerUsage", "EnforcedPowerLimit", "Temperature", "UtilizationRates",
+             "TotalEnergyConsumption")  # fmt: skip
+    reading = Nvml(library=two_4090(**dict.fromkeys(names, refusal))).readings()[0]
+
+    assert reading == Reading(0, "NVIDIA GeForce RTX 4090", 24 * GIB, 21 * GIB)
+
+
 def test_card_that_is_lost_is_no_card_without_a_temperature() -> None:
     with pytest.raises(MemoryUnknown, match="GpuIsLost"):
         Nvml(library=two_4090(Temperature=GpuIsLost())).driver()
@@ -303,6 +338,22 @@ def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
     with pytest.raises(MemoryUnknown, match="pip install nvidia-ml-py"):
         Nvml().free()
+
+
+def test_machine_without_a_driver_is_told_so_and_loads_nothing_to_ask_it() -> None:
+    asked = (
+        "from gateway.gpu import Nvml; import sys; \ntry: Nvml().free()\nexcept Exception as e: "
+    )
+    asked += "print(e)\nprint('pynvml' in sys.modules)"
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        said = subprocess.run([sys.executable, "-c", asked], capture_output=True, check=True)
+    else:
+        pytest.skip("this machine has a driver")
+
+    assert said.stdout.startswith(b"there is no NVIDIA driver (libnvidia-ml.so.1: ")
+    assert said.stdout.endswith(b"False\n")
 
 
 def test_driver_that_hangs_takes_one_thread_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +389,19 @@ def test_real_cards_tell_how_they_do() -> None:
 
     assert driver.version
     assert all(card.name and card.memory > 0 for card in driver.cards)
+
+
+@pytest.mark.gpu
+def test_meters_of_real_cards_show_what_can_be() -> None:
+    try:
+        readings = Nvml().readings()
+    except MemoryUnknown as exc:
+        pytest.skip(str(exc))
+
+    for card in readings:
+        assert 0 < card.memory_used <= card.memory_total
+        assert card.watts is None or 0 < card.watts < 2_000
+        assert card.utilization is None or 0 <= card.utilization <= 1
 
 
 @pytest.mark.gpu

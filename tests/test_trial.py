@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import socket
@@ -18,15 +19,24 @@ import httpx
 import pytest
 
 from gateway import profile, settings, trial
+from gateway.gpu import Nvml
 from loadtests import samples
 from loadtests.known import Times, running
 from tests.loadtests.servers import nobody
+from tests.test_gpu import NotSupported, Told, two_4090
 
+#: Besides watts: cards that have no other meters.
+OTHER_METERS = {
+    name: NotSupported()
+    for name in ("EnforcedPowerLimit", "UtilizationRates", "TotalEnergyConsumption")
+}
 #: The stopwatch is checked first, which takes a while.
 pytestmark = pytest.mark.timeout(240)
 
 
-def twolane(*arguments: object, within_s: float = 200) -> subprocess.CompletedProcess[str]:
+def twolane(
+    *arguments: object, within_s: float = 200, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """The command, run to its end."""
     return subprocess.run(
         [sys.executable, "-m", "gateway", *map(str, arguments)],
@@ -34,6 +44,7 @@ def twolane(*arguments: object, within_s: float = 200) -> subprocess.CompletedPr
         text=True,
         timeout=within_s,
         check=False,
+        env={**os.environ, **variables},
     )
 
 
@@ -53,6 +64,7 @@ def folder(targets: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     done = twolane(
         "compare", *targets, "--levels", "1,2", "--rounds", 2, "--repetitions", 2,
         "--tokens-out", 16, "--ke", "sk-secret", "--unchecked", "--out", out,
+        TWOLANE_COST='{"watts": 500, "per_kwh": 0.3, "currency": "USD"}',
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return out
@@ -68,6 +80,28 @@ def test_a_comparison_measures_everything_and_leaves_a_report(folder: Path) -> N
     ]  # fmt: skip
     assert {row["target"] for row in said["rows"]} == {"slow", "quick"}
     assert (folder / "report.html").stat().st_size > 1_000_000  # plotly is in it
+
+
+def test_given_watts_and_prices_are_in_the_experiment_and_in_the_report(folder: Path) -> None:
+    known = json.loads((folder / "experiment.json").read_text())
+    energy = json.loads((folder / "report.json").read_text())["energy"]
+
+    assert known["cost"] == {"currency": "USD", "per_kwh": 0.3, "watts": 500.0}
+    assert [one["watts"]["value"] for one in energy] == [500.0] * 4
+    for one in energy:
+        assert one["electricity"]["value"] == pytest.approx(
+            1e6 / one["tokens_per_joule"]["value"] / 3.6e6 * 0.3
+        )
+
+
+async def test_watts_are_read_where_every_card_tells_them() -> None:
+    told = await trial.metered(Nvml(library=two_4090(PowerUsage=350_000, **OTHER_METERS)))
+    silent = await trial.metered(Nvml(library=two_4090(PowerUsage=NotSupported(), **OTHER_METERS)))
+    nobody = await trial.metered(Nvml(library=Told()))
+
+    assert told is not None
+    assert await told() == 700
+    assert (silent, nobody) == (None, None)
 
 
 def test_a_key_is_in_none_of_its_files(folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from backends import base
@@ -54,7 +54,7 @@ class Edge:
         pages: Serves everything else (FastAPI).
         keys: Who is let in.
         admins: Who may change what the gateway does.
-        log: Is told of every exchange.
+        logs: Are told of every exchange.
         max_body: The largest body, bytes.
     """
 
@@ -64,7 +64,7 @@ class Edge:
         pages: Callable[..., Any],
         keys: Keys,
         admins: Keys,
-        log: Log,
+        logs: Sequence[Log],
         *,
         max_body: int,
     ) -> None:
@@ -73,7 +73,7 @@ class Edge:
         self._pages = pages
         self._keys = keys
         self._admins = admins
-        self._log = log
+        self._logs = logs
         self._max_body = max_body
         self._open: set[Lifeline] = set()
 
@@ -112,7 +112,8 @@ class Edge:
             await reply.error(InternalError("The gateway failed. This is our fault, not yours."))
         finally:
             exchange.ended = time.monotonic()
-            self._log.write(exchange)
+            for each in self._logs:
+                each.write(exchange)
 
     async def _answer(
         self, scope: Message, receive: Receive, reply: Reply, exchange: Exchange

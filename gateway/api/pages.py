@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from backends import base
 from gateway.admission import Residence
+from gateway.api import scrape
 from gateway.catalogue import Catalogue, Model
 from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
 from gateway.loading import Loader
@@ -100,6 +101,7 @@ def build(  # noqa: C901 - a table of routes
     pin: Callable[[str | None], None],
     release: Callable[[], None],
     version: str,
+    metrics: scrape.Exposition,
 ) -> FastAPI:
     """The pages as an ASGI application.
 
@@ -111,6 +113,7 @@ def build(  # noqa: C901 - a table of routes
         pin: Keep the work at a lane, or (None) leave it to the policy; raises GatewayError.
         release: Give the GPU's memory back until the next pin; raises GatewayError.
         version: Shown in the documentation.
+        metrics: What `/metrics` says, for what the asker reads; raises GatewayError.
     """
     failures: dict[int | str, dict[str, Any]] = {
         "4XX": {"model": Envelope, "description": "The request is at fault, or came too often."},
@@ -165,6 +168,10 @@ def build(  # noqa: C901 - a table of routes
     async def state() -> JSONResponse:
         """Lanes, demand, queues, health and the last decisions."""
         return JSONResponse(status())
+
+    app.add_api_route(
+        scrape.PATH, scrape.page(metrics), tags=["operating"], response_class=PlainTextResponse
+    )
 
     @app.post("/admin/pin", tags=["operating"])
     async def pinned(body: Pin) -> JSONResponse:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from gateway.profile import Lane
 from loadtests import analysis
-from loadtests.analysis import Row, Seconds, Summary, crossover, percentile
-from loadtests.experiment import Limits
-from loadtests.samples import Cell, Line, Request, Run
+from loadtests.analysis import Row, Seconds, Spread, Summary, crossover, percentile
+from loadtests.experiment import Cost, Limits
+from loadtests.samples import Cell, Line, Power, Request, Run
 
 ANY = Limits()
 #: Ten rounds are enough for a median.
@@ -50,6 +50,68 @@ def row(
 def rounds(e2e_s: Callable[[int], float], **more: Any) -> list[Request]:
     """One user's requests, one after another."""
     return [request(e2e_s=e2e_s(number), number=number, **more) for number in range(ROUNDS)]
+
+
+# watts, and what tokens cost
+
+
+def steady(watts: float, *, without: Sequence[int] = ()) -> list[Power]:
+    """Looks at the cards, one a second, before, during and after a cell of ten."""
+    return [Power(float(at), watts) for at in range(-5, 16) if at not in without]
+
+
+def busy() -> Row:
+    """A target that made 2.5 tokens a second for ten seconds."""
+    return row([request(start=2.0 * n, number=n) for n in range(5)])
+
+
+def test_tokens_a_joule_and_their_price_are_those_of_the_window() -> None:
+    [one] = analysis.energy([busy()], steady(100), Cost(per_kwh=0.36, rent_per_hour=1.8))
+
+    assert one.watts == Spread(100, 100, 100)
+    assert one.tokens_per_joule is not None
+    assert one.electricity is not None
+    assert one.rent is not None
+    assert one.tokens_per_joule.value == pytest.approx(0.025)
+    # A million tokens take 40 MJ, which are 11.1 kWh, and 111 hours.
+    assert one.electricity.value == pytest.approx(4.0)
+    assert one.rent.value == pytest.approx(200.0)
+
+
+def test_watts_before_and_after_the_window_do_not_count() -> None:
+    looks = [Power(one.at, 100 if 0 <= one.at <= 10 else 900) for one in steady(0)]
+
+    assert analysis.mean_watts(busy().repetitions[0], looks) == 100
+
+
+def test_given_watts_stand_for_the_cards() -> None:
+    [one] = analysis.energy([busy()], steady(100), Cost(watts=500))
+
+    assert one.watts == Spread(500, 500, 500)
+
+
+@pytest.mark.parametrize("gone", [range(-5, 16), range(3, 9), range(6), range(5, 16)])
+def test_watts_that_were_not_looked_at_for_long_are_not_known(gone: range) -> None:
+    assert analysis.energy([busy()], steady(100, without=gone), Cost(per_kwh=0.3)) == []
+
+
+def test_a_short_silence_of_the_driver_is_none() -> None:
+    assert analysis.mean_watts(busy().repetitions[0], steady(100, without=range(3, 7))) == 100
+
+
+def test_rent_needs_no_watts_and_electricity_does() -> None:
+    [one] = analysis.energy([busy()], [], Cost(per_kwh=0.3, rent_per_hour=1.8))
+
+    assert (one.watts, one.tokens_per_joule, one.electricity) == (None, None, None)
+    assert one.rent is not None
+
+
+def test_what_made_no_token_has_watts_and_no_price() -> None:
+    idle = row([request(error="500", ttft_s=None, gaps_s=[], tokens_out=None)])
+    [one] = analysis.energy([idle], steady(100), Cost(per_kwh=0.3, rent_per_hour=1.8))
+
+    assert one.watts is not None
+    assert (one.tokens_per_joule, one.electricity, one.rent) == (None, None, None)
 
 
 # percentiles

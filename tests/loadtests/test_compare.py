@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from loadtests import samples
-from loadtests.compare import Visit, itinerary, locust_command, search, seconds_left
-from loadtests.experiment import Limits, Plan
+from loadtests import compare, samples
+from loadtests.compare import (
+    Entrant,
+    Session,
+    Visit,
+    as_it_is,
+    itinerary,
+    locust_command,
+    search,
+    seconds_left,
+)
+from loadtests.experiment import Limits, Plan, Subject
 from loadtests.stopwatch import Target
 
 PLAN = Plan(levels=(1, 4), repetitions=3)
@@ -106,3 +117,57 @@ def test_a_key_is_in_no_command_line() -> None:
 
     assert "sk-secret" not in " ".join(command)
     assert "a=http://127.0.0.1:1=m" in command
+
+
+# watts
+
+
+def entrant(label: str, url: str, *before: str) -> Entrant:
+    subject = Subject(label, url, "m", before=before)
+    return Entrant(subject, Target(label, url, "m"), partial(as_it_is, subject))
+
+
+class Quiet(Session):
+    """A session that asks nobody anything: a visit is over after some looks at the cards."""
+
+    looks = 0
+
+    async def drawn(self) -> float | None:
+        self.looks += 1
+        return 350.0 if self.looks != 2 else None
+
+    async def _generate(self, target: Target, visit: Visit) -> None:
+        for _ in range(20):
+            await asyncio.sleep(0.005)
+
+
+class Nobody:
+    """Looks at nothing."""
+
+    def begun(self, visit: Visit) -> None: ...
+
+    def seen(self, line: samples.Line) -> None: ...
+
+
+@pytest.mark.parametrize(("label", "is_here"), [
+    ("near", True), ("far", False), ("before_near", True), ("before_far", False),
+])  # fmt: skip
+async def test_watts_are_noted_while_a_target_of_this_machine_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str, *, is_here: bool
+) -> None:
+    monkeypatch.setattr(compare, "METER_S", 0.001)
+    entrants = [
+        entrant("near", "http://127.0.0.1:1"),
+        entrant("far", "http://gpu-2:1"),
+        entrant("before_near", "http://localhost:2", "near"),
+        entrant("before_far", "http://localhost:2", "near", "far"),
+    ]
+    session = Quiet(tmp_path, PLAN, {one.label: one for one in entrants}, Nobody())
+    session.watts = session.drawn
+    async with session:
+        await session.visit(Visit(label, 1, (1,)))
+    raw = tmp_path / "raw.jsonl"
+    powers = samples.powers(samples.read(raw)) if raw.exists() else []
+
+    assert {power.watts for power in powers} == ({350.0} if is_here else set())
+    assert len(powers) in ((session.looks - 1, session.looks) if is_here else (0,))

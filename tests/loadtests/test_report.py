@@ -14,12 +14,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from loadtests import analysis, findings, page, report, samples
+from loadtests import analysis, experiment, findings, page, report, samples
 from loadtests.agreement import VERSION as AGREEMENT_VERSION
 from loadtests.agreement import Agreement, Reading
 from loadtests.experiment import (
     SELFCHECK,
     VERSION,
+    Cost,
     Experiment,
     Limits,
     Machine,
@@ -192,6 +193,7 @@ def test_the_sections_come_in_order(written: Path) -> None:
         "Every request",
         "All cells",
         "Goodput",
+        "Watts, and what tokens cost",
         "Where the faster one changes",
         "Errors",
         "Achieved concurrency, and the load generator itself",
@@ -438,6 +440,55 @@ def test_a_network_in_the_times_of_one_alone_is_unfair(written: Path) -> None:
     far = msgspec.structs.replace(VLLM, url="http://10.0.0.2:8001")
 
     assert verdicts(OLLAMA, far, written=written)["load generator"] == "not fair"
+
+
+# watts, and what tokens cost
+
+
+def costs(folder: Path, cost: Cost, *powers: samples.Power) -> str:
+    """What a report says of them, given this and measured so."""
+    known = experiment.load(folder)
+    msgspec.structs.replace(known, cost=cost).save(folder)
+    writer = samples.Writer(folder / "raw.jsonl")
+    for power in powers:
+        writer.write(power)
+    writer.close()
+    check(folder)
+    report.write(folder)
+    text = (folder / "report.md").read_text()
+    return text.partition("## Watts, and what tokens cost")[2].partition("\n## ")[0]
+
+
+def test_where_nothing_is_known_it_is_said_how_to_give_it(raw: Path) -> None:
+    said = costs(raw, Cost())
+
+    assert "Not known: no card of this machine told what it draws" in said
+    assert "in the settings, under cost" in said
+    assert "|" not in said
+
+
+def test_given_watts_and_prices_make_a_table_that_says_they_are_given(raw: Path) -> None:
+    said = costs(raw, Cost("USD", 0.3, 2.0, 0.9, watts=700))
+
+    assert "Watts are given: 700 W." in said
+    assert "Prices are given, in USD: 0.3 for a kWh, 2 for an hour of a rented machine" in said
+    assert "|  | watts | tokens/J | electricity | rent | an API |" in said
+    assert len(re.findall(r"^\| (ollama|vllm|gateway) at \d+ \| 700 \|", said, re.MULTILINE)) == 9
+    assert "Costs are USD a million output tokens." in said
+
+
+def test_measured_watts_are_said_to_be_measured_and_only_what_is_known_is_a_column(
+    raw: Path,
+) -> None:
+    cells = samples.cells(samples.read(raw / "raw.jsonl"))
+    [vllm] = [one for one in cells if (one.target, one.level, one.repetition) == ("vllm", 16, 1)]
+    looks = range(round(vllm.began), round(vllm.ended) + 1)
+    said = costs(raw, Cost(), *(samples.Power(float(at), 350.0) for at in looks))
+
+    assert "Watts are measured: what the cards drew." in said
+    assert "No price was given." in said
+    assert "|  | watts | tokens/J |" in said
+    assert re.findall(r"^\| (\w+ at \d+) \| 350 \|", said, re.MULTILINE) == ["vllm at 16"]
 
 
 # what is said where there is less

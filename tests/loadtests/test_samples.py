@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loadtests import samples
-from loadtests.samples import Cell, Line, Request, Run, SamplesError, Writer
+from loadtests.samples import Cell, Line, Power, Request, Run, SamplesError, Writer
 
 
 def asked(start: float, target: str = "a", phase: samples.Phase = "measured") -> Request:
@@ -82,6 +82,23 @@ def test_what_is_no_such_file_is_refused_with_the_line(path: Path, text: str, wh
 
     with pytest.raises(SamplesError, match=why):
         list(samples.read(path))
+
+
+def test_files_of_before_there_were_watts_are_still_read(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text('{"type":"run","version":1,"at":0,"command":[]}\n')
+
+    assert [type(line) for line in samples.read(path)] == [Run]
+
+
+def test_what_the_cards_drew_belongs_to_no_request(path: Path) -> None:
+    writer = Writer(path)
+    for line in (Power(3.0, 700.0), asked(1.0), Power(1.0, 650.0), cell(0.0, 5.0)):
+        writer.write(line)
+    lines = [*samples.read(path)]
+
+    assert samples.powers(lines) == [Power(1.0, 650.0), Power(3.0, 700.0)]
+    assert samples.by_cell(lines) == [(cell(0.0, 5.0), [asked(1.0)])]
 
 
 def test_a_full_disk_is_said_with_what_to_do() -> None:
