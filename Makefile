@@ -2,7 +2,7 @@
 # make bench   what the gateway costs, against nginx  make test-engines  the same on real engines
 # make check   lint, types, import contracts          make engines       gets the real engines' parts
 # make switch  the GPU passes between real engines    make compare       the experiment on real engines
-# make test-compose  compose.yaml for real, in Docker
+# make test-compose  compose.yaml for real, in Docker   make test-browser  Open WebUI in Chromium
 
 UV_VERSION := 0.13.9
 # uv where it is installed, else one of our own: all that is needed is Python 3.11 and make.
@@ -10,7 +10,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 RUN := .venv/bin/python -m
 PYTEST := $(RUN) pytest
 
-.PHONY: serve test engines test-engines test-compose bench day switch compare calibrate agreement check clean
+.PHONY: serve test engines test-engines test-compose test-browser bench day switch compare calibrate agreement check clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -38,7 +38,7 @@ serve: .venv/serve
 	@$(RUN) gateway serve $(ARGS)
 
 test: .venv/dev tests/clients/node_modules/.package-lock.json
-	$(PYTEST) tests --ignore tests/engines --ignore tests/compose $(ARGS)
+	$(PYTEST) tests --ignore tests/engines --ignore tests/compose --ignore tests/browser $(ARGS)
 
 # The openai package for Node is tested for real where Node is there.
 tests/clients/node_modules/.package-lock.json: tests/clients/package-lock.json
@@ -52,6 +52,9 @@ test-engines: .venv/dev
 
 test-compose: .venv/dev
 	$(PYTEST) tests/compose $(ARGS)
+
+test-browser: .venv/dev
+	$(PYTEST) tests/browser $(ARGS)
 
 bench: .venv/dev
 	$(RUN) loadtests.overhead $(ARGS)

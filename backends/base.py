@@ -154,13 +154,13 @@ class Activity:
     Attributes:
         running: Requests inside the engine.
         waiting: Requests that it lets wait.
-        loaded: Whether the model is in memory.
+        loaded: Whether a model that it is ready for is in memory already.
         on_gpu: Which part of a loaded model is in GPU memory, from 0.0 to 1.0.
     """
 
     running: int | None = None
     waiting: int | None = None
-    loaded: bool | None = None
+    loaded: bool = True  # or it would not be ready
     on_gpu: float | None = None
 
 
@@ -330,6 +330,8 @@ class Engine(ABC):
     kind: ClassVar[Kind]
     #: Whether a connection may carry another request after a streamed answer.
     reuse_after_stream: ClassVar[bool] = True
+    #: Whether it loads a model when it is first asked for, and lets it go when told.
+    loads_when_asked: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -75,6 +75,7 @@ class Ollama(Engine):
     """One Ollama server."""
 
     kind = "ollama"
+    loads_when_asked = True
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)

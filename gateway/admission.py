@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import TracebackType
 
 from backends.base import Activity, BackendError, Engine, Readiness
@@ -25,7 +26,7 @@ from gateway.scheduler import Action, Move, Refuse, Replica, Scheduler, Start, T
 class Server:
     """What stands behind a replica: the engine, its name of the model, its standing.
 
-    `activity` is what it last said of itself.
+    `activity` is what it last said of itself, and so is `loaded`: the model is in its memory.
     """
 
     engine: Engine
@@ -33,6 +34,15 @@ class Server:
     breaker: Breaker
     prober: Prober
     activity: Activity = field(default_factory=Activity)
+    loaded: bool = False
+
+
+class Residence(StrEnum):
+    """Where a model is, in the words of llama.cpp's router."""
+
+    LOADED = "loaded"
+    LOADING = "loading"
+    UNLOADED = "unloaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +86,23 @@ class Admission:
             gpu.join(self)
 
     @property
+    def gpu(self) -> Gpu | None:
+        """What its lanes share in an exclusive placement."""
+        return self._gpu
+
+    @property
     def movement(self) -> str:
         """What who waits here waits for, if that is the GPU and not a slot; else empty."""
         return self._gpu.movement if self._gpu is not None else ""
+
+    def residence(self, pin: str | None = None) -> Residence:
+        """Whether any lane, or the named one, has the model in memory, as was last heard."""
+        lanes = [lane for lane in self.scheduler.lanes.values() if pin in (None, lane.name)]
+        if any(self.servers[one].loaded for lane in lanes if lane.holds for one in lane.replicas):
+            return Residence.LOADED
+        toward = self._gpu.toward if self._gpu is not None and self._gpu.moving else None
+        coming = any(lane.name == toward for lane in lanes)
+        return Residence.LOADING if coming else Residence.UNLOADED
 
     def heading(self, ticket: Ticket) -> str:
         """The lane that is to serve who waits for the GPU; empty where none can.
@@ -131,6 +155,7 @@ class Admission:
                 server = self.servers[replica]
                 server.breaker.dormant = not one.holds
                 if one.holds and one not in held_before:
+                    server.loaded = True
                     server.breaker.woke()
                     server.prober.disregard()
                 self._look(replica, now)
@@ -153,7 +178,8 @@ class Admission:
         self._refresh(replica)
 
     def answered(self, replica: Replica) -> None:
-        """A replica gave a good answer."""
+        """A replica gave a good answer, so it has the model in memory."""
+        self.servers[replica].loaded = True
         breaker = self.servers[replica].breaker
         if breaker.failures or breaker.ramp < breaker.slots:
             breaker.answered(_now())

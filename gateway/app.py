@@ -34,6 +34,7 @@ from gateway.gpu import Budget, Memory, MemoryUnknown, Nvml
 from gateway.handover import Deadlines, Gpu, Occupant
 from gateway.health import Breaker, Prober
 from gateway.lease import Lease, LeaseError, usual_lease
+from gateway.loading import Loader
 from gateway.metrics import Metrics
 from gateway.policy import HandOver, Overlap, Policy, Served
 from gateway.profile import Refined
@@ -98,6 +99,7 @@ class Gateway:
         self._owning: asyncio.Task[None] | None = None
         self._began = time.time()
         self.catalogue = Catalogue()
+        self._loader = Loader(self.catalogue)
         self.metrics = Metrics(self.catalogue.models, read.cost)
         self._nvml = nvml or Nvml()
         self._watching: asyncio.Task[None] | None = None
@@ -110,6 +112,7 @@ class Gateway:
             ),
             build(
                 self.catalogue,
+                self._loader,
                 ready=self.ready,
                 status=self.status,
                 pin=self.pin,
@@ -427,9 +430,11 @@ class Gateway:
             last = readiness
             model.admission.reported(replica, readiness)
             first.set()
+            server.loaded = server.loaded and readiness is Readiness.READY
             if readiness is Readiness.READY:
                 with contextlib.suppress(BackendError):
                     server.activity = await server.engine.activity(server.model)
+                    server.loaded = server.activity.loaded
                 if time.monotonic() - identified > IDENTITY_S:
                     identified = time.monotonic()
                     await self._compare(model, replica, kind, lane)
@@ -499,6 +504,7 @@ class Gateway:
         return tasks
 
     async def _stop(self) -> None:
+        await self._loader.close()
         ending = [task for name in list(self.catalogue.models) for task in self._remove(name)]
         own = (self._relisting, self._owning, self._watching, *(task for _, task in self._kept))
         for task in filter(None, own):

@@ -7,6 +7,7 @@
     ├── NotFound            404  no such path
     │   └── ModelNotFound   404  no such model
     ├── MethodNotAllowed    405
+    ├── InUse               409  the model cannot be unloaded: somebody is being answered
     ├── TooLarge            413  the body is over the limit
     ├── EngineRefused       4xx  the engine refused this request, in its own words
     ├── QueueFull           429  too many wait already
@@ -131,6 +132,16 @@ class MethodNotAllowed(GatewayError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class InUse(GatewayError):
+    """The model is being used, and stays where it is."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "in_use"
+    # A client that asks again by itself would fight with those who use it.
+    retry = False
 
 
 class TooLarge(GatewayError):

@@ -279,7 +279,7 @@ class Gpu:
         self.memory = memory
         self.holder: str | None = None
         self.step = Step.FREE
-        self.toward = policy.lane  # who has it, or is to have it next
+        self.toward = policy.lane  # who has it, or is to have it next; nobody: ""
         self.trouble = ""  # why no engine can be made to hold it
         self.released = False  # by the operator
         self.held_once = False
@@ -287,6 +287,7 @@ class Gpu:
         self.on_passage: Callable[[Passage], None] = lambda _: None  # is told of each that is over
         self._idle_release_s = idle_release_s
         self._tenants: list[Tenant] = []
+        self._unloading: asyncio.Future[bool] | None = None
         self._since = time.monotonic()
         self._moving_s = 0.0
         self._wake = asyncio.Event()
@@ -308,7 +309,10 @@ class Gpu:
     @property
     def movement(self) -> str:
         """Where the GPU is on its way, for people; empty where it is not."""
-        return f"The GPU goes to {self.toward}: {self.step}" if self.moving else ""
+        if not self.moving:
+            return ""
+        way = f"goes to {self.toward}" if self.toward else "is given back"
+        return f"The GPU {way}: {self.step}"
 
     def moving_s(self) -> float:
         """Seconds in which nothing could start, in all; time in a queue does not count them."""
@@ -341,6 +345,21 @@ class Gpu:
         self._tell()
         self._wake.set()
 
+    def unload(self) -> asyncio.Future[bool]:
+        """The operator wants the memory back until somebody asks for the GPU again.
+
+        Becomes true when it is, and false where who ran did not end in time and goes on.
+        """
+        wish = self._unloading
+        if wish is None:
+            wish = asyncio.get_running_loop().create_future()
+            if self.holder is None and not self.moving:
+                wish.set_result(True)
+            else:
+                self._unloading = wish
+                self._wake.set()
+        return wish
+
     # The task
 
     async def run(self) -> None:
@@ -368,6 +387,8 @@ class Gpu:
                 log.error("%s", failed)
 
     def _next_look_s(self) -> float | None:
+        if self._unloading is not None and self.step is Step.HELD:
+            return 0.0
         if self._idle_release_s and self.step is Step.HELD:
             return max(LOOK_S, min(5.0, self._idle_release_s / 4))
         return None
@@ -401,6 +422,8 @@ class Gpu:
                 await self._give_up("released by the operator")
         elif self.step is Step.DOWN:
             await self._recover(self.trouble)
+        elif self._unloading is not None:
+            await self._unload(self._unloading)
         elif self.holder is None:
             if not self.held_once or any(tenant.waiting for tenant in self._tenants):
                 why = "somebody asks for it" if self.held_once else "to be there for the first"
@@ -523,10 +546,30 @@ class Gpu:
             return occupant.process is not None
         return True
 
+    async def _unload(self, wish: asyncio.Future[bool]) -> None:
+        """Give the memory back as was asked, if who runs there ends in time."""
+        gone, source = False, self.holder
+        try:
+            if source is not None:
+                self.toward = ""
+                await self._do(Step.DRAINING, source, lambda: self._drained(source))
+                await self._give_up("unloaded by the operator")
+            gone = True
+        except StepFailed as exc:
+            log.warning("%s stays: %s", source, exc)
+            self.toward = source or ""
+            self._enter(Step.HELD)
+            self._wake.set()  # the policy may have moved meanwhile
+        finally:
+            self._unloading = None
+            if not wish.done():
+                wish.set_result(gone)
+
     async def _give_up(self, why: str) -> None:
         """Give the memory back to whoever wants it."""
         assert self.holder is not None  # noqa: S101 - seen by the caller
         source, self.holder = self.holder, None
+        self.toward = ""
         log.info("%s gives the GPU back: %s", source, why)
         with contextlib.suppress(StepFailed):  # an engine that is ours ends with who still runs
             await self._do(Step.DRAINING, source, lambda: self._drained(source))

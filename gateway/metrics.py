@@ -389,7 +389,7 @@ def _replicas(model: Model, lane: Lane) -> Iterator[Told]:
             said = server.activity
             yield "twolane_engine_num_requests_running", place, said.running
             yield "twolane_engine_num_requests_waiting", place, said.waiting
-            yield "twolane_engine_model_loaded", place, said.loaded
+            yield "twolane_engine_model_loaded", place, server.loaded
             yield "twolane_engine_model_on_gpu_ratio", place, said.on_gpu
 
 

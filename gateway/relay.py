@@ -39,6 +39,11 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 HEARTBEAT = b": ping\n\n"
+#: How soon, and how often at most, people read what they wait for.
+STATUS_S = 1.0
+#: A chat page asks for the title of a chat just before it asks for the answer. Nobody waits for
+#: the title, so it is held back for as long: where there is one slot, the answer has it first.
+BACKGROUND_S = 0.5
 
 #: Of all requests, how many may be tried a second time (case: an engine dies under
 #: load, and every request to it is sent again to the one that is left), and how many
@@ -248,7 +253,8 @@ class Relay:
         self, catalogue: Catalogue, *, heartbeat_s: float, status_events: bool = False
     ) -> None:
         self._catalogue = catalogue
-        self._heartbeat_s = heartbeat_s
+        # Who reads what it waits for should not wait for that.
+        self._heartbeat_s = min(heartbeat_s, STATUS_S) if status_events else heartbeat_s
         self._status_events = status_events
         self._budget = RetryBudget()
 
@@ -276,6 +282,8 @@ class Relay:
             if request.call.stream:
                 beat = partial(self._beat, model, ticket, exchange, reply)
                 stack.enter_context(Heart(reply, self._heartbeat_s, beat))
+            if request.background:
+                await asyncio.sleep(BACKGROUND_S)
             await self._attempts(model, ticket, stripped, request, exchange, reply)
 
     def _beat(self, model: Model, ticket: Ticket, exchange: Exchange, reply: Reply) -> bytes:
@@ -292,8 +300,9 @@ class Relay:
             return b""
         if not reply.begun:
             exchange.lane = model.admission.heading(ticket)
-            exchange.reason = movement
-        return _status_event(movement, done=False) if self._status_events else HEARTBEAT
+        news = not reply.begun or movement != exchange.reason
+        exchange.reason = movement
+        return _status_event(movement, done=False) if self._status_events and news else HEARTBEAT
 
     async def _attempts(
         self,

@@ -250,7 +250,7 @@ class Settings(BaseSettings):
     )
     gpu: Gpu = Gpu()
     admin_keys: tuple[SecretStr, ...] = Field(
-        (), description="Keys for /admin; without any, every API key may use it."
+        (), description="Keys for /admin and /models/; without any, every API key may use them."
     )
     embedded: Embedded = Embedded()
     limits: Limits = Limits()

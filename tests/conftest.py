@@ -67,6 +67,7 @@ async def run_gateway(
             async with httpx.AsyncClient(base_url=url, timeout=20, trust_env=False) as client:
                 yield Running(url, gateway, client)
         finally:
+            gateway.edge.draining = True  # a chat page comes again at once
             gateway.edge.cut_all()
             server.should_exit = True
             await serving

@@ -39,6 +39,7 @@ def test_the_example_file_shows_the_defaults() -> None:
 
     assert read.limits == default.limits
     assert read.embedded == default.embedded
+    assert (read.metrics, read.cost) == (default.metrics, default.cost)
     assert (read.host, read.port, read.log) == (default.host, default.port, default.log)
     for kind, lane in read.models["chat"].lanes.items():
         assert lane.slots == settings.SLOTS[kind]

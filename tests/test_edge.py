@@ -444,7 +444,7 @@ async def test_a_background_call_waits_behind_everyone_and_is_no_demand(
     headers: dict[str, str],
     messages: list[dict[str, str]] | None,
 ) -> None:
-    vllm.ttft_s = 0.2
+    vllm.ttft_s = 1.0  # longer than a background call is held back
     task = {"messages": messages} if messages else {}
     async with start_gateway(**alone(vllm, slots=1)) as running, asyncio.TaskGroup() as group:
         before = len(vllm.generations)
@@ -461,6 +461,20 @@ async def test_a_background_call_waits_behind_everyone_and_is_no_demand(
 
     users = [request.body["user"] for request in vllm.generations[before:]]
     assert users == ["first", "last", "background"]
+
+
+async def test_a_title_that_is_asked_for_just_before_the_answer_comes_after_it(
+    vllm: FakeEngine, start_gateway: StartGateway
+) -> None:
+    vllm.ttft_s = 1.0
+    async with start_gateway(**alone(vllm, slots=1)) as running, asyncio.TaskGroup() as group:
+        before = len(vllm.generations)
+        group.create_task(ask(running, messages=TITLE, user="title"))
+        await running.until(lambda gateway: gateway.edge.in_flight == 1)
+        group.create_task(ask(running, user="answer"))
+
+    users = [request.body["user"] for request in vllm.generations[before:]]
+    assert users == ["answer", "title"]
 
 
 @pytest.mark.parametrize(

@@ -352,6 +352,25 @@ async def test_open_webui_is_told_what_a_stream_waits_for(
     assert whole(answer)
 
 
+async def test_open_webui_is_told_after_a_second_and_each_thing_once(
+    box: Box, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.relay.STATUS_S", 0.05)
+    box.vllm.wake_s = 0.6
+    settings = {**box.settings(limits={"heartbeat_s": 15}), "status_events": True}
+    async with start_gateway(**settings) as running:
+        owner = running.gateway.gpu
+        assert owner is not None
+        served = Served(running, owner, box)
+        await served.until("ollama")
+        await served.pin("vllm")
+        await served.until(Step.LOADING)
+        answer = await served.ask("waits", stream=True)
+
+    assert answer.text.count("The GPU goes to vllm: loading") == 1
+    assert ": ping" in answer.text
+
+
 async def test_a_hand_over_takes_nothing_of_the_time_in_the_queue(
     box: Box, start_gateway: StartGateway
 ) -> None:

@@ -330,7 +330,7 @@ async def test_what_ollama_does_not_export_is_asked_of_it(start_gateway: StartGa
         before = await scraped(running, loaded)
         await ask(running)
         await ollama.load("small:1b")
-        after = await scraped(running, loaded, 1)
+        after = await scraped(running, part)
 
     assert before.one(loaded, model="m", lane="ollama", replica="0") == 0
     assert before.one(part) is None, "what is not loaded is nowhere"

