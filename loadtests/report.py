@@ -378,7 +378,11 @@ def _energy(found: Findings) -> Iterator[Block]:
         "for a million output tokens of an API": prices.api_per_million,
     }
     paid = ", ".join(f"{price:g} {what}" for what, price in given.items() if price is not None)
-    source = f"given: {prices.watts:g} W" if prices.watts else "measured: what the cards drew"
+    source = "not known: no card of this machine told them"
+    if prices.watts:
+        source = f"given: {prices.watts:g} W"
+    elif any(one.watts for one in found.energy):
+        source = "measured: what the cards drew"
     yield Text(
         f"Watts are {source}. "
         + (f"Prices are given, in {prices.currency}: {paid}." if paid else "No price was given.")

@@ -39,7 +39,7 @@ def test_every_failure_has_a_status_a_type_and_a_code_of_its_own(kind: type[Gate
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_type_says_whose_fault_it_is(kind: type[GatewayError]) -> None:
-    owners = {401: "authentication_error", 429: "rate_limit_error"}
+    owners = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     ours = "api_error" if kind.status >= 500 else "invalid_request_error"
 
     assert kind.type == owners.get(kind.status, ours)

@@ -477,6 +477,13 @@ def test_given_watts_and_prices_make_a_table_that_says_they_are_given(raw: Path)
     assert "Costs are USD a million output tokens." in said
 
 
+def test_rent_alone_makes_a_table_without_watts_and_says_so(raw: Path) -> None:
+    said = costs(raw, Cost(rent_per_hour=2.0))
+
+    assert "Watts are not known: no card of this machine told them." in said
+    assert "|  | rent |" in said
+
+
 def test_measured_watts_are_said_to_be_measured_and_only_what_is_known_is_a_column(
     raw: Path,
 ) -> None:
