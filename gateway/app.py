@@ -215,8 +215,7 @@ class Gateway:
             memory = Budget(size, lambda: [p.pid for p in ours if p.pid is not None])
         self._check_memory(models, memory)
         self.gpu = Gpu(policy, occupants, deadlines, memory, idle_release_s=own.idle_release_s)
-        self.gpu.on_passage = self.metrics.passed
-        self.metrics.gpu = self.gpu
+        self.metrics.follow(self.gpu)
 
     async def _occupant(self, kind: Kind, models: Mapping[str, settings.Model]) -> Occupant:
         """One engine as a tenant of the GPU; raises SettingsError where it cannot give it back."""

@@ -61,6 +61,13 @@ NONE = "none"
 ENDINGS = frozenset(("ok", "cancelled", "truncated", "internal_error"))
 #: An engine's refusal comes with the engine's own code, which may be any word.
 REFUSED = "engine_refused"
+#: It was not the sender's doing, nor the operator's.
+FAILURES = frozenset(
+    (
+        "engine_busy", "engine_failed", "engine_silent", "internal_error",
+        "no_engine", "queue_full", "truncated", "waited_too_long",
+    )
+)  # fmt: skip
 #: Who ended like this without a slot has waited for one in vain.
 IN_VAIN = frozenset(("cancelled", "waited_too_long"))
 
@@ -156,7 +163,7 @@ class Metrics(Collector):
         prices: What energy and hours cost, as far as somebody said so.
 
     Attributes:
-        gpu: What the models in an exclusive placement share, if there is any.
+        gpu: What the models in an exclusive placement share, if there is any; see `follow`.
         meter: What the machine has used.
     """
 
@@ -178,6 +185,12 @@ class Metrics(Collector):
             "Requests that are over. `reason` is why the lane was chosen, `background` a chat "
             "page's own call for a title and the like.",
             ("model", "lane", "outcome", "reason", "background"),
+            registry=registry,
+        )
+        self._failures = Counter(
+            "twolane_request_failures_total",
+            "Of those in the foreground, what failed and was not their sender's doing.",
+            ("model",),
             registry=registry,
         )
         self._prompt_tokens = Counter(
@@ -240,6 +253,16 @@ class Metrics(Collector):
             registry=registry,
         )
 
+    def follow(self, gpu: Gpu) -> None:
+        """Tell of who has the GPU, and count the times it changes hands."""
+        self.gpu = gpu
+        gpu.on_passage = self.passed
+        # Prometheus sees no growth in what comes up as one; what is rare has to be there before.
+        for target in gpu.occupants:
+            for source in {NONE, *gpu.occupants} - {target}:
+                self._moved.labels(source, target, "done")
+                self._waited.labels(source, target, "done")
+
     # Counting
 
     def write(self, exchange: Exchange) -> None:
@@ -249,6 +272,8 @@ class Metrics(Collector):
         outcome = exchange.outcome if exchange.outcome in self._outcomes else REFUSED
         background = "true" if exchange.background else "false"
         self._requests.labels(model, lane, outcome, exchange.cause or NONE, background).inc()
+        if outcome in FAILURES and not exchange.background:
+            self._failures.labels(model).inc()
         if exchange.attempts > 1:
             self._retries.labels(model).inc(exchange.attempts - 1)
         elif model != NONE and (exchange.sent or outcome in IN_VAIN):
@@ -304,6 +329,7 @@ class Metrics(Collector):
         """At this moment, by the steady clock, somebody looks at what the machine uses."""
         running: dict[str, int] = {}
         for model in self._models.values():
+            self._failures.labels(model.name)  # to be there before the first, as in `follow`
             for name, lane in model.admission.scheduler.lanes.items():
                 running[name] = running.get(name, 0) + lane.running
         self.meter.looked(now, self._prices.watts or drawn(self._known(now)), running)

@@ -182,7 +182,9 @@ async def test_a_chat_pages_own_calls_are_counted_apart_and_time_nothing(
 async def test_requests_are_told_apart_by_how_they_ended(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
+    failures = "twolane_request_failures_total"
     async with start_gateway(**alone(vllm)) as running:
+        before = await scraped(running, failures)
         await ask(running)
         vllm.script(status(400, "context"), status(500))
         await ask(running)
@@ -207,6 +209,7 @@ async def test_requests_are_told_apart_by_how_they_ended(
     assert counted["cancelled"] == ("m", 1)
     assert counted["bad_request"][1] >= 1
     assert sum(value for _, value in counted.values()) == 6
+    assert (before.one(failures, model="m"), page.one(failures, model="m")) == (0, 1)
 
 
 async def test_who_gives_up_in_the_queue_has_waited_there(
@@ -363,6 +366,7 @@ async def test_who_holds_the_gpu_and_what_its_moves_cost_is_told(
     move = {"source": "ollama", "target": "vllm", "outcome": "done"}
     assert after.one("twolane_gpu_handover_seconds_count", **move) == 1
     assert (after.one("twolane_gpu_handover_seconds_sum", **move) or 0) >= 0.2
+    assert before.one("twolane_gpu_handover_seconds_count", **move) == 0, "not yet, but there"
     assert (after.one("twolane_gpu_handover_waited_request_seconds_total", **move) or 0) > 0
     assert released.one("twolane_gpu_released") == 1
     assert released.one("twolane_gpu_holder", engine="none") == 1
@@ -570,6 +574,7 @@ def test_every_way_to_fail_is_a_label_of_its_own() -> None:
     counted = [s for s in lines(metrics).samples if s.name == "twolane_requests_total"]
     assert {"queue_full", "waited_too_long", "no_engine", "draining", "engine_silent"} <= codes
     assert {sample.labels["outcome"] for sample in counted} == codes
+    assert not told.FAILURES - codes - told.ENDINGS
 
 
 # The text

@@ -21,6 +21,7 @@ from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import (
     BigValueGraphMode,
+    BigValueTextMode,
     LegendDisplayMode,
     LegendPlacement,
     StackingMode,
@@ -74,9 +75,8 @@ def filled(panel: AnyPanel, title: str, about: str, lines: list[Line], width: in
 def stat(title: str, about: str, unit: str, *lines: Line, width: int = 4) -> Stat:
     """A number as it is now, with its way there behind it."""
     panel = filled(Stat(), title, about, list(lines), width).height(4).unit(unit).no_value("-")
-    return panel.graph_mode(BigValueGraphMode.AREA).reduce_options(
-        ReduceDataOptions().calcs(["lastNotNull"])
-    )
+    panel.graph_mode(BigValueGraphMode.AREA).text_mode(BigValueTextMode.VALUE_AND_NAME)
+    return panel.reduce_options(ReduceDataOptions().calcs(["lastNotNull"]))
 
 
 def chart(

@@ -103,5 +103,5 @@ class ChatPage:
         self._pictures.parent.mkdir(parents=True, exist_ok=True)
         stem = f"{self._pictures.name}-{name}" if name else self._pictures.name
         file = self._pictures.with_name(f"{stem}.png")
-        await self.page.screenshot(path=file)
+        await self.page.screenshot(path=file, animations="disabled")
         return file

@@ -78,12 +78,14 @@ class Box:
     Attributes:
         project: Its name.
         port: Where the gateway is published.
-        prometheus: Where Prometheus is, once it is up.
+        page: Where the chat page is.
+        prometheus: Where Prometheus is.
         variables: What a person would write into `.env`.
     """
 
     project: str
     port: int
+    page: int
     prometheus: int
     variables: Mapping[str, str]
 
@@ -176,10 +178,11 @@ def box(secrets: Path) -> Box:
     home = dict(
         line.split(" = ", 1) for line in (rig.ENGINES / "vllm/pyvenv.cfg").read_text().splitlines()
     )["home"]
-    port, watched = rig.free_port(), rig.free_port()
+    port, page, watched = rig.free_port(), rig.free_port(), rig.free_port()
     return Box(
         f"twolane-test-{os.getpid()}",
         port,
+        page,
         watched,
         {
             "BOX_BASE": BASE,
@@ -197,6 +200,7 @@ def box(secrets: Path) -> Box:
             "VLLM_SLOTS": "8",
             "VLLM_CONTEXT": str(rig.CONTEXT_TOKENS),
             "GATEWAY_PORT": str(port),
+            "WEBUI_PORT": str(page),
             "PROMETHEUS_PORT": str(watched),
             "ELECTRICITY_PER_KWH": "0.30",
             "RENT_PER_HOUR": "0.70",

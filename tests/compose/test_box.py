@@ -129,6 +129,22 @@ def test_the_cards_pass_from_one_engine_to_the_other_and_back(up: Up) -> None:
     assert served == [("ollama", True, True), ("vllm", True, False)]
 
 
+def test_the_chat_page_knows_the_model_and_gets_an_answer(up: Up) -> None:
+    url = f"http://127.0.0.1:{up.box.page}/api/"
+    with httpx.Client(base_url=url, trust_env=False, timeout=120) as page:
+        nobody = {"email": "", "password": ""}  # it asks nobody to log in
+        token = page.post("v1/auths/signin", json=nobody).json()["token"]
+        page.headers["authorization"] = f"Bearer {token}"
+        [model] = page.get("models").json()["data"]
+        question = {"role": "user", "content": "Say hello in one sentence."}
+        asked = {"model": model["id"], "messages": [question], "stream": False, "max_tokens": 16}
+        answer = page.post("chat/completions", json=asked).json()
+
+    assert model["id"] == "smollm2"
+    assert model["loaded"] is True
+    assert answer["choices"][0]["message"]["content"]
+
+
 # Who reaches what
 
 
