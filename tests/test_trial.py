@@ -90,7 +90,7 @@ def test_given_watts_and_prices_are_in_the_experiment_and_in_the_report(folder: 
     assert [one["watts"]["value"] for one in energy] == [500.0] * 4
     for one in energy:
         assert one["electricity"]["value"] == pytest.approx(
-            1e6 / one["tokens_per_joule"]["value"] / 3.6e6 * 0.3
+            1e6 / one["tokens_per_joule"]["value"] / 3.6e6 * 0.3, rel=1e-3
         )
 
 

