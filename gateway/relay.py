@@ -41,6 +41,8 @@ Headers: TypeAlias = list[tuple[bytes, bytes]]
 HEARTBEAT = b": ping\n\n"
 #: How soon, and how often at most, people read what they wait for.
 STATUS_S = 1.0
+#: A timer may be as early.
+EARLY_S = 0.001
 #: A chat page asks for the title of a chat just before it asks for the answer. Nobody waits for
 #: the title, so it is held back for as long: where there is one slot, the answer has it first.
 BACKGROUND_S = 0.5
@@ -208,7 +210,7 @@ class Heart:
 
     def _due(self) -> None:
         left = self._reply.last + self._period_s - time.monotonic()
-        if left <= 0.001:
+        if left <= EARLY_S:
             if (self._beating is None or self._beating.done()) and (beat := self._beat()):
                 self._beating = self._loop.create_task(self._reply.events(beat))
             left = self._period_s
@@ -253,8 +255,9 @@ class Relay:
         self, catalogue: Catalogue, *, heartbeat_s: float, status_events: bool = False
     ) -> None:
         self._catalogue = catalogue
+        self._heartbeat_s = heartbeat_s
         # Who reads what it waits for should not wait for that.
-        self._heartbeat_s = min(heartbeat_s, STATUS_S) if status_events else heartbeat_s
+        self._look_s = min(heartbeat_s, STATUS_S) if status_events else heartbeat_s
         self._status_events = status_events
         self._budget = RetryBudget()
 
@@ -281,7 +284,7 @@ class Relay:
         with contextlib.ExitStack() as stack:
             if request.call.stream:
                 beat = partial(self._beat, model, ticket, exchange, reply)
-                stack.enter_context(Heart(reply, self._heartbeat_s, beat))
+                stack.enter_context(Heart(reply, self._look_s, beat))
             if request.background:
                 await asyncio.sleep(BACKGROUND_S)
             await self._attempts(model, ticket, stripped, request, exchange, reply)
@@ -290,19 +293,25 @@ class Relay:
         """What keeps a stream alive now; nothing while it may still be refused.
 
         In the queue it may still be told 429 or 503; only a hand-over is worth its silence.
+        And a comment names the lane, after which no other is asked: it is sent no sooner
+        than it must be.
         """
+        silent_s = time.monotonic() - reply.last
+        beat = HEARTBEAT if silent_s > self._heartbeat_s - EARLY_S else b""
         if ticket.lane is not None:
-            if not reply.begun:  # it may have its slot, and not have been told yet
+            if beat and not reply.begun:  # it may have its slot, and not have been told yet
                 exchange.lane, exchange.reason = ticket.lane.name, ticket.reason
-            return HEARTBEAT
+            return beat
         movement = model.admission.movement
         if not movement:
             return b""
-        if not reply.begun:
-            exchange.lane = model.admission.heading(ticket)
-        news = not reply.begun or movement != exchange.reason
-        exchange.reason = movement
-        return _status_event(movement, done=False) if self._status_events and news else HEARTBEAT
+        if self._status_events and not (reply.begun and movement == exchange.reason):
+            beat = _status_event(movement, done=False)
+        if beat:
+            exchange.reason = movement
+            if not reply.begun:
+                exchange.lane = model.admission.heading(ticket)
+        return beat
 
     async def _attempts(
         self,

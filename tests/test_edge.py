@@ -428,6 +428,22 @@ async def test_once_comments_have_named_a_lane_no_other_is_asked(
         assert len(vllm.generations) == before
 
 
+async def test_a_page_that_is_told_what_it_waits_for_is_told_no_lane_any_sooner(
+    ollama: FakeEngine,
+    vllm: FakeEngine,
+    start_gateway: StartGateway,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.relay.STATUS_S", 0.05)
+    async with start_gateway(**pair(ollama, vllm), status_events=True) as running:
+        ollama.script([Pause(0.3), *status(500)])
+
+        answer = await ask(running, stream=True)
+
+    assert answer.headers["x-gateway-lane"] == "vllm"
+    assert PING not in answer.content
+
+
 # Background calls
 
 TITLE = [{"role": "user", "content": "### Task:\nGenerate a concise title."}]
