@@ -2,7 +2,7 @@
 # make bench   what the gateway costs, against nginx  make test-engines  the same on real engines
 # make check   lint, types, import contracts          make engines       gets the real engines' parts
 # make switch  the GPU passes between real engines    make compare       the experiment on real engines
-# make test-compose  compose.yaml for real, in Docker   make test-browser  Open WebUI in Chromium
+# make test-compose  compose.yaml, in Docker          make test-browser  Open WebUI, in Chromium
 
 UV_VERSION := 0.13.9
 # uv where it is installed, else one of our own: all that is needed is Python 3.11 and make.
