@@ -127,10 +127,9 @@ class Ollama(Engine):
         """Tokens of context: the model file's own, else as loaded, else not known."""
         if named := _named_context(parameters):
             return named
-        running = await self._asked(self._manage.ps())
-        for loaded in running.models:
+        for loaded in await self.loaded():
             if loaded.model == full(model):
-                return loaded.context_length
+                return loaded.context
         return None
 
     async def load(self, model: str) -> None:
@@ -149,8 +148,7 @@ class Ollama(Engine):
             await client.close()  # type: ignore[no-untyped-call]  # ollama has no types there
 
     async def resident(self) -> list[str]:
-        running = await self._asked(self._manage.ps())
-        return [loaded.model for loaded in running.models if loaded.model]
+        return [loaded.model for loaded in await self.loaded()]
 
     async def on_gpu(self, model: str) -> float | None:
         """Which part of the model is in GPU memory, from 0.0 to 1.0; None: it is not loaded.

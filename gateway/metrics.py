@@ -172,6 +172,7 @@ class Metrics(Collector):
         self.meter = Meter()
         self._models = models
         self._prices = prices
+        self._version = importlib.metadata.version("twolane")
         self._outcomes = ENDINGS | set(_codes(GatewayError))
         self._cards: Sequence[Reading] = ()
         self._cards_at = -math.inf
@@ -358,7 +359,7 @@ class Metrics(Collector):
         return families.values()
 
     def _told(self) -> Iterator[Told]:
-        yield "twolane_build_info", (importlib.metadata.version("twolane"),), 1
+        yield "twolane_build_info", (self._version,), 1
         for model in self._models.values():
             yield from _standing(model)
         if self.gpu is not None:

@@ -411,12 +411,7 @@ class _Eyes:
             for lanes in read.pair.values():
                 for kind in lanes.keys() - found.keys():
                     wanted[kind, discovery.usual_url(kind)] = []
-        models = dict(read.models)
-        for name, pair in read.pair.items():
-            models[name] = settings.Model(
-                lanes={kind: settings.Lane(model=own) for kind, own in pair.items()}
-            )
-        for name, model in models.items():
+        for name, model in read.served().items():
             for kind, lane in model.lanes.items():
                 own = lane.urls or tuple(url for of, url in wanted if of == kind)
                 for url in own:
