@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import pytest
@@ -162,6 +162,13 @@ class Served:
     owner: Gpu
     box: Box
 
+    @classmethod
+    def of(cls, running: Running, box: Box) -> Self:
+        """What this gateway and this box are together."""
+        owner = running.gateway.gpu
+        assert owner is not None
+        return cls(running, owner, box)
+
     async def ask(self, text: str = "Hello", /, **fields: Any) -> httpx.Response:
         """The answer to this, whole or streamed to its end."""
         headers = fields.pop("headers", None)
@@ -216,9 +223,7 @@ async def serving(
 ) -> AsyncIterator[Served]:
     """A gateway before the box, as soon as this engine holds the GPU."""
     async with start_gateway(**box.settings(**settings)) as running:
-        owner = running.gateway.gpu
-        assert owner is not None
-        served = Served(running, owner, box)
+        served = Served.of(running, box)
         if holder is not None:
             await served.until(holder)
         yield served

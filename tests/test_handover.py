@@ -332,9 +332,7 @@ async def test_open_webui_is_told_what_a_stream_waits_for(
     box.vllm.wake_s = 0.4
     settings = {**box.settings(limits={"heartbeat_s": 0.04}), "status_events": True}
     async with start_gateway(**settings) as running:
-        owner = running.gateway.gpu
-        assert owner is not None
-        served = Served(running, owner, box)
+        served = Served.of(running, box)
         await served.until("ollama")
         await served.pin("vllm")
         answer = await served.ask("waits", stream=True)
@@ -359,9 +357,7 @@ async def test_open_webui_is_told_after_a_second_and_each_thing_once(
     box.vllm.wake_s = 0.6
     settings = {**box.settings(limits={"heartbeat_s": 15}), "status_events": True}
     async with start_gateway(**settings) as running:
-        owner = running.gateway.gpu
-        assert owner is not None
-        served = Served(running, owner, box)
+        served = Served.of(running, box)
         await served.until("ollama")
         await served.pin("vllm")
         await served.until(Step.LOADING)

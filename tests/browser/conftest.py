@@ -14,7 +14,7 @@ import pytest
 from playwright.async_api import Browser, async_playwright, expect
 
 from tests.browser.chat_page import ChatPage
-from tests.conftest import Running, run_gateway
+from tests.conftest import Running, run_gateway, unavailable
 from tests.engines import rig
 from tests.engines.conftest import running
 
@@ -45,9 +45,7 @@ def chromium() -> str:
     """The browser's program."""
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     if found is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(GET_CHROMIUM)
-        pytest.skip(GET_CHROMIUM)
+        unavailable(GET_CHROMIUM)
     return found
 
 

@@ -15,7 +15,6 @@ from backends.fake import FakeEngine, Reset, Serve
 from gateway.app import Gateway
 from gateway.handover import Step
 from tests.browser.conftest import KEY, OpenPage, StartGateway, smollm2
-from tests.conftest import Running
 from tests.engines import rig
 from tests.exclusive import Box, Served, box
 
@@ -241,7 +240,7 @@ async def test_who_comes_before_any_engine_is_loaded_reads_what_it_waits_for(
     box: Box, start: StartGateway, open_page: OpenPage
 ) -> None:
     async with start(**exclusive(box)) as running:
-        served = serving(running, box)
+        served = Served.of(running, box)
         await served.until("ollama")
         page = await open_page()
         await served.owner.unload()
@@ -259,7 +258,7 @@ async def test_who_waits_for_the_gpu_to_change_hands_reads_so_and_is_answered(
 ) -> None:
     box.vllm.wake_s = 5.0
     async with start(**exclusive(box)) as running:
-        served = serving(running, box)
+        served = Served.of(running, box)
         await served.until("ollama")
         page = await open_page()
         served.owner.pin("vllm")
@@ -279,7 +278,7 @@ async def test_two_people_are_answered_whole_while_the_gpu_changes_hands(
         engine.gap_s, engine.tokens = 0.1, 40
     box.vllm.wake_s = 1.0
     async with start(**exclusive(box)) as running:
-        served = serving(running, box)
+        served = Served.of(running, box)
         await served.until("ollama")
         anna, ben = await asyncio.gather(open_page(), open_page())
         await asyncio.gather(anna.say("I am Anna."), ben.say("I am Ben."))
@@ -296,13 +295,6 @@ async def test_two_people_are_answered_whole_while_the_gpu_changes_hands(
         assert "token39" in answer
     # Its first message is what a chat begins with, in the second turn as well.
     assert box.answered_by("I am Anna.") == box.answered_by("I am Ben.") == ["ollama", "vllm"]
-
-
-def serving(running: Running, box: Box) -> Served:
-    """The gateway and the box, as they are watched."""
-    owner = running.gateway.gpu
-    assert owner is not None
-    return Served(running, owner, box)
 
 
 def exclusive(box: Box) -> dict[str, Any]:

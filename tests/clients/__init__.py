@@ -12,7 +12,8 @@ from typing import Any
 
 import anyio
 import openai
-import pytest
+
+from tests.conftest import unavailable
 
 HERE = Path(__file__).parent
 
@@ -41,11 +42,8 @@ async def node(url: str, request: dict[str, Any], **options: Any) -> dict[str, A
 
 def needs_node() -> None:
     """Skip the test where Node or the package is missing; fail it in CI."""
-    missing = _missing()
-    if missing and os.environ.get("CI") == "true":
-        pytest.fail(missing)
-    if missing:
-        pytest.skip(missing)
+    if missing := _missing():
+        unavailable(missing)
 
 
 def _missing() -> str:

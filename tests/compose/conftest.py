@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import threading
@@ -17,20 +16,14 @@ import httpx
 import pytest
 
 from tests import compose
-
-
-def need(what: str) -> None:
-    """Skip what cannot be done here; `what` says what is missing."""
-    if what and os.environ.get("CI") == "true":
-        pytest.fail(what)
-    if what:
-        pytest.skip(what)
+from tests.conftest import unavailable
 
 
 @pytest.fixture(scope="session")
 def compose_itself() -> None:
     """`docker compose`, which reads files without any Docker Engine."""
-    need(compose.missing(engine=False))
+    if what := compose.missing(engine=False):
+        unavailable(what)
 
 
 @dataclass
@@ -53,7 +46,8 @@ class Up:
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """The README's way: the models, Ctrl-C, then `docker compose up`; engines in turn."""
-    need(compose.missing())
+    if what := compose.missing():
+        unavailable(what)
     box = compose.box(tmp_path_factory.mktemp("secrets"))
     came = Up(box)
     started = threading.Event()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
+from tests.conftest import unavailable
 from tests.deploy.units import DEPLOY
 
 PROMETHEUS = DEPLOY / "prometheus"
@@ -24,9 +23,7 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """What it says; skipped where it is not installed."""
     program = shutil.which("promtool")
     if program is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("no promtool: apt-get install prometheus")
-        pytest.skip("no promtool on this machine: it comes with Prometheus")
+        unavailable("no promtool: apt-get install prometheus")
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
 
 

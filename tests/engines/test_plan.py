@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from gateway import discovery, fit, weights
 from gateway.fit import Cards, Lane, Wish
+from tests.conftest import unavailable
 from tests.engines import rig
 
 #: vLLM's own reading of its command line; nothing is loaded.
@@ -36,8 +36,7 @@ def lane(engine: weights.Engine, name: str) -> Lane:
 
 def needs(there: object, what: str) -> None:
     if not there:
-        assert os.environ.get("CI") != "true", what
-        pytest.skip(what)
+        unavailable(what)
 
 
 def vllm_python(code: str, *arguments: str) -> str:
