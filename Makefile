@@ -57,7 +57,7 @@ test-browser: .venv/dev
 	$(PYTEST) tests/browser $(ARGS)
 
 bench: .venv/dev
-	$(RUN) loadtests.overhead $(ARGS)
+	$(RUN) loadtests.bench.overhead $(ARGS)
 
 day: .venv/dev
 	$(RUN) tests.engines.day $(ARGS)

@@ -29,7 +29,7 @@ from typing import ClassVar, Literal, NoReturn, TypeVar
 
 import msgspec
 
-from backends import http, sse
+from backends.transport import http, sse
 
 Kind = Literal["ollama", "vllm", "llamacpp"]
 Body = dict[str, msgspec.Raw]

@@ -17,29 +17,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from backends import http
 from backends.base import BackendError, Capabilities, Engine, Readiness, Timeouts
-from backends.process import Supervised
+from backends.processes.supervised import Supervised
+from backends.transport import http
 from backends.vllm import VLLM
-from gateway import discovery, profile, settings, telemetry
-from gateway.admission import Admission, Server
-from gateway.api.edge import Edge
-from gateway.api.pages import build
-from gateway.api.scrape import Scraped
-from gateway.auth import Keys
-from gateway.catalogue import Catalogue, Model
-from gateway.cost import statement
+from gateway import settings
 from gateway.errors import BadRequest, NotFound
-from gateway.gpu import Budget, Memory, MemoryUnknown, Nvml
-from gateway.handover import Deadlines, Gpu, Occupant
-from gateway.health import Breaker, Prober
-from gateway.lease import Lease, LeaseError, usual_lease
-from gateway.loading import Loader
-from gateway.metrics import Metrics
-from gateway.policy import HandOver, Overlap, Policy, Served
-from gateway.profile import Refined
-from gateway.relay import Relay
-from gateway.scheduler import Lane, Replica, Scheduler
+from gateway.gpu.handover import Deadlines, Gpu, Occupant
+from gateway.gpu.lease import Lease, LeaseError, usual_lease
+from gateway.gpu.memory import Budget, Memory, MemoryUnknown, Nvml
+from gateway.http.auth import Keys
+from gateway.http.edge import Edge
+from gateway.http.metrics_page import Scraped
+from gateway.http.pages import build
+from gateway.observe import request_log as telemetry
+from gateway.observe.cost import statement
+from gateway.observe.metrics import Metrics
+from gateway.relay.relay import Relay
+from gateway.routing import profile
+from gateway.routing.breaker import Breaker, Prober
+from gateway.routing.policy import HandOver, Overlap, Policy, Served
+from gateway.routing.profile import Refined
+from gateway.routing.scheduler import Lane, Replica, Scheduler
+from gateway.serving import discovery
+from gateway.serving.admission import Admission, Server
+from gateway.serving.catalogue import Catalogue, Model
+from gateway.serving.loading import Loader
 from gateway.settings import SLOTS, Kind, Settings, SettingsError
 
 log = logging.getLogger("gateway")

@@ -24,15 +24,16 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from backends import base, http
+from backends import base
+from backends.transport import http
 from gateway import settings
-from gateway.api import scrape
 from gateway.app import Gateway
+from gateway.compare.command import add_commands as add_trials
 from gateway.doctor import add_command as add_doctor
-from gateway.plan import add_command as add_plan
+from gateway.http import metrics_page as scrape
+from gateway.plan.command import add_command as add_plan
 from gateway.settings import KINDS, Kind, Settings, SettingsError
 from gateway.simulate.command import add_command as add_simulate
-from gateway.trial import add_commands as add_trials
 
 #: For the error events of answers that a drain has cut short.
 LAST_WORD_S = 2.0

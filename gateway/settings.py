@@ -35,7 +35,7 @@ from pydantic_settings import (
 )
 from pydantic_settings import SettingsError as PydanticSettingsError
 
-from backends.http import Origin
+from backends.transport.http import Origin
 
 PREFIX = "TWOLANE_"
 DELIMITER = "__"

@@ -21,9 +21,9 @@ from locust import User, events, task
 from locust.env import Environment
 from locust.runners import LocalRunner, WorkerRunner
 
-from loadtests import samples, stopwatch
-from loadtests.load import BadOptions, above_zero, adding, at_least, preflight, the_host
-from loadtests.people import (
+from loadtests.measure import samples, stopwatch
+from loadtests.measure.load import BadOptions, above_zero, adding, at_least, preflight, the_host
+from loadtests.measure.people import (
     SEATS,
     Notes,
     as_program,
@@ -33,9 +33,9 @@ from loadtests.people import (
     runner,
     stop_writing,
 )
-from loadtests.prompts import TOPICS, Prompts
-from loadtests.samples import SamplesError, Writer
-from loadtests.stopwatch import BadTarget, Target, Timing
+from loadtests.measure.prompts import TOPICS, Prompts
+from loadtests.measure.samples import SamplesError, Writer
+from loadtests.measure.stopwatch import BadTarget, Target, Timing
 
 #: What a chat page says before anything else.
 SYSTEM = "You are a helpful assistant. Answer shortly where you can."

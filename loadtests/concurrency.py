@@ -28,16 +28,9 @@ from locust import LoadTestShape, User, events, task
 from locust.env import Environment
 from locust.runners import MasterRunner, Runner, WorkerRunner
 
-from loadtests import samples, stopwatch
-from loadtests.load import (
-    BadOptions,
-    Cell,
-    Load,
-    add_options,
-    preflight,
-    read_options,
-)
-from loadtests.people import (
+from loadtests.measure import samples, stopwatch
+from loadtests.measure.load import BadOptions, Cell, Load, add_options, preflight, read_options
+from loadtests.measure.people import (
     SEATS,
     Notes,
     as_program,
@@ -49,8 +42,8 @@ from loadtests.people import (
     say,
     stop_writing,
 )
-from loadtests.samples import SamplesError, Writer
-from loadtests.stopwatch import Timing
+from loadtests.measure.samples import SamplesError, Writer
+from loadtests.measure.stopwatch import Timing
 
 #: Seconds a person waits after a request that failed: who is down need not be beaten.
 AFTER_A_FAILURE_S = 0.5

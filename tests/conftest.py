@@ -12,11 +12,12 @@ from typing import Any, NoReturn, TypeAlias
 import httpx
 import pytest
 
-from backends import http
-from gateway import discovery, settings
+from backends.transport import http
+from gateway import settings
 from gateway.app import Gateway
 from gateway.cli import GracefulServer, listen
-from gateway.gpu import Memory, Nvml
+from gateway.gpu.memory import Memory, Nvml
+from gateway.serving import discovery
 
 
 @dataclass(frozen=True, slots=True)

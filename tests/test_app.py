@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from backends import http
 from backends.fake import FakeEngine, status
-from gateway import discovery, settings
+from backends.transport import http
+from gateway import settings
 from gateway.app import Gateway
+from gateway.serving import discovery
 from gateway.settings import SettingsError
 from tests.conftest import Running, StartGateway
 from tests.faults.conftest import alone, chat

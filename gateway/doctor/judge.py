@@ -24,8 +24,8 @@ from gateway.doctor.seen import (
     is_private,
     known,
 )
-from gateway.gpu import Brake, Card
-from gateway.profile import Measured, Profile
+from gateway.gpu.memory import Brake, Card
+from gateway.routing.profile import Measured, Profile
 from gateway.settings import SLOTS, Kind, Settings
 
 GIB = 2**30

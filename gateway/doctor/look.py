@@ -23,11 +23,12 @@ from typing import TypeVar
 
 import msgspec
 
-from backends import base, http
+from backends import base
 from backends.base import BackendError, Timeouts, Unreachable
 from backends.ollama import Loaded, Ollama
+from backends.transport import http
 from backends.vllm import VLLM
-from gateway import discovery, profile, settings
+from gateway import settings
 from gateway.doctor.seen import (
     NO_SETTINGS,
     Disk,
@@ -44,8 +45,10 @@ from gateway.doctor.seen import (
     is_loopback,
     known,
 )
-from gateway.gpu import MemoryUnknown, Nvml
-from gateway.lease import LeaseError, owner, usual_lease
+from gateway.gpu.lease import LeaseError, owner, usual_lease
+from gateway.gpu.memory import MemoryUnknown, Nvml
+from gateway.routing import profile
+from gateway.serving import discovery
 from gateway.settings import Kind, Settings, SettingsError
 
 T = TypeVar("T")

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from backends.base import Identity
 from backends.ollama import Loaded
-from gateway.gpu import Driver
-from gateway.lease import Owner
-from gateway.profile import Profile
+from gateway.gpu.lease import Owner
+from gateway.gpu.memory import Driver
+from gateway.routing.profile import Profile
 from gateway.settings import Engine, Kind, Lane, Settings
 
 T = TypeVar("T")

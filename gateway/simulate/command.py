@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from gateway import profile
-from gateway.profile import Profile, ProfileError
+from gateway.routing import profile
+from gateway.routing.profile import Profile, ProfileError
 from gateway.settings import SettingsError
 from gateway.simulate import study, traces
 from gateway.simulate.study import ALWAYS, CLAIRVOYANT, OURS, Case, Record

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Protocol
 
-from gateway.profile import Profile
+from gateway.routing.profile import Profile
 
 #: The least that is between two looks at a decision that is due.
 TICK_S = 1e-3
 
 
 class Decider(Protocol):
-    """Chooses the lane, as `gateway.policy.Policy` does."""
+    """Chooses the lane, as `gateway.routing.policy.Policy` does."""
 
     @property
     def lane(self) -> str:

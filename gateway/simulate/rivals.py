@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from gateway.policy import Demand, HandOver, Policy, Served
-from gateway.profile import Profile
+from gateway.routing.policy import Demand, HandOver, Policy, Served
+from gateway.routing.profile import Profile
 from gateway.simulate.machine import Decider
 
 MODEL = "simulated"

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 
 import msgspec
 
-from gateway.profile import ASSUMED, VERSION, Lane, Profile
+from gateway.routing.profile import ASSUMED, VERSION, Lane, Profile
 from gateway.settings import KINDS, SLOTS
 from gateway.simulate import hindsight, rivals, traces
 from gateway.simulate.machine import Decider, Machine, Outcome, run

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from backends import http
 from backends.base import Kind
 from backends.fake import FakeEngine
 from backends.llamacpp import LlamaCpp
-from backends.process import Supervised
-from gateway.discovery import CLASSES, packaged_model
-from tests.backends.contract import Contract, Subject
+from backends.processes.supervised import Supervised
+from backends.transport import http
+from gateway.serving.discovery import CLASSES, packaged_model
+from tests.support.contract import Contract, Subject
 
 
 class TestFake(Contract):

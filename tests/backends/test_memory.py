@@ -15,7 +15,7 @@ import httpx
 import msgspec
 import pytest
 
-from backends import base, http
+from backends import base
 from backends.base import (
     BackendError,
     Broken,
@@ -39,6 +39,7 @@ from backends.fake import (
 )
 from backends.fake.control import Control
 from backends.ollama import Ollama
+from backends.transport import http
 from backends.vllm import VLLM
 
 #: How the fake Ollama calls the model `m`.

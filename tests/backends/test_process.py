@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from backends import process
-from backends.process import StartFailed, StopFailed, Supervised
+from backends.processes import supervised as process
+from backends.processes.supervised import StartFailed, StopFailed, Supervised
 
 #: Says that it is there, and stays.
 PLAIN = "import time; print('ready', flush=True); time.sleep(600)"
@@ -58,7 +58,7 @@ DEAF_BROOD = BROOD.replace("print", "signal.signal(signal.SIGTERM, signal.SIG_IG
 GATEWAY = """
 import asyncio, sys
 from pathlib import Path
-from backends.process import Supervised
+from backends.processes.supervised import Supervised
 
 async def main():
     engine = Supervised([sys.executable, "-c", sys.argv[1]], Path(sys.argv[2]))

@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 import pytest
 from playwright.async_api import Browser, async_playwright, expect
 
-from tests.browser.chat_page import ChatPage
 from tests.conftest import Running, run_gateway, unavailable
 from tests.engines import rig
 from tests.engines.conftest import running
+from tests.support.chat_page import ChatPage
 
 KEY = "sk-of-the-chat-page"
 PICTURES = rig.ROOT / ".cache" / "browser"

@@ -13,10 +13,10 @@ from playwright.async_api import expect
 
 from backends.fake import FakeEngine, Reset, Serve
 from gateway.app import Gateway
-from gateway.handover import Step
+from gateway.gpu.handover import Step
 from tests.browser.conftest import KEY, OpenPage, StartGateway, smollm2
 from tests.engines import rig
-from tests.exclusive import Box, Served, box
+from tests.support.exclusive import Box, Served, box
 
 __all__ = ["box"]  # the fixture is ours, too
 

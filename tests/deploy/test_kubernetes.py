@@ -15,7 +15,7 @@ from kubernetes_validate import utils as schemas
 from gateway import settings
 from gateway.cli import LAST_WORD_S
 from gateway.settings import Settings, SettingsError
-from tests.deploy.units import DEPLOY
+from tests.support.units import DEPLOY
 
 KUBERNETES = DEPLOY / "kubernetes"
 #: The oldest whose pods can pause before they stop without a shell, and the newest we know.

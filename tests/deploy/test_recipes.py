@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.deploy.units import DEPLOY, option
+from tests.support.units import DEPLOY, option
 
 SCRIPTS = sorted([*DEPLOY.rglob("*.sh"), *DEPLOY.rglob("*.sbatch")])
 SBATCH = DEPLOY / "slurm" / "vllm.sbatch"

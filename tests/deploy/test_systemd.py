@@ -14,7 +14,7 @@ from gateway import settings
 from gateway.cli import LAST_WORD_S
 from gateway.settings import Settings
 from tests.conftest import unavailable
-from tests.deploy.units import SYSTEMD, command, environment, option, said
+from tests.support.units import SYSTEMD, command, environment, option, said
 
 GATEWAY = SYSTEMD / "twolane.service"
 SUPERVISING = SYSTEMD / "twolane.service.d" / "supervise-vllm.conf"

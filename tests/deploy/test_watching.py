@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tests.conftest import unavailable
-from tests.deploy.units import DEPLOY
+from tests.support.units import DEPLOY
 
 PROMETHEUS = DEPLOY / "prometheus"
 GRAFANA = DEPLOY / "grafana"

@@ -1,7 +1,7 @@
 """The mixed day on the real engines of the rig: `make day`.
 
 Starts the real Ollama and the real vLLM on this machine's CPU, measures a profile of
-them, starts a gateway that decides by it, and has `loadtests.day` live through a day on
+them, starts a gateway that decides by it, and has `loadtests.measure.day` live through a day on
 each of the three.
 """
 
@@ -28,9 +28,9 @@ import httpx
 import msgspec
 from rich.console import Console
 
-from gateway.profile import VERSION, Lane, Profile
-from loadtests import day
-from loadtests.stopwatch import Target
+from gateway.routing.profile import VERSION, Lane, Profile
+from loadtests.measure import day
+from loadtests.measure.stopwatch import Target
 from tests.engines import rig
 
 START_S = 30.0
@@ -40,7 +40,7 @@ LEVEL_S = 8.0
 
 
 def main() -> int:
-    """Run the day with the arguments of `loadtests.day`, the targets filled in."""
+    """Run the day with the arguments of `loadtests.measure.day`, the targets filled in."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("--assumed", action="store_true", help="measure no profile first")

@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from backends import base, http
+from backends import base
 from backends.ollama import Ollama
+from backends.transport import http
 from backends.vllm import VLLM
-from tests.backends.contract import Contract, Subject
 from tests.engines import rig
+from tests.support.contract import Contract, Subject
 
 
 class TestOllama(Contract):

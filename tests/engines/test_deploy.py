@@ -12,8 +12,8 @@ import yaml
 
 from tests.deploy.test_recipes import NODES, started, submitted
 from tests.deploy.test_systemd import SUPERVISING, VLLM
-from tests.deploy.units import DEPLOY, command, environment
 from tests.engines import rig
+from tests.support.units import DEPLOY, command, environment
 
 READ = """
 import json, sys

@@ -16,8 +16,8 @@ import httpx
 import pytest
 import yaml
 
-from gateway import profile
-from loadtests import samples
+from gateway.routing import profile
+from loadtests.measure import samples
 from tests.conftest import Running, run_gateway
 from tests.engines import experiment, rig
 

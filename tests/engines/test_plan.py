@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway import discovery, fit, weights
-from gateway.fit import Cards, Lane, Wish
+from gateway.serving import discovery
+from gateway.sizing import fit, weights
+from gateway.sizing.fit import Cards, Lane, Wish
 from tests.conftest import unavailable
 from tests.engines import rig
 

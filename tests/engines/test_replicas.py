@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import run_gateway
-from tests.crowd import crowd
 from tests.engines import rig
 from tests.engines.conftest import running as started
+from tests.support.crowd import crowd
 
 #: Few, and short answers: two Ollamas on two cores are far slower than one.
 PEOPLE = 8

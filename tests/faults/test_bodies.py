@@ -23,7 +23,15 @@ from hypothesis import strategies as some
 from backends import base
 from backends.fake import FakeEngine
 from gateway.errors import GatewayError
-from gateway.request import BOUNDS, MAX_COMMAS, MAX_FIELDS, MAX_MESSAGES, MAX_PARTS, UNSAFE, parse
+from gateway.http.request import (
+    BOUNDS,
+    MAX_COMMAS,
+    MAX_FIELDS,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    UNSAFE,
+    parse,
+)
 from tests.clients import sdk
 from tests.conftest import Running, StartGateway
 from tests.faults.conftest import alone, chat, pair

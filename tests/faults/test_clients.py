@@ -18,7 +18,7 @@ import pytest
 from backends.fake import FakeEngine, Pause, Repeat, Send, Serve, Silence, chunk, event, stream
 from backends.fake.wire import Received
 from gateway.app import Gateway
-from gateway.scheduler import Scheduler
+from gateway.routing.scheduler import Scheduler
 from tests.conftest import Running, StartGateway
 from tests.faults.conftest import alone, chat, pair
 

@@ -20,10 +20,10 @@ import pytest
 
 from backends.fake import DONE, GIB, Answer, FakeEngine, Kill, Serve, Silence, status
 from backends.fake.gpu import Taken
-from gateway.handover import Step
-from gateway.policy import HandOver
+from gateway.gpu.handover import Step
+from gateway.routing.policy import HandOver
 from tests.conftest import StartGateway
-from tests.exclusive import (
+from tests.support.exclusive import (
     NEEDS_GIB,
     PING,
     SHORT,
@@ -52,8 +52,8 @@ SOON_S = 20.0
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two attempts there is not much time."""
-    monkeypatch.setattr("gateway.handover.FIRST_PAUSE_S", 0.1)
-    monkeypatch.setattr("gateway.handover.LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setattr("gateway.gpu.handover.FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr("gateway.gpu.handover.LONGEST_PAUSE_S", 0.2)
 
 
 @pytest.fixture

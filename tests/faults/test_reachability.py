@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import httpx
 import pytest
 
-from backends import http
 from backends.base import Broken, Busy, Readiness, Refused, Sick, Unreachable
 from backends.fake import (
     DONE,
@@ -28,10 +27,11 @@ from backends.fake import (
     status,
 )
 from backends.fake.wire import Received
+from backends.transport import http
 from gateway.app import Gateway
-from gateway.health import FAILURES, FIRST_EJECTION_S, LONGEST_EJECTION_S, Breaker
-from gateway.relay import RETRY_SAVED, RETRY_SHARE
-from gateway.scheduler import Replica
+from gateway.relay.relay import RETRY_SAVED, RETRY_SHARE
+from gateway.routing.breaker import FAILURES, FIRST_EJECTION_S, LONGEST_EJECTION_S, Breaker
+from gateway.routing.scheduler import Replica
 from tests.conftest import Running, StartGateway
 from tests.faults.conftest import alone, chat, pair
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.fake import FakeEngine, status
-from gateway.relay import RETRY_SAVED
+from gateway.relay.relay import RETRY_SAVED
 from tests.conftest import Running, StartGateway
-from tests.crowd import crowd
 from tests.faults.conftest import alone, chat
 from tests.faults.test_reachability import served
 from tests.faults.test_streams import Logged, logged  # noqa: F401 - a fixture
+from tests.support.crowd import crowd
 
 PEOPLE = 32
 #: One server alone has too few for all, so that some wait in the queue meanwhile.

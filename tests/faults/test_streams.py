@@ -41,7 +41,7 @@ from backends.fake import (
     usage,
     usage_chunk,
 )
-from backends.sse import MAX_EVENT, Watch
+from backends.transport.sse import MAX_EVENT, Watch
 from tests.clients import node, sdk
 from tests.conftest import Running, StartGateway
 from tests.faults.conftest import alone, chat, pair

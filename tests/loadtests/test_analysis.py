@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.profile import Lane
-from loadtests import analysis
-from loadtests.analysis import Row, Seconds, Spread, Summary, crossover, percentile
-from loadtests.experiment import Cost, Limits
-from loadtests.samples import Cell, Line, Power, Request, Run
+from gateway.routing.profile import Lane
+from loadtests.measure.samples import Cell, Line, Power, Request, Run
+from loadtests.report import analysis
+from loadtests.report.analysis import Row, Seconds, Spread, Summary, crossover, percentile
+from loadtests.report.experiment import Cost, Limits
 
 ANY = Limits()
 #: Ten rounds are enough for a median.

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests import analysis, samples
-from loadtests.calibrate import around, between, bracket, crossing, mean_seconds
-from loadtests.samples import Request
+from loadtests.measure import samples
+from loadtests.measure.calibrate import around, between, bracket, crossing, mean_seconds
+from loadtests.measure.samples import Request
+from loadtests.report import analysis
 
 COARSE = (1, 4, 16, 32)
 

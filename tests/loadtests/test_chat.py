@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtests import samples
-from tests.loadtests.servers import WHOLE, always, locust, scripted
+from loadtests.measure import samples
+from tests.support.servers import WHOLE, always, locust, scripted
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtests import compare, samples
-from loadtests.compare import (
+from loadtests.measure import matrix as compare
+from loadtests.measure import samples
+from loadtests.measure.matrix import (
     Entrant,
     Session,
     Visit,
@@ -20,8 +21,8 @@ from loadtests.compare import (
     search,
     seconds_left,
 )
-from loadtests.experiment import Limits, Plan, Subject
-from loadtests.stopwatch import Target
+from loadtests.measure.stopwatch import Target
+from loadtests.report.experiment import Limits, Plan, Subject
 
 PLAN = Plan(levels=(1, 4), repetitions=3)
 

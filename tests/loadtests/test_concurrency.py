@@ -17,9 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loadtests import samples
-from loadtests.samples import Cell, Request
-from tests.loadtests.servers import WHOLE, always, locust, nobody, scripted
+from loadtests.measure import samples
+from loadtests.measure.samples import Cell, Request
+from tests.support.servers import WHOLE, always, locust, nobody, scripted
 
 #: Quick and exact enough: what is measured is checked elsewhere (test_selfcheck).
 QUICK = ["--ttft-s", "0.05", "--gap-s", "0.005", "--tokens", "8"]
@@ -29,7 +29,7 @@ QUICK = ["--ttft-s", "0.05", "--gap-s", "0.005", "--tokens", "8"]
 def known() -> Iterator[str]:
     """The URL of a server of known times."""
     with subprocess.Popen(
-        [sys.executable, "-m", "loadtests.known", "--port", "0", *QUICK],
+        [sys.executable, "-m", "loadtests.proof.known", "--port", "0", *QUICK],
         stdout=subprocess.PIPE,
         text=True,
     ) as server:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from loadtests import known, stopwatch
-from loadtests.known import Times
-from loadtests.stopwatch import Target
+from loadtests.measure import stopwatch
+from loadtests.measure.stopwatch import Target
+from loadtests.proof import known
+from loadtests.proof.known import Times
 
 TIMES = Times(ttft_s=0.05, gap_s=0.01, tokens=5)
 

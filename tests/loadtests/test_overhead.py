@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from loadtests import fast_client, fast_engine, overhead, ways
-from loadtests.fast_client import Meter, Streams
-from loadtests.fast_engine import Answer, BrokenAnswer, Script
-from loadtests.overhead import (
+from loadtests.bench import fast_client, fast_engine, overhead, ways
+from loadtests.bench.fast_client import Meter, Streams
+from loadtests.bench.fast_engine import Answer, BrokenAnswer, Script
+from loadtests.bench.overhead import (
     ADDED_TTFT,
     FLOORS,
     HANG_UP,
@@ -32,7 +32,7 @@ from loadtests.overhead import (
     Measures,
     Settings,
 )
-from loadtests.ways import CASES, DIRECT, GATEWAY, NGINX, Caller, HangUps, Way
+from loadtests.bench.ways import CASES, DIRECT, GATEWAY, NGINX, Caller, HangUps, Way
 from tests.conftest import unavailable
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.prompts import Prompts, PromptsError, read
+from loadtests.measure.prompts import Prompts, PromptsError, read
 
 
 def test_targets_are_asked_the_same_after_a_number_of_their_own() -> None:

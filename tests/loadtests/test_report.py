@@ -14,10 +14,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from loadtests import analysis, experiment, findings, page, report, samples
-from loadtests.agreement import VERSION as AGREEMENT_VERSION
-from loadtests.agreement import Agreement, Reading
-from loadtests.experiment import (
+from loadtests.measure import samples
+from loadtests.proof.agreement import VERSION as AGREEMENT_VERSION
+from loadtests.proof.agreement import Agreement, Reading
+from loadtests.proof.known import Times
+from loadtests.proof.selfcheck import VERSION as SELFCHECK_VERSION
+from loadtests.proof.selfcheck import Quantity, SelfCheck
+from loadtests.report import analysis, experiment, findings, page, report
+from loadtests.report.experiment import (
     SELFCHECK,
     VERSION,
     Cost,
@@ -27,11 +31,8 @@ from loadtests.experiment import (
     Plan,
     Subject,
 )
-from loadtests.findings import Findings, fairness
-from loadtests.known import Times
-from loadtests.report import ReportError
-from loadtests.selfcheck import VERSION as SELFCHECK_VERSION
-from loadtests.selfcheck import Quantity, SelfCheck
+from loadtests.report.findings import Findings, fairness
+from loadtests.report.report import ReportError
 
 LEVELS = (1, 4, 16)
 ROUNDS = 10

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtests import samples
-from loadtests.samples import Cell, Line, Power, Request, Run, SamplesError, Writer
+from loadtests.measure import samples
+from loadtests.measure.samples import Cell, Line, Power, Request, Run, SamplesError, Writer
 
 
 def asked(start: float, target: str = "a", phase: samples.Phase = "measured") -> Request:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from loadtests import known, samples, selfcheck
-from loadtests.experiment import ExperimentError
-from loadtests.known import Lateness, Times
-from loadtests.selfcheck import SelfCheck, SelfCheckError
+from loadtests.measure import samples
+from loadtests.proof import known, selfcheck
+from loadtests.proof.known import Lateness, Times
+from loadtests.proof.selfcheck import SelfCheck, SelfCheckError
+from loadtests.report.experiment import ExperimentError
 
 TIMES = Times(ttft_s=0.3, gap_s=0.02, tokens=11)
 BEGAN = 1_800_000_000.0

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from loadtests import stopwatch
-from loadtests.stopwatch import BadTarget, Target, Timing
-from tests.loadtests.servers import (
+from loadtests.measure import stopwatch
+from loadtests.measure.stopwatch import BadTarget, Target, Timing
+from tests.support.servers import (
     DONE,
     WHOLE,
     Scripted,

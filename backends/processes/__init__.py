@@ -1,0 +1,1 @@
+"""Engine processes that the gateway starts, and that never outlive it."""

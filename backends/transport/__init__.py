@@ -1,0 +1,1 @@
+"""HTTP and server-sent events, as they are spoken to engines."""

@@ -1,0 +1,1 @@
+"""`twolane compare` and `twolane calibrate`: the configured lanes, measured."""

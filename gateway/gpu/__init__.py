@@ -1,0 +1,1 @@
+"""Who owns the GPU: the hand-over, its memory, its lease."""

@@ -1,0 +1,1 @@
+"""What is seen of it: metrics, cost, the request log, status."""

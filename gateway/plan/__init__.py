@@ -1,0 +1,1 @@
+"""`twolane plan`: what two engines would be on these cards."""

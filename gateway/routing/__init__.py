@@ -1,0 +1,1 @@
+"""Who decides: plain functions of time and demand."""

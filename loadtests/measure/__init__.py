@@ -1,0 +1,1 @@
+"""Load and time: what is sent, and what each request took."""

@@ -1,0 +1,152 @@
+"""What all our Locust files share: what users write down, and how a start is refused."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+import gevent
+from locust.argument_parser import default_args_dict, get_parser
+from locust.env import Environment
+from locust.runners import MasterRunner, Runner, WorkerRunner
+
+from loadtests.measure import samples
+from loadtests.measure.load import for_others
+from loadtests.measure.samples import Loop, Phase, Request, Run, SamplesError, Writer
+from loadtests.measure.stopwatch import Timing
+
+#: What the numbers of a worker's users begin with, times its own: no two have the same.
+SEATS = 10_000
+#: How long workers have to hear that it is over, seconds.
+PARTING_S = 0.5
+#: What is said on Locust's page, beside our own options, of how it was asked to measure.
+LOCUSTS_OWN = {"host", "run_time"}
+
+
+class Notes:
+    """Where the requests of this process are written down.
+
+    Args:
+        environment: Locust's, for its tables, and to end it where nothing can be written.
+        writer: Of the raw file.
+    """
+
+    def __init__(self, environment: Environment, writer: Writer) -> None:
+        self._environment = environment
+        self._writer = writer
+
+    def add(
+        self,
+        timing: Timing,
+        *,
+        target: str,
+        loop: Loop,
+        level: float,
+        repetition: int,
+        user: int,
+        number: int,
+        phase: Phase,
+    ) -> None:
+        """A request is over, however it ended."""
+        try:
+            self._writer.write(
+                Request(
+                    target, loop, level, repetition, user, number, phase, timing.start,
+                    timing.e2e_s, timing.ttft_s, timing.gaps_s, timing.tpot_s, timing.tokens_in,
+                    timing.tokens_out, timing.finish, timing.lane, timing.reason, timing.error,
+                )
+            )  # fmt: skip
+        except SamplesError as exc:
+            runner(self._environment).send_message("broken", {"why": str(exc)})
+        if phase == "measured" and timing.error != "cut":
+            unit = {"closed": " at once", "open": "/s", "chat": " people"}[loop]
+            self._show(timing, f"{target}, {level:g}{unit}")
+
+    def _show(self, timing: Timing, name: str) -> None:
+        """In Locust's own tables."""
+        failed = RuntimeError(timing.error) if timing.error else None
+        for kind, seconds in (("TTFT", timing.ttft_s), ("E2E", timing.e2e_s)):
+            if seconds is not None and (kind == "E2E" or failed is None):
+                self._environment.events.request.fire(
+                    request_type=kind, name=name, response_time=1000 * seconds,
+                    response_length=timing.tokens_out or 0, exception=failed, context={},
+                )  # fmt: skip
+
+
+def runner(environment: Environment) -> Runner:
+    """What runs the users; there once Locust's `init` event has come."""
+    assert environment.runner is not None  # noqa: S101 - Locust has made it
+    return environment.runner
+
+
+def leads(environment: Environment) -> bool:
+    """Whether this process says what is done: the only one, or the master of others."""
+    return not isinstance(environment.runner, WorkerRunner)
+
+
+def begun(environment: Environment) -> Run:
+    """The first line of a start: when, and how it was asked to measure; the key is not in it."""
+    options = vars(environment.parsed_options)
+    others = default_args_dict().keys() - LOCUSTS_OWN
+    asked: dict[str, str | int | float | None] = {}
+    for name, value in options.items():
+        if name not in others and name != "api_key" and value not in (None, "", []):
+            words = value if isinstance(value, list) else [value]
+            asked[name] = value if isinstance(value, int | float) else " ".join(words)
+    return Run(samples.VERSION, time.time(), for_others(sys.argv, options["api_key"]), asked)
+
+
+def complain(environment: Environment, why: str) -> None:
+    """It cannot be measured, or no further: one line says why, once; Locust will end with 2."""
+    options: Any = environment.parsed_options
+    if environment.process_exit_code is not None:
+        return
+    environment.process_exit_code = 2
+    if options.headless:
+        say(why)
+    else:
+        logging.getLogger("twolane").error(why)  # the page shows it among its logs
+
+
+def refuse(environment: Environment, why: str) -> None:
+    """Nothing is to be asked at all: where there is no page, this is the end, without tables."""
+    complain(environment, why)
+    options: Any = environment.parsed_options
+    if not options.headless:
+        return
+    if isinstance(environment.runner, MasterRunner):
+        environment.runner.send_message("quit")  # or else workers wait for a minute
+        gevent.sleep(PARTING_S)
+    raise SystemExit(2)
+
+
+def stop_writing(environment: Environment, msg: Any, **_: Any) -> None:
+    """A process tells that it cannot write any more; it may not be the only one."""
+    if environment.process_exit_code is None:
+        complain(environment, msg.data["why"])
+        gevent.spawn(_stop, environment)
+
+
+def _stop(environment: Environment) -> None:
+    options: Any = environment.parsed_options
+    its = runner(environment)
+    (its.quit if options.headless else its.stop)()
+
+
+def say(line: str) -> None:
+    """One line for people, where callers look for it."""
+    print(f"twolane: {line}", file=sys.stderr, flush=True)
+
+
+def as_program(file: str) -> None:
+    """Run one of our Locust files: `python -m loadtests.concurrency`, as `locust -f` does.
+
+    Locust gives its help before it reads a file; here, help has the file's own options.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        get_parser().parse_args(["--help"])
+    command = [sys.executable, "-m", "locust", "-f", file, *sys.argv[1:]]
+    os.execv(sys.executable, command)  # noqa: S606 - what we were called with

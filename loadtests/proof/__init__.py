@@ -1,0 +1,1 @@
+"""The stopwatch proves itself against a server of known times."""

@@ -1,0 +1,1 @@
+"""From raw requests to figures, charts and a report."""

@@ -1,0 +1,358 @@
+"""What a report shows: for plotly, which draws in the reader's browser, and as still pictures.
+
+Colour tells the engine, dashes and marks tell its variants: so a reader who sees no colours,
+or has a grey printer, still knows which is which.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from loadtests.measure.samples import Request
+from loadtests.report.analysis import Row, Spread
+from loadtests.report.experiment import Subject
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {"ollama": "#2a7f62", "vllm": "#c8553d", "gateway": "#3f6fb5", "llamacpp": "#8a6fb0"}
+#: For engines that nobody knows.
+OTHERS = ("#b08900", "#6b7a88", "#a8477f", "#3d97a6")
+#: Dashes and marks of the first, second, ... variant: for SVG, plotly and matplotlib.
+DASHES = ("", "7 4", "2 3")
+PLOTLY = (("solid", "circle"), ("dash", "diamond"), ("dot", "square"))
+Dashes: TypeAlias = tuple[float, tuple[float, ...]]
+MATPLOTLIB: tuple[tuple[Dashes, str], ...] = (
+    ((0, ()), "o"),
+    ((0, (5, 3)), "D"),
+    ((0, (1.5, 2)), "s"),
+)
+#: No more points than these are drawn of a target, evenly taken out.
+POINTS = 3000
+#: How far the points of a level lie apart, in octaves.
+WIDTH = 0.62
+#: How many times the one before a level must be, to be named beside it.
+APART = 1.25
+DPI = 160
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a target is drawn."""
+
+    colour: str
+    variant: int
+
+    @property
+    def dashes(self) -> str:
+        return DASHES[self.variant]
+
+
+def looks(subjects: Iterable[Subject]) -> dict[str, Look]:
+    """By label: a colour for each engine, and what tells its variants apart."""
+    found: dict[str, Look] = {}
+    strangers = 0
+    for subject in subjects:
+        colour = COLOURS.get(subject.engine)
+        if colour is None:
+            colour = OTHERS[strangers % len(OTHERS)]
+            strangers += 1
+        before = sum(look.colour == colour for look in found.values())
+        found[subject.label] = Look(colour, before % len(DASHES))
+    return found
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A quantity against requests at once: by label, level for level with its spread."""
+
+    title: str
+    lines: Mapping[str, Sequence[tuple[int, Spread]]]
+    ticks: Sequence[float] = ()
+
+    @property
+    def is_log(self) -> bool:
+        """Seconds go over a hundredfold, and what matters are their ratios."""
+        return bool(self.ticks)
+
+
+def panels(table: Sequence[Row]) -> list[Panel]:
+    """E2E, TTFT and tokens a second; medians, with the lowest and the highest repetition's."""
+    e2e: dict[str, list[tuple[int, Spread]]] = {}
+    ttft: dict[str, list[tuple[int, Spread]]] = {}
+    tokens: dict[str, list[tuple[int, Spread]]] = {}
+    for row in table:
+        for into, seen in ((e2e, row.e2e), (ttft, row.ttft)):
+            if seen is not None:
+                spread = Spread(seen.median, seen.low, seen.high)
+                into.setdefault(row.target, []).append((row.level, spread))
+        tokens.setdefault(row.target, []).append((row.level, row.tokens_per_s))
+    return [
+        Panel("E2E, seconds (log)", e2e, _ticks(e2e)),
+        Panel("TTFT, seconds (log)", ttft, _ticks(ttft)),
+        Panel("output tokens a second", tokens),
+    ]
+
+
+def _ticks(lines: Mapping[str, Sequence[tuple[int, Spread]]]) -> list[float]:
+    """1, 2, 5 and so on, from below the lowest to above the highest."""
+    seen = [spread for line in lines.values() for _, spread in line]
+    low = min((one.low for one in seen if one.low > 0), default=1.0)
+    high = max((one.high for one in seen), default=1.0)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(max(high, low))) + 1)
+    every = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    first = max(tick for tick in every if tick <= low)
+    last = min(tick for tick in every if tick >= high)
+    return [tick for tick in every if first <= tick <= last]
+
+
+# --- in the browser -----------------------------------------------------------------------
+
+
+def _layout(title: str, levels: Sequence[int], y: dict[str, Any]) -> dict[str, Any]:
+    ends = math.log2(levels[0]) - 0.5, math.log2(levels[-1]) + 0.5
+    axis = {
+        "type": "log",
+        "range": [end * math.log10(2) for end in ends],
+        "tickvals": list(levels),
+        "ticktext": _named(levels),
+        "title": {"text": "requests at once", "standoff": 8},
+        "fixedrange": True,
+    }
+    return {
+        "title": {"text": title, "font": {"size": 14}, "x": 0, "xref": "paper", "xanchor": "left"},
+        "margin": {"l": 48, "r": 8, "t": 36, "b": 44},
+        "showlegend": False,
+        "hovermode": "closest",
+        "xaxis": axis,
+        "yaxis": {"rangemode": "tozero", "fixedrange": True, **y},
+    }
+
+
+def _log_axis(panel: Panel) -> dict[str, Any]:
+    return {
+        "type": "log",
+        "range": [math.log10(panel.ticks[0] * 0.9), math.log10(panel.ticks[-1] * 1.1)],
+        "tickvals": list(panel.ticks),
+        "ticktext": [f"{tick:g}" for tick in panel.ticks],
+    }
+
+
+def _levels(table: Iterable[Row]) -> list[int]:
+    return sorted({row.level for row in table})
+
+
+def _named(levels: Sequence[int]) -> list[str]:
+    """What is written at each level; nothing where it would be on top of the one before."""
+    names, last = [], 0.0
+    for level in levels:
+        apart = level >= APART * last
+        names.append(str(level) if apart else "")
+        last = level if apart else last
+    return names
+
+
+def line_plots(table: Sequence[Row], look: Mapping[str, Look]) -> list[dict[str, Any]]:
+    """The panels, each with its spread as bars."""
+    plots = []
+    for panel in panels(table):
+        data = []
+        for label, line in panel.lines.items():
+            seen = [spread for _, spread in line]
+            dash, mark = PLOTLY[look[label].variant]
+            data.append(
+                {
+                    "name": html.escape(label),
+                    "x": [level for level, _ in line],
+                    "y": [_short(one.value) for one in seen],
+                    "error_y": {
+                        "type": "data",
+                        "symmetric": False,
+                        "array": [_short(one.high - one.value) for one in seen],
+                        "arrayminus": [_short(one.value - one.low) for one in seen],
+                        "thickness": 1.5,
+                        "width": 4,
+                    },
+                    "mode": "lines+markers",
+                    "line": {"color": look[label].colour, "width": 2.5, "dash": dash},
+                    "marker": {"symbol": mark, "size": 7},
+                    "hovertemplate": "%{x} at once: %{y:.3~g}",
+                }
+            )
+        layout = _layout(panel.title, _levels(table), _log_axis(panel) if panel.is_log else {})
+        plots.append({"data": data, "layout": layout | {"hovermode": "x"}})
+    return plots
+
+
+def scatter_plot(
+    points: Mapping[str, Sequence[Request]], table: Sequence[Row], look: Mapping[str, Look]
+) -> dict[str, Any]:
+    """Every measured request; those that failed are crosses."""
+    data = []
+    for place, (label, requests) in enumerate(points.items()):
+        shown = thinned(requests)
+        _, mark = PLOTLY[look[label].variant]
+        mark += "-open" if look[label].variant else ""
+        data.append(
+            {
+                "name": html.escape(label),
+                "type": "scatter",
+                "mode": "markers",
+                "x": [_short(x) for x in _scattered(shown, place, len(points))],
+                "y": [_short(one.e2e_s) for one in shown],
+                "text": [_told(one) for one in shown],
+                "hovertemplate": "%{text}",
+                "marker": {
+                    "color": look[label].colour,
+                    "symbol": ["x" if one.error else mark for one in shown],
+                    "size": [7 if one.error else 4 for one in shown],
+                    "opacity": 0.55,
+                    "line": {"width": 0 if mark == "circle" else 1},
+                },
+            }
+        )
+    layout = _layout("E2E of every request, seconds", _levels(table), {})
+    return {"data": data, "layout": layout}
+
+
+def thinned(requests: Sequence[Request]) -> Sequence[Request]:
+    """Every n-th of them, so that a page can still be scrolled."""
+    return requests[:: math.ceil(len(requests) / POINTS) or 1]
+
+
+def _scattered(requests: Sequence[Request], place: int, places: int) -> list[float]:
+    """Where a request lies beside its level: a lane for each target, and a place in it."""
+    lane = WIDTH / places
+    first = -WIDTH / 2 + place * lane
+    return [
+        one.level * 2 ** (first + lane * (0.1 + 0.8 * (index * 0.618034 % 1)))
+        for index, one in enumerate(requests)
+    ]
+
+
+def _told(one: Request) -> str:
+    ttft = "" if one.ttft_s is None else f", TTFT {one.ttft_s:.3g} s"
+    tokens = "" if one.tokens_out is None else f", {one.tokens_out} tokens"
+    error = "" if one.error is None else f"<br>{html.escape(one.error[:80])}"
+    where = f"{html.escape(one.target)}, {one.level:g} at once, repetition {one.repetition}"
+    return f"{where}<br>{one.e2e_s:.3g} s{ttft}{tokens}{error}"
+
+
+def _short(value: float) -> float:
+    """As many digits as can be seen."""
+    return float(f"{value:.4g}")
+
+
+# --- stills -------------------------------------------------------------------------------
+
+
+def draw_lines(table: Sequence[Row], look: Mapping[str, Look], paths: Sequence[Path]) -> None:
+    """The panels side by side, to be read at 800 pixels in a README; its spread is a band."""
+    figure = _figure(10, 4.3)
+    for axes, panel in zip(figure.subplots(1, 3), panels(table), strict=True):
+        for label, line in panel.lines.items():
+            levels = [level for level, _ in line]
+            style, mark = MATPLOTLIB[look[label].variant]
+            colour = look[label].colour
+            low, high = [one.low for _, one in line], [one.high for _, one in line]
+            axes.fill_between(levels, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(
+                levels, [one.value for _, one in line], color=colour, linestyle=style,
+                marker=mark, markersize=4.5, linewidth=1.8,
+            )  # fmt: skip
+        _against_levels(axes, _levels(table))
+        if panel.is_log:
+            axes.set_yscale("log")
+            axes.set_ylim(panel.ticks[0] * 0.9, panel.ticks[-1] * 1.1)
+            axes.set_yticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
+            axes.minorticks_off()
+        axes.set_title(panel.title, loc="left", fontsize=11)
+    _name(figure, look, [row.target for row in table])
+    for path in paths:
+        _save(figure, path)
+
+
+def draw_scatter(
+    points: Mapping[str, Sequence[Request]],
+    table: Sequence[Row],
+    look: Mapping[str, Look],
+    path: Path,
+) -> None:
+    """Every measured request, on paper."""
+    figure = _figure(10, 4.6)
+    axes = figure.subplots()
+    for place, (label, requests) in enumerate(points.items()):
+        shown = thinned(requests)
+        xs = _scattered(shown, place, len(points))
+        colour, variant = look[label].colour, look[label].variant
+        for failed in (False, True):
+            these = [index for index, one in enumerate(shown) if bool(one.error) == failed]
+            axes.scatter(
+                [xs[index] for index in these],
+                [shown[index].e2e_s for index in these],
+                s=22 if failed else 5,
+                marker="x" if failed else MATPLOTLIB[variant][1],
+                facecolors="none" if variant and not failed else colour,
+                edgecolors=None if failed else colour,
+                linewidths=0.6 if failed or variant else 0,
+                alpha=0.55,
+            )
+    _against_levels(axes, _levels(table))
+    axes.set_title("E2E of every request, seconds", loc="left", fontsize=11)
+    _name(figure, look, list(points))
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # noqa: PLC0415 - of the extra `load`
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _against_levels(axes: Axes, levels: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(levels, _named(levels))
+    axes.minorticks_off()
+    axes.set_xlim(levels[0] / 2**0.5, levels[-1] * 2**0.5)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("requests at once")
+    axes.grid(axis="y", color="#e4e7ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _name(figure: Figure, look: Mapping[str, Look], labels: Iterable[str]) -> None:
+    """The legend, once for all."""
+    from matplotlib.lines import Line2D  # noqa: PLC0415
+
+    shown = list(dict.fromkeys(labels))
+    lines = [
+        Line2D([], [], color=look[label].colour, linestyle=style, marker=mark, markersize=5)
+        for label in shown
+        for style, mark in (MATPLOTLIB[look[label].variant],)
+    ]
+    # A dollar sign would begin a formula, and a line whose name begins with _ has none.
+    names = [f" {label}".replace("$", r"\$") for label in shown]
+    figure.legend(
+        lines,
+        names,
+        loc="outside lower center",
+        ncols=min(5, len(shown)),
+        frameon=False,
+        handlelength=3,
+    )
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """The same bytes for the same figures."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    unstamped = {"Date": None} if path.suffix == ".svg" else {}
+    with mpl.rc_context({"svg.hashsalt": "twolane"}):
+        figure.savefig(path, dpi=DPI, metadata=unstamped)

@@ -1,0 +1,1094 @@
+"""Who is served next, on which lane and by which replica: without clock, task or socket."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.errors import NoLane, QueueFull
+from gateway.routing import profile
+from gateway.routing.policy import HandOver, Overlap, Policy, Served
+from gateway.routing.profile import Profile
+from gateway.routing.scheduler import Action, Lane, Move, Refuse, Replica, Scheduler, Start, Ticket
+
+#: Ollama is faster at every demand, so that the policy stays where it begins.
+STILL = Profile(
+    version=1,
+    source="measured",
+    lanes={"ollama": profile.Lane((1,), (1.0,)), "vllm": profile.Lane((1,), (2.0,))},
+)
+#: vLLM is faster from three at once on.
+CROSSING = Profile(
+    version=1,
+    source="measured",
+    lanes={"ollama": profile.Lane((1, 4), (1.0, 4.0)), "vllm": profile.Lane((1,), (2.5,))},
+)
+
+
+def replica(room: int, url: str = "http://one") -> Replica:
+    """A healthy replica."""
+    return Replica(url, slots=room, room=room, trouble="")
+
+
+def two_lanes(
+    ollama: int = 1,
+    vllm: int = 4,
+    *,
+    waiting: int = 8,
+    by: Profile = STILL,
+    pin: str | None = None,
+) -> Scheduler:
+    """One replica with so many slots on each lane; Ollama's turn at the beginning."""
+    lanes = [Lane("ollama", [replica(ollama)], waiting), Lane("vllm", [replica(vllm)], waiting)]
+    scheduler = Scheduler(lanes, policy(by))
+    scheduler.policy.pin = pin
+    return scheduler
+
+
+def policy(by: Profile, *lanes: str) -> Policy:
+    """A shared placement's, of one model."""
+    names = lanes or ("ollama", "vllm")
+    return Policy(names, {"": Served(names, by)}, Overlap())
+
+
+def one_lane(*rooms: int, waiting: int = 8) -> Scheduler:
+    """A single lane, with a replica of each of these sizes."""
+    replicas = [replica(room, f"http://{number}") for number, room in enumerate(rooms)]
+    return Scheduler([Lane("vllm", replicas, waiting)], policy(STILL, "vllm"))
+
+
+def arrive(scheduler: Scheduler, *tickets: Ticket, now: float = 1.0) -> list[Action]:
+    """All of them in this order, at once."""
+    return [action for ticket in tickets for action in scheduler.arrived(ticket, now)]
+
+
+def started(actions: Iterable[Action]) -> list[Ticket]:
+    """Who was started, in order."""
+    return [action.ticket for action in actions if isinstance(action, Start)]
+
+
+def refused(actions: Iterable[Action]) -> dict[Ticket, type[Exception]]:
+    """Who was refused, and with which error."""
+    return {a.ticket: type(a.error) for a in actions if isinstance(a, Refuse)}
+
+
+def served_in_turn(scheduler: Scheduler, running: Ticket) -> list[Ticket]:
+    """Who comes after whom, as each that was started leaves again."""
+    order: list[Ticket] = []
+    now = 1.0
+    while True:
+        now += 1.0
+        actions = started(scheduler.left(running, now))
+        if not actions:
+            return order
+        [running] = actions
+        order.append(running)
+
+
+def out(scheduler: Scheduler, lane: str, trouble: str = "cannot be reached") -> list[Action]:
+    """A lane's replicas take nothing any more."""
+    for each in scheduler.lanes[lane].replicas:
+        each.room, each.trouble = 0, trouble
+    return scheduler.changed(2.0)
+
+
+# Slots
+
+
+def test_a_request_starts_at_once_where_a_slot_is_free() -> None:
+    scheduler = one_lane(1)
+    ticket = Ticket()
+
+    assert scheduler.arrived(ticket, 1.0) == [Start(ticket)]
+    assert ticket.lane is scheduler.lanes["vllm"]
+    assert ticket.replica is scheduler.lanes["vllm"].replicas[0]
+    assert repr(scheduler) == "<Scheduler vllm 1/1, 0 waiting, demand 1>"
+
+
+def test_it_waits_where_none_is_free_and_starts_when_one_comes_free() -> None:
+    scheduler = one_lane(1)
+    first, second = Ticket(), Ticket()
+    arrive(scheduler, first)
+
+    assert scheduler.arrived(second, 1.0) == []
+    assert scheduler.left(first, 2.0) == [Start(second)]
+
+
+def test_the_replica_with_the_least_in_flight_is_chosen() -> None:
+    scheduler = one_lane(4, 4, 4)
+    tickets = [Ticket() for _ in range(9)]
+
+    arrive(scheduler, *tickets)
+    for ticket in tickets[1:9:3]:  # all that the second one has
+        scheduler.left(ticket, 2.0)
+    after = Ticket()
+    arrive(scheduler, after)
+
+    assert [ticket.replica for ticket in tickets[:1]] == [scheduler.lanes["vllm"].replicas[0]]
+    assert [r.running for r in scheduler.lanes["vllm"].replicas] == [3, 1, 3]
+    assert after.replica is scheduler.lanes["vllm"].replicas[1]
+
+
+def test_a_replica_without_room_gets_nothing_however_idle_it_is() -> None:
+    scheduler = one_lane(0, 2)
+    tickets = [Ticket() for _ in range(3)]
+
+    assert started(arrive(scheduler, *tickets)) == tickets[:2]
+    assert [r.running for r in scheduler.lanes["vllm"].replicas] == [0, 2]
+
+
+def test_room_that_grows_is_filled_and_room_that_shrinks_ends_nobody() -> None:
+    scheduler = one_lane(1)
+    tickets = [Ticket() for _ in range(4)]
+    arrive(scheduler, *tickets)
+    [only] = scheduler.lanes["vllm"].replicas
+
+    only.room = 3
+    grown = scheduler.changed(2.0)
+    only.room = 1
+    shrunk = scheduler.changed(3.0)
+
+    assert (started(grown), shrunk, only.running) == (tickets[1:3], [], 3)
+    assert scheduler.left(tickets[0], 4.0) == []
+    assert scheduler.left(tickets[1], 4.0) == []
+    assert scheduler.left(tickets[2], 4.0) == [Start(tickets[3])]
+
+
+# Turns
+
+
+def test_of_one_key_whoever_came_first_is_first() -> None:
+    scheduler = one_lane(1)
+    running, *waiting = (Ticket("a") for _ in range(6))
+    arrive(scheduler, running, *waiting)
+
+    assert served_in_turn(scheduler, running) == waiting
+
+
+def test_a_key_that_floods_does_not_delay_the_next_one_by_more_than_one() -> None:
+    scheduler = one_lane(1, waiting=100)
+    running, *flood = (Ticket("flood") for _ in range(51))
+    arrive(scheduler, running, *flood)
+    chat = Ticket("chat")
+    arrive(scheduler, chat)
+
+    assert served_in_turn(scheduler, running).index(chat) <= 1
+
+
+def test_keys_take_turns_whatever_they_have_waiting() -> None:
+    scheduler = one_lane(1, waiting=100)
+    running = Ticket("other")
+    waiting = [Ticket(key) for key in "aaaaaabbbc"]
+    arrive(scheduler, running, *waiting)
+
+    order = "".join(ticket.key for ticket in served_in_turn(scheduler, running))
+
+    assert sorted(order[:3]) == ["a", "b", "c"]
+    assert sorted(order[3:5]) == ["a", "b"]
+    assert sorted(order[5:7]) == ["a", "b"]
+    assert order[7:] == "aaa"
+
+
+def test_a_key_that_asks_again_after_each_answer_still_lets_others_by() -> None:
+    scheduler = one_lane(1)
+    running, other = Ticket("eager"), Ticket("other")
+    arrive(scheduler, running, Ticket("eager"), other)
+
+    served = []
+    for now in (2.0, 3.0):
+        arrive(scheduler, Ticket("eager"), now=now)
+        [running] = started(scheduler.left(running, now))
+        served.append(running)
+    assert other in served
+
+
+def test_background_calls_come_after_everybody_else() -> None:
+    scheduler = one_lane(1)
+    running = Ticket("a")
+    titles = [Ticket("a", background=True), Ticket("b", background=True)]
+    chats = [Ticket("b"), Ticket("a")]
+    arrive(scheduler, running, titles[0], chats[0], titles[1], chats[1])
+
+    order = served_in_turn(scheduler, running)
+
+    assert set(order[:2]) == set(chats)
+    assert order[2:] == titles
+
+
+def test_background_calls_are_no_demand_and_take_a_slot_that_nobody_wants() -> None:
+    scheduler = one_lane(2)
+    title, waits = Ticket(background=True), Ticket(background=True)
+
+    assert started(arrive(scheduler, title)) == [title]
+    arrive(scheduler, Ticket(), waits)
+    assert repr(scheduler) == "<Scheduler vllm 2/2, 1 waiting, demand 1>"
+
+
+def test_background_calls_alone_move_no_policy() -> None:
+    scheduler = two_lanes(ollama=1, by=CROSSING)
+
+    arrive(scheduler, *(Ticket(background=True) for _ in range(6)))
+    scheduler.passed(1000.0)
+
+    assert scheduler.policy.lane == "ollama"
+    assert scheduler.lanes["vllm"].running == 0
+
+
+# Which lane: operator, request, what the lane can take, health, policy
+
+
+def test_the_policy_chooses_where_nobody_else_does() -> None:
+    scheduler = two_lanes()
+    ticket = Ticket()
+    arrive(scheduler, ticket)
+
+    assert scheduler.lane_for(Ticket()) == "ollama"
+    assert ticket.lane is scheduler.lanes["ollama"]
+    assert ticket.reason.startswith("faster at demand 1 by the measured profile")
+
+
+def test_health_is_before_the_policy() -> None:
+    scheduler = two_lanes()
+    out(scheduler, "ollama", "is still loading its model")
+    ticket = Ticket()
+    arrive(scheduler, ticket)
+
+    assert ticket.lane is scheduler.lanes["vllm"]
+    assert ticket.reason == "ollama is still loading its model"
+
+
+def test_what_a_lane_can_take_is_before_the_policy() -> None:
+    scheduler = two_lanes()
+    ticket = Ticket(able=frozenset({"vllm"}), why="ollama takes no tools")
+    arrive(scheduler, ticket)
+
+    assert ticket.lane is scheduler.lanes["vllm"]
+    assert ticket.reason == "ollama takes no tools"
+
+
+def test_what_a_lane_can_take_is_before_health() -> None:
+    scheduler = two_lanes()
+    out(scheduler, "vllm")
+    ticket = Ticket(able=frozenset({"vllm"}), why="ollama takes no tools")
+
+    [refusal] = arrive(scheduler, ticket)
+
+    assert isinstance(refusal, Refuse)
+    assert isinstance(refusal.error, NoLane)
+    assert "vllm cannot be reached" in refusal.error.message
+    assert "ollama" not in refusal.error.message
+
+
+def test_the_requests_pin_is_before_what_a_lane_can_take() -> None:
+    scheduler = two_lanes()
+    ticket = Ticket(pin="ollama", able=frozenset({"vllm"}))
+    arrive(scheduler, ticket)
+
+    assert ticket.lane is scheduler.lanes["ollama"]
+    assert ticket.reason == "pinned by the request"
+
+
+def test_the_requests_pin_is_before_health() -> None:
+    scheduler = two_lanes()
+    out(scheduler, "vllm")
+    ticket = Ticket(pin="vllm")
+
+    assert refused(arrive(scheduler, ticket)) == {ticket: NoLane}
+
+
+def test_the_operators_pin_is_before_all() -> None:
+    scheduler = two_lanes(pin="vllm")
+    ticket = Ticket(pin="ollama", able=frozenset({"ollama"}))
+    arrive(scheduler, ticket)
+
+    assert ticket.lane is scheduler.lanes["vllm"]
+    assert ticket.reason == "pinned by the operator"
+
+
+def test_a_pinned_lane_that_is_full_is_waited_for() -> None:
+    scheduler = two_lanes(ollama=1)
+    first, second = Ticket(pin="ollama"), Ticket(pin="ollama")
+    arrive(scheduler, first)
+
+    assert arrive(scheduler, second) == []
+    assert scheduler.left(first, 2.0) == [Start(second)]
+    assert second.lane is scheduler.lanes["ollama"]
+
+
+def test_whoever_waits_for_one_lane_keeps_nobody_from_another() -> None:
+    scheduler = two_lanes(ollama=1)
+    arrive(scheduler, Ticket("a", pin="ollama"), Ticket("a", pin="ollama"))
+    other = Ticket("a", pin="vllm")
+
+    assert started(arrive(scheduler, other)) == [other]
+
+
+# When no lane is left
+
+
+def test_without_a_lane_a_request_is_refused_with_the_trouble_and_a_time() -> None:
+    scheduler = two_lanes()
+    out(scheduler, "ollama", "is still loading its model")
+    out(scheduler, "vllm", "cannot be reached")
+    for number, lane in enumerate(scheduler.lanes.values()):
+        lane.replicas[0].back_s = 3.0 + number
+
+    [refusal] = arrive(scheduler, Ticket())
+
+    assert isinstance(refusal, Refuse)
+    assert refusal.error.message == (
+        "No engine can answer for this model now: "
+        "ollama is still loading its model; vllm cannot be reached."
+    )
+    assert refusal.error.retry_after == 3.0
+    assert repr(scheduler) == "<Scheduler ollama 0/0, vllm 0/0, 0 waiting, demand 0>"
+
+
+def test_when_the_last_lane_goes_everybody_who_waits_is_told_at_once() -> None:
+    scheduler = one_lane(1)
+    running, *waiting = Ticket(), Ticket("a"), Ticket("b"), Ticket(background=True)
+    arrive(scheduler, running, *waiting)
+
+    actions = out(scheduler, "vllm")
+
+    assert refused(actions) == dict.fromkeys(waiting, NoLane)
+    assert repr(scheduler) == "<Scheduler vllm 1/0, 0 waiting, demand 1>"
+
+
+# The queue's bounds
+
+
+def test_exactly_so_many_wait_and_the_next_is_refused() -> None:
+    scheduler = one_lane(2, waiting=3)
+    tickets = [Ticket() for _ in range(6)]
+
+    actions = arrive(scheduler, *tickets)
+
+    assert started(actions) == tickets[:2]
+    assert refused(actions) == {tickets[5]: QueueFull}
+    assert repr(scheduler) == "<Scheduler vllm 2/2, 3 waiting, demand 5>"
+
+
+def test_a_lane_that_keeps_no_queue_refuses_whoever_does_not_start() -> None:
+    scheduler = one_lane(1, waiting=0)
+    first, second = Ticket(), Ticket()
+
+    actions = arrive(scheduler, first, second)
+
+    assert started(actions) == [first]
+    assert refused(actions) == {second: QueueFull}
+
+
+def test_how_long_to_stay_away_follows_from_the_measured_time_of_service() -> None:
+    scheduler = one_lane(2, waiting=0)
+    slow = Ticket()
+    arrive(scheduler, slow, now=1.0)
+    scheduler.left(slow, 9.0)
+    arrive(scheduler, Ticket(), Ticket(), now=10.0)
+
+    [refusal] = arrive(scheduler, Ticket(), now=10.0)
+
+    assert isinstance(refusal, Refuse)
+    assert refusal.error.retry_after == pytest.approx(8.0 / 2)
+
+
+def test_background_calls_fill_a_queue_of_their_own() -> None:
+    scheduler = one_lane(1, waiting=2)
+    arrive(scheduler, Ticket())
+    titles = [Ticket(background=True) for _ in range(3)]
+    chats = [Ticket() for _ in range(3)]
+
+    assert refused(arrive(scheduler, *titles)) == {titles[2]: QueueFull}
+    assert refused(arrive(scheduler, *chats)) == {chats[2]: QueueFull}
+
+
+def test_each_lane_bounds_only_those_who_wait_for_it() -> None:
+    scheduler = two_lanes(ollama=1, vllm=1, waiting=1)
+    for_ollama = [Ticket(pin="ollama") for _ in range(3)]
+    for_vllm = [Ticket(pin="vllm") for _ in range(3)]
+
+    actions = arrive(scheduler, *for_ollama, *for_vllm)
+
+    assert refused(actions) == {for_ollama[2]: QueueFull, for_vllm[2]: QueueFull}
+
+
+def test_a_request_that_makes_the_policy_move_is_not_measured_by_the_lane_it_leaves() -> None:
+    scheduler = two_lanes(ollama=1, vllm=4, waiting=0, by=CROSSING)
+    arrive(scheduler, on_ollama := Ticket(), Ticket(pin="vllm"), Ticket(pin="vllm"), now=1.0)
+    fourth = Ticket()
+
+    # By now the rent is paid: Ollama is full, has no queue, and is not asked any more.
+    assert started(arrive(scheduler, fourth, now=100.0)) == [fourth]
+    assert fourth.lane is scheduler.lanes["vllm"]
+    assert on_ollama.lane is scheduler.lanes["ollama"]
+
+
+# A second attempt
+
+
+def test_a_second_attempt_goes_to_another_replica_and_is_let_in_although_the_queue_is_full() -> (
+    None
+):
+    scheduler = one_lane(1, 1, waiting=0)
+    failed, running = Ticket(), Ticket()
+    arrive(scheduler, failed, running)
+    assert failed.replica is not None
+    failed.without.add(failed.replica)
+    scheduler.left(failed, 2.0)
+
+    assert scheduler.arrived(failed, 2.0, again=True) == []
+    assert scheduler.left(running, 3.0) == [Start(failed)]
+    assert failed.replica not in failed.without
+
+
+def test_a_second_attempt_is_before_all_who_have_had_none() -> None:
+    scheduler = one_lane(1, 1)
+    failed, running = Ticket("a"), Ticket("b")
+    arrive(scheduler, failed, running, Ticket("b"), Ticket("a"), Ticket("c"))
+    [first, _] = scheduler.lanes["vllm"].replicas
+    failed.without.add(first)
+    first.room = 0
+    scheduler.left(failed, 2.0)
+    scheduler.arrived(failed, 2.0, again=True)
+
+    assert scheduler.left(running, 3.0) == [Start(failed)]
+
+
+def test_a_second_attempt_goes_to_the_other_lane_and_says_why() -> None:
+    scheduler = two_lanes()
+    ticket = Ticket()
+    arrive(scheduler, ticket)
+    ticket.without.update(scheduler.lanes["ollama"].replicas)
+    scheduler.left(ticket, 2.0)
+
+    assert scheduler.arrived(ticket, 2.0, again=True) == [Start(ticket)]
+    assert ticket.lane is scheduler.lanes["vllm"]
+    assert ticket.reason == "ollama failed this request"
+
+
+def test_a_second_attempt_with_nowhere_to_go_is_refused() -> None:
+    scheduler = one_lane(4)
+    ticket = Ticket()
+    arrive(scheduler, ticket)
+    ticket.without.update(scheduler.lanes["vllm"].replicas)
+    scheduler.left(ticket, 2.0)
+
+    assert refused(scheduler.arrived(ticket, 2.0, again=True)) == {ticket: NoLane}
+    assert repr(scheduler) == "<Scheduler vllm 0/4, 0 waiting, demand 0>"
+
+
+# What waits is bound to no lane
+
+
+def test_a_waiting_request_moves_with_the_policy() -> None:
+    scheduler = two_lanes(ollama=1, vllm=4, by=CROSSING)
+    running, *waiting = (Ticket() for _ in range(4))
+    arrive(scheduler, running, *waiting, now=1.0)
+    due = scheduler.policy.due()
+
+    assert scheduler.passed(due - 0.01) == []
+    assert started(scheduler.passed(due)) == waiting
+    assert {ticket.lane for ticket in waiting} == {scheduler.lanes["vllm"]}
+    assert running.lane is scheduler.lanes["ollama"]
+
+
+def test_a_waiting_request_moves_when_its_engine_goes_away() -> None:
+    scheduler = two_lanes(ollama=1, vllm=2)
+    running, *waiting = (Ticket() for _ in range(4))
+    arrive(scheduler, running, *waiting)
+
+    assert started(out(scheduler, "ollama")) == waiting[:2]
+    assert waiting[0].reason == "ollama cannot be reached"
+
+
+def test_a_waiting_request_moves_with_the_operators_pin() -> None:
+    scheduler = two_lanes(ollama=1, vllm=4)
+    running, *waiting = (Ticket() for _ in range(3))
+    arrive(scheduler, running, *waiting)
+
+    scheduler.policy.pin = "vllm"
+
+    assert started(scheduler.changed(2.0)) == waiting
+    assert waiting[0].reason == "pinned by the operator"
+
+
+def test_a_waiting_request_that_only_one_lane_can_take_does_not_move() -> None:
+    scheduler = two_lanes(ollama=1, vllm=4)
+    running, waits = Ticket(), Ticket(able=frozenset({"ollama"}))
+    arrive(scheduler, running, waits)
+
+    assert refused(out(scheduler, "ollama")) == {waits: NoLane}
+    assert scheduler.lanes["vllm"].running == 0
+
+
+# Leaving gives back what was held, and nothing else
+
+
+def state(scheduler: Scheduler) -> tuple[int, int, int]:
+    """Running, waiting, demand."""
+    running = sum(lane.running for lane in scheduler.lanes.values())
+    return running, scheduler.waiting, scheduler.demand
+
+
+@pytest.fixture(params=["foreground", "background"])
+def ticket(request: pytest.FixtureRequest) -> Ticket:
+    """One that is waited for, or one that nobody waits for."""
+    return Ticket(background=request.param == "background")
+
+
+def test_leaving_while_it_runs_gives_back_the_slot(ticket: Ticket) -> None:
+    scheduler = one_lane(2)
+    arrive(scheduler, ticket)
+
+    assert scheduler.left(ticket, 2.0) == []
+    assert state(scheduler) == (0, 0, 0)
+    assert (ticket.lane, ticket.replica) == (None, None)
+
+
+def test_leaving_while_it_waits_gives_back_the_place(ticket: Ticket) -> None:
+    scheduler = one_lane(1)
+    arrive(scheduler, Ticket(), ticket)
+
+    assert scheduler.left(ticket, 2.0) == []
+    assert state(scheduler) == (1, 0, 1)
+
+
+def test_leaving_twice_gives_back_nothing_more(ticket: Ticket) -> None:
+    scheduler = one_lane(1)
+    arrive(scheduler, running := Ticket(), ticket)
+    scheduler.left(ticket, 2.0)
+
+    assert scheduler.left(ticket, 3.0) == []
+    assert state(scheduler) == (1, 0, 1)
+    scheduler.left(running, 4.0)
+    assert scheduler.left(running, 5.0) == []
+    assert state(scheduler) == (0, 0, 0)
+
+
+def test_leaving_after_a_refusal_gives_back_nothing() -> None:
+    scheduler = one_lane(1, waiting=0)
+    arrive(scheduler, Ticket(), too_many := Ticket())
+    out(scheduler, "vllm")
+    arrive(scheduler, no_lane := Ticket())
+    before = state(scheduler)
+
+    assert scheduler.left(too_many, 2.0) == []
+    assert scheduler.left(no_lane, 2.0) == []
+    assert state(scheduler) == before == (1, 0, 1)
+
+
+def test_leaving_after_the_queue_was_dissolved_gives_back_nothing() -> None:
+    scheduler = one_lane(1)
+    arrive(scheduler, Ticket(), waits := Ticket())
+    out(scheduler, "vllm")
+
+    assert scheduler.left(waits, 3.0) == []
+    assert state(scheduler) == (1, 0, 1)
+
+
+def test_leaving_without_having_come_gives_back_nothing() -> None:
+    scheduler = one_lane(1)
+    arrive(scheduler, Ticket("a"), Ticket("a"))
+
+    assert scheduler.left(Ticket("a"), 2.0) == []
+    assert scheduler.left(Ticket("b"), 2.0) == []
+    assert state(scheduler) == (1, 1, 2)
+
+
+def test_whoever_leaves_the_queue_is_skipped() -> None:
+    scheduler = one_lane(1)
+    running, gone, last = Ticket(), Ticket(), Ticket()
+    arrive(scheduler, running, gone, last)
+    scheduler.left(gone, 2.0)
+
+    assert scheduler.left(running, 3.0) == [Start(last)]
+
+
+def test_a_slot_comes_back_to_the_replica_that_gave_it() -> None:
+    scheduler = one_lane(2, 2)
+    tickets = [Ticket() for _ in range(4)]
+    arrive(scheduler, *tickets)
+    second = tickets[1].replica
+    assert second is not None
+
+    scheduler.left(tickets[1], 2.0)
+
+    assert [r.running for r in scheduler.lanes["vllm"].replicas] == [2, 1]
+    assert second.running == 1
+
+
+# One GPU, which only one lane can have
+
+PATIENCE_S = 5.0
+#: Longer than any hand-over here, and than what follows one that has failed.
+LONG_S = 100.0
+
+
+def sharing(holder: str | None = "ollama", by: Profile = STILL) -> Scheduler:
+    """The GPU is with this lane, and moves only for those who need the other."""
+    lanes = [Lane("ollama", [replica(1)], 8), Lane("vllm", [replica(4)], 8)]
+    names = ("ollama", "vllm")
+    price = HandOver(assumed_s=1.0, patience_s=PATIENCE_S)
+    shared = Policy(names, {"": Served(names, by)}, price)
+    scheduler = Scheduler(lanes, shared, exclusive=True)
+    scheduler.hold(holder)
+    if holder is not None:
+        shared.settled(0.0, holder)
+    return scheduler
+
+
+def handed_over(scheduler: Scheduler, now: float, lane: str) -> list[Action]:
+    """The GPU has come to this lane, or has gone back to it."""
+    scheduler.policy.settled(now, lane)
+    scheduler.hold(lane)
+    return scheduler.changed(now)
+
+
+def test_while_nobody_has_the_gpu_it_is_asked_for_and_nobody_starts() -> None:
+    scheduler = sharing(holder=None)
+    ticket = Ticket()
+
+    assert scheduler.arrived(ticket, 1.0) == [Move()]
+    assert handed_over(scheduler, 2.0, "ollama") == [Start(ticket)]
+
+
+def test_nobody_waits_so_nobody_asks_for_the_gpu() -> None:
+    scheduler = sharing(holder=None)
+
+    assert scheduler.passed(1.0) == scheduler.changed(2.0) == []
+
+
+def test_from_the_decision_on_nothing_starts_until_the_gpu_has_come() -> None:
+    scheduler = sharing()
+    running, waits = Ticket(), Ticket()
+    arrive(scheduler, running)
+    scheduler.policy.pin = "vllm"
+    decided = scheduler.changed(1.0)
+    arrived = arrive(scheduler, waits)
+    left = scheduler.left(running, 2.0)
+
+    assert (decided, arrived, left) == ([Move()], [], [])
+    assert handed_over(scheduler, 3.0, "vllm") == [Start(waits)]
+    assert waits.lane is scheduler.lanes["vllm"]
+
+
+def test_a_slot_that_comes_free_at_the_moment_of_the_decision_is_given_to_nobody() -> None:
+    scheduler = sharing()
+    running, waits = Ticket(), Ticket(pin="ollama")
+    arrive(scheduler, running, Ticket(pin="vllm"), waits)
+
+    assert scheduler.left(running, scheduler.policy.due()) == [Move()]
+    assert handed_over(scheduler, 10.0, "ollama") == [Start(waits)]
+
+
+def test_after_a_hand_over_that_failed_it_goes_on_where_it_was() -> None:
+    scheduler = sharing()
+    arrive(scheduler, Ticket(pin="vllm"))
+    [move] = scheduler.passed(scheduler.policy.due())
+    arrive(scheduler, waits := Ticket())
+
+    assert move == Move()
+    assert handed_over(scheduler, 20.0, "ollama") == [Start(waits)]
+    assert waits.lane is scheduler.lanes["ollama"]
+
+
+def test_where_the_gpu_cannot_be_brought_to_the_operators_pin_it_serves_where_it_is() -> None:
+    scheduler = sharing()
+    scheduler.policy.pin = "vllm"
+    scheduler.changed(1.0)
+    arrive(scheduler, waits := Ticket(pin="ollama"))
+    while_moving = scheduler.lane_for(waits)
+
+    assert while_moving == "vllm"
+    assert handed_over(scheduler, 2.0, "ollama") == [Start(waits)]
+    assert waits.reason == "the GPU could not be brought to vllm, where the operator wants it"
+
+
+@pytest.mark.parametrize("needs", [Ticket(pin="vllm"), Ticket(able=frozenset({"vllm"}))])
+def test_who_needs_the_other_lane_is_waited_for_and_no_longer_than_patience(needs: Ticket) -> None:
+    scheduler = sharing()
+    arrive(scheduler, needs, now=1.0)
+    due = scheduler.policy.due()
+
+    assert due <= 1.0 + PATIENCE_S
+    assert scheduler.passed(due - 0.01) == []
+    assert scheduler.passed(due) == [Move()]
+    assert handed_over(scheduler, due + 1, "vllm") == [Start(needs)]
+
+
+def test_a_background_call_that_needs_the_other_lane_moves_nothing() -> None:
+    scheduler = sharing()
+    arrive(scheduler, Ticket(pin="vllm", background=True))
+
+    assert scheduler.policy.due() == math.inf
+    assert scheduler.passed(LONG_S) == []
+
+
+def test_who_waits_for_a_gpu_that_others_have_for_a_while_is_refused_and_told() -> None:
+    scheduler = sharing()
+    arrive(scheduler, Ticket(), waits := Ticket())
+
+    scheduler.hold(None, "is not loaded: the operator has released the GPU")
+    [refusal] = scheduler.changed(2.0)
+    [at_once] = scheduler.arrived(Ticket(), 3.0)
+
+    for action, ticket in ((refusal, waits), (at_once, None)):
+        assert isinstance(action, Refuse)
+        assert ticket is None or action.ticket is ticket
+        assert "the operator has released the GPU" in action.error.message
+    assert handed_over(scheduler, 4.0, "ollama") == []
+
+
+def test_whose_engine_fails_has_the_gpu_moved_to_the_other() -> None:
+    scheduler = sharing()
+    arrive(scheduler, ticket := Ticket())
+    ticket.without.update(scheduler.lanes["ollama"].replicas)
+    out(scheduler, "ollama")
+    scheduler.left(ticket, 3.0)
+
+    assert scheduler.arrived(ticket, 3.0, again=True) == []
+    assert scheduler.passed(3.0 + PATIENCE_S) == [Move()]
+    assert handed_over(scheduler, 10.0, "vllm") == [Start(ticket)]
+
+
+def test_who_fails_at_an_engine_that_is_well_is_refused_and_not_moved_for() -> None:
+    scheduler = sharing()
+    arrive(scheduler, ticket := Ticket())
+    ticket.without.update(scheduler.lanes["ollama"].replicas)
+    scheduler.left(ticket, 3.0)
+
+    assert refused(scheduler.arrived(ticket, 3.0, again=True)) == {ticket: NoLane}
+    assert scheduler.policy.due() == math.inf
+
+
+# Under any sequence of events
+
+KEYS = st.sampled_from(["a", "b", "c"])
+PINS = st.sampled_from([None, None, None, "ollama", "vllm"])
+ABLE = st.sampled_from([frozenset[str](), frozenset({"ollama"}), frozenset({"vllm"})])
+
+
+@dataclass(frozen=True)
+class Arrive:
+    key: str
+    background: bool
+    pin: str | None
+    able: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Leave:
+    """One of those that came, in the queue, in a slot, or gone already."""
+
+    which: int
+    failed: bool  # and comes again, not to the same replica
+
+
+@dataclass(frozen=True)
+class Room:
+    which: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Pin:
+    lane: str | None
+
+
+@dataclass(frozen=True)
+class Pass:
+    seconds: float
+
+
+Event: TypeAlias = Arrive | Leave | Room | Pin | Pass
+
+ANY = st.one_of(
+    st.builds(Arrive, KEYS, st.booleans(), PINS, ABLE),
+    st.builds(Arrive, KEYS, st.just(value=False), st.none(), st.just(frozenset[str]())),
+    st.builds(Leave, st.integers(0, 30), st.booleans()),
+    st.builds(Room, st.integers(0, 2), st.integers(0, 3)),
+    st.builds(Pin, PINS),
+    st.builds(Pass, st.floats(0, 10)),
+)
+EVENTS = st.lists(ANY, max_size=60)
+
+
+@dataclass
+class Ledger:
+    """What an outsider knows of each request, from the actions alone."""
+
+    scheduler: Scheduler
+    all: list[Ticket] = field(default_factory=list)
+    waiting: set[Ticket] = field(default_factory=set)
+    running: dict[Ticket, Replica] = field(default_factory=dict)
+    now: float = 1.0
+
+    def take(self, actions: list[Action]) -> None:
+        """Note what was decided; every decision must be about one who waits."""
+        for action in actions:
+            assert not isinstance(action, Move), "both lanes are resident"
+            ticket = action.ticket
+            assert ticket in self.waiting, "decided about one who had left, or twice"
+            self.waiting.remove(ticket)
+            if isinstance(action, Start):
+                assert ticket.replica is not None
+                assert ticket.replica not in ticket.without
+                self.running[ticket] = ticket.replica
+                pin = self.pinned(ticket)
+                assert ticket.lane is not None
+                assert not pin or ticket.lane.name == pin
+                assert pin or not ticket.able or ticket.lane.name in ticket.able
+        for replica in {a.ticket.replica for a in actions if isinstance(a, Start)}:
+            assert replica is not None
+            assert replica.running <= replica.room, "started more than there is room for"
+
+    def pinned(self, ticket: Ticket) -> str | None:
+        """Where it has to be served."""
+        return self.scheduler.policy.pin or ticket.pin
+
+    def play(self, event: Event) -> None:
+        scheduler = self.scheduler
+        match event:
+            case Arrive(key, background, pin, able):
+                ticket = Ticket(key, background, pin, able)
+                self.all.append(ticket)
+                self.waiting.add(ticket)
+                self.take(scheduler.arrived(ticket, self.now))
+            case Leave(which, failed) if which < len(self.all):
+                ticket = self.all[which]
+                held = self.running.pop(ticket, None)
+                self.waiting.discard(ticket)
+                self.take(scheduler.left(ticket, self.now))
+                if failed and held is not None:
+                    ticket.without.add(held)
+                    self.waiting.add(ticket)
+                    self.take(scheduler.arrived(ticket, self.now, again=True))
+            case Room(which, slots):
+                replicas = [r for lane in scheduler.lanes.values() for r in lane.replicas]
+                replicas[which].room = slots
+                self.take(scheduler.changed(self.now))
+            case Pin(lane):
+                scheduler.policy.pin = lane
+                self.take(scheduler.changed(self.now))
+            case Pass(seconds):
+                self.now += seconds
+                self.take(scheduler.passed(self.now))
+
+    def check(self) -> None:
+        """What must hold after every event."""
+        scheduler = self.scheduler
+        held = Counter(self.running.values())
+        for lane in scheduler.lanes.values():
+            for replica in lane.replicas:
+                assert replica.running == held[replica]
+        wanted = [*self.waiting, *self.running]
+        assert scheduler.demand == sum(not ticket.background for ticket in wanted)
+        assert scheduler.waiting == len(self.waiting)
+        for ticket in self.waiting:
+            name = scheduler.lane_for(ticket)
+            assert name is not None, "waits for a lane that will not take it"
+            assert scheduler.lanes[name].free(ticket.without) is None, "waits beside a free slot"
+
+
+@settings(max_examples=300)
+@given(EVENTS)
+def test_whatever_happens_the_counts_are_right_and_nobody_is_started_twice_or_after_leaving(
+    events: list[Event],
+) -> None:
+    lanes = [
+        Lane("ollama", [replica(1)], waiting=3),
+        Lane("vllm", [replica(2, "http://0"), replica(2, "http://1")], waiting=3),
+    ]
+    ledger = Ledger(Scheduler(lanes, policy(CROSSING)))
+
+    for event in events:
+        ledger.play(event)
+        ledger.check()
+    for ticket in ledger.all:
+        ledger.play(Leave(ledger.all.index(ticket), failed=False))
+        ledger.check()
+    assert state(ledger.scheduler) == (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Settle:
+    """The hand-over is over, if there is one; else the GPU is given to who should have it."""
+
+    well: bool
+
+
+@dataclass(frozen=True)
+class Free:
+    """Whoever has the GPU gives it back: for want of requests, or to somebody else (barred)."""
+
+    barred: str
+
+
+SHARED = st.lists(
+    st.one_of(
+        st.tuples(st.booleans(), ANY),
+        st.tuples(st.booleans(), ANY),
+        st.builds(Settle, st.booleans()),
+        st.builds(Free, st.sampled_from(["", "is not loaded"])),
+    ),
+    max_size=60,
+)
+
+
+class Sharer(Ledger):
+    """One model of several that share a GPU."""
+
+    def __init__(self, scheduler: Scheduler, owner: Owner) -> None:
+        super().__init__(scheduler)
+        self.owner = owner
+
+    def take(self, actions: list[Action]) -> None:
+        decided: list[Action] = [a for a in actions if not isinstance(a, Move)]
+        for action in decided:
+            if isinstance(action, Start):
+                assert Move() not in actions, "started on its way out"
+                assert action.ticket.lane is not None
+                assert action.ticket.lane.name == self.owner.holder, "started without the GPU"
+        super().take(decided)
+        if len(decided) < len(actions):
+            self.owner.wanted()
+
+    def pinned(self, ticket: Ticket) -> str | None:
+        """Where it has to be served; the operator's pin is where the GPU is, if need be."""
+        lanes, operator = self.scheduler.lanes, self.scheduler.policy.pin
+        if operator in lanes and self.owner.holder in lanes:
+            return self.owner.holder
+        return operator or ticket.pin
+
+    def check(self) -> None:
+        super().check()
+        if self.waiting and self.owner.holder is None and not self.scheduler.policy.moving:
+            assert self.owner.asked, "waits, and nobody was asked for the GPU"
+
+
+class Owner:
+    """The GPU's part in it: it brings the GPU where it is wanted, some time."""
+
+    def __init__(self) -> None:
+        both, only = ("ollama", "vllm"), ("vllm",)
+        served = {"both": Served(both, CROSSING), "only": Served(only, CROSSING)}
+        self.policy = Policy(both, served, HandOver(1.0, 2, PATIENCE_S))
+        self.sharers = [self._sharer(name, lanes.lanes) for name, lanes in served.items()]
+        self.holder: str | None = None
+        self.former = "ollama"
+        self.barred = ""
+        self.asked = False
+        self.now = 1.0
+
+    def _sharer(self, name: str, lanes: tuple[str, ...]) -> Sharer:
+        made = [Lane(lane, [replica(2)], waiting=3) for lane in lanes]
+        scheduler = Scheduler(made, self.policy, model=name, exclusive=True)
+        scheduler.hold(None)
+        return Sharer(scheduler, self)
+
+    def wanted(self) -> None:
+        self.asked = True
+        if self.holder is not None and self.policy.lane != self.holder:
+            self.former, self.holder = self.holder, None
+            self.tell()
+
+    def tell(self) -> None:
+        for sharer in self.sharers:  # what one does about it may change it for the next, as in Gpu
+            sharer.scheduler.hold(self.holder, self.barred)
+            sharer.take(sharer.scheduler.changed(self.now))
+
+    def open(self, lane: str) -> None:
+        self.holder, self.barred, self.asked = lane, "", False
+        self.policy.settled(self.now, lane)
+        self.tell()
+
+    def play(self, event: Settle | Free | tuple[bool, Event]) -> None:
+        match event:
+            case Settle(well) if self.policy.moving:
+                self.open(self.policy.lane if well else self.former)
+            case Settle() if self.holder is None:
+                self.open(self.policy.pin or self.policy.lane)
+            case Free(barred) if self.holder is not None:
+                self.former, self.holder, self.barred = self.holder, None, barred
+                self.policy.settled(self.now, self.former)
+                self.tell()
+            case (first, its):
+                self.play_one(self.sharers[0 if first else 1], its)
+
+    def play_one(self, sharer: Sharer, event: Event) -> None:
+        sharer.now = self.now
+        match event:
+            case Room(which, slots):
+                lanes = list(sharer.scheduler.lanes.values())
+                lanes[which % len(lanes)].replicas[0].room = slots
+                sharer.take(sharer.scheduler.changed(self.now))
+            case Pin(lane):
+                self.policy.pin = lane
+                self.tell()
+            case _:
+                sharer.play(event)
+        self.now = sharer.now
+
+    def check(self) -> None:
+        for sharer in self.sharers:
+            sharer.check()
+
+
+@settings(max_examples=300, deadline=None)
+@given(SHARED)
+def test_whatever_happens_to_the_gpu_nothing_starts_without_it_and_nobody_waits_for_ever(
+    events: list[Settle | Free | tuple[bool, Event]],
+) -> None:
+    owner = Owner()
+    owner.open("ollama")
+
+    for event in events:
+        owner.play(event)
+        owner.check()
+
+    # From now on all is well: whoever waits is served, in a few turns of the GPU.
+    owner.policy.pin = None
+    for sharer in owner.sharers:
+        for lane in sharer.scheduler.lanes.values():
+            lane.replicas[0].room = 2
+    owner.tell()
+    for _ in range(60):
+        owner.now += LONG_S
+        owner.play(Settle(well=True))
+        for sharer in owner.sharers:
+            for ticket in list(sharer.running):
+                owner.play_one(sharer, Leave(sharer.all.index(ticket), failed=False))
+            owner.play_one(sharer, Pass(0.0))
+        owner.check()
+    for sharer in owner.sharers:
+        assert all(ticket.background for ticket in sharer.waiting), "waits for ever"
+        for number in range(len(sharer.all)):
+            owner.play_one(sharer, Leave(number, failed=False))
+        assert state(sharer.scheduler) == (0, 0, 0)
+
+
+@given(st.lists(KEYS), st.lists(st.tuples(KEYS, st.booleans())))
+def test_whatever_happens_keys_that_wait_are_served_in_turn(
+    first: list[str], then: list[tuple[str, bool]]
+) -> None:
+    scheduler = one_lane(1, waiting=1000)
+    arrive(scheduler, running := Ticket("running"), *map(Ticket, first))
+    for key, somebody_leaves in then:
+        arrive(scheduler, Ticket(key))
+        if somebody_leaves:
+            [running] = started(scheduler.left(running, 2.0))
+
+    order = [ticket.key for ticket in served_in_turn(scheduler, running)]
+
+    for key, other in itertools.permutations(set(order), 2):
+        # As long as one key has somebody waiting, another comes at most once between two.
+        last = max(index for index, each in enumerate(order) if each == key)
+        assert order[:last].count(other) <= order.count(key)

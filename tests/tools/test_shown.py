@@ -1,0 +1,137 @@
+"""What the commands show of a profile, in a terminal of eighty columns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from backends.fake import FakeEngine
+from gateway.routing import profile
+from gateway.routing.profile import Crossover, Lane, Measured, Profile
+from tests.conftest import StartGateway
+from tests.faults.conftest import alone, chat
+
+FULL = Profile(
+    version=1,
+    source="measured",
+    machine="AMD EPYC 7763, 2 cores",
+    measured_at="2026-11-20T12:00:00+00:00",
+    tokens_in=80,
+    tokens_out=64,
+    crossover=Crossover(5.5, 4.0, 7.0),
+    lanes={
+        "ollama": Lane(
+            (1, 4, 16),
+            (1.2, 4.1, 15.0),
+            (1.1, 4.0, 14.0),
+            (1.3, 4.2, 16.5),
+            (0.3, 2.9, 13.8),
+            (53.0, 62.0, 68.0),
+            Measured("ollama", "small:1b", "0.24.0", "Q4_1", 1),
+        ),
+        "vllm": Lane(
+            (1, 4, 16),
+            (3.0, 4.5, 7.5),
+            (2.9, 4.4, 7.1),
+            (3.1, 4.6, 7.9),
+            (0.2, 0.4, 1.1),
+            (21.0, 57.0, 136.0),
+            Measured("vllm", "Small-1B", "0.32.0", "bfloat16", 16),
+        ),
+    },
+)
+
+
+async def twolane(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the command to its end."""
+    command = [sys.executable, "-m", "gateway", *arguments]
+    return await anyio.run_process(command, check=False, env={**os.environ, "COLUMNS": "80"})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "chat.json"
+    profile.save(path, FULL)
+    return path
+
+
+def configured(folder: Path, **models: Any) -> str:
+    """A settings file with these models on one vLLM."""
+    lanes = {"vllm": {"model": "A"}}
+    said = {
+        "engines": {"vllm": {"urls": ["http://127.0.0.1:9"]}},
+        "models": {name: {"lanes": lanes, **model} for name, model in models.items()},
+    }
+    path = folder / "twolane.yaml"
+    path.write_text(json.dumps(said))  # JSON is YAML
+    return str(path)
+
+
+async def test_a_profile_is_drawn_with_all_that_was_measured(file: Path) -> None:
+    shown = await twolane("profile", "show", str(file))
+
+    drawn = shown.stdout.decode()
+    assert shown.returncode == 0, shown.stderr
+    assert max(map(len, drawn.splitlines())) <= 80
+    for part in (
+        "AMD EPYC 7763, 2 cores", "measured", "ago", "15.00", "14.00-16.50", "13.80", "136", "█",
+        "cross at 5.5", "4.0 to 7.0", "0.24.0", "Q4_1", "bfloat16", "16 slots",
+    ):  # fmt: skip
+        assert part in drawn, drawn
+
+
+async def test_without_a_file_the_assumed_one_is_drawn_and_said_to_be_that() -> None:
+    shown = await twolane("profile", "show")
+
+    drawn = shown.stdout.decode()
+    assert shown.returncode == 0, shown.stderr
+    assert max(map(len, drawn.splitlines())) <= 80
+    assert "assumed" in drawn
+    assert "measured" not in drawn
+    assert "32.80" in drawn
+
+
+async def test_the_profile_of_a_model_of_the_settings_is_drawn(tmp_path: Path, file: Path) -> None:
+    settings = configured(tmp_path, other={}, chat={"profile": str(file)})
+
+    chat, other, none = [
+        await twolane("profile", "show", "--config", settings, "--model", name)
+        for name in ("chat", "other", "none")
+    ]
+
+    assert b"AMD EPYC" in chat.stdout
+    assert b"assumed" in other.stdout
+    assert (none.returncode, none.stdout) == (2, b"")
+    assert b"there is no model none; there are: other, chat" in none.stderr
+
+
+async def test_a_file_that_is_no_profile_is_told(tmp_path: Path) -> None:
+    shown = await twolane("profile", "show", str(tmp_path / "none.json"))
+
+    assert shown.returncode == 2
+    assert b"none.json cannot be read: No such file" in shown.stderr
+
+
+async def test_status_draws_the_profile_its_corrections_and_what_speaks_against_it(
+    start_gateway: StartGateway, file: Path
+) -> None:
+    async with FakeEngine("vllm", ["Small-1B"], ttft_s=0.01) as vllm:
+        vllm.version = "0.33.0"
+        how = alone(vllm, slots=16)
+        how["models"]["m"]["profile"] = str(file)
+        async with start_gateway(**how) as running:
+            await running.until(lambda gateway: gateway.catalogue.models["m"].changed)
+            await running.http.post("/v1/chat/completions", json=chat())
+            shown = await twolane("status", "--url", running.url)
+
+    drawn = " ".join(shown.stdout.decode().replace("│", " ").split())
+    assert "m (measured profile)" in drawn
+    assert "days ago, refined by 1 request: vllm +0 %" in drawn
+    assert "vllm: version 0.33.0 now, measured with 0.32.0: run `twolane calibrate`" in drawn
