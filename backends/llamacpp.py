@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from backends import base
+from backends import base, errors
 from backends.base import (
     Activity,
     Bridged,
@@ -26,8 +26,8 @@ from backends.base import (
     Identity,
     Metrics,
     Readiness,
-    Unsupported,
 )
+from backends.errors import Unsupported
 
 
 class _Generation(msgspec.Struct):
@@ -62,9 +62,9 @@ class LlamaCpp(Engine):
         try:
             await self.get("/health")
             return Readiness.READY if model in await self.models() else Readiness.ABSENT
-        except (base.Busy, base.Sick):
+        except (errors.Busy, errors.Sick):
             return Readiness.LOADING  # it listens before its model is read, and says 503
-        except base.BackendError:
+        except errors.BackendError:
             return Readiness.DOWN
 
     async def capabilities(self, model: str) -> Capabilities:
@@ -88,7 +88,7 @@ class LlamaCpp(Engine):
         """Whether it was started with --embeddings: only asking tells."""
         try:
             await self.post(base.EMBEDDINGS, {"model": model, "input": "a"}, timeout_s=60.0)
-        except base.BackendError:
+        except errors.BackendError:
             return False
         return True
 

@@ -15,22 +15,9 @@ import httpx
 import msgspec
 import ollama
 
-from backends import base
-from backends.base import (
-    Activity,
-    Body,
-    Bridged,
-    Broken,
-    Call,
-    Capabilities,
-    Engine,
-    Identity,
-    Readiness,
-    Refused,
-    Sick,
-    Silent,
-    Unreachable,
-)
+from backends import base, errors
+from backends.base import Activity, Body, Bridged, Call, Capabilities, Engine, Identity, Readiness
+from backends.errors import Broken, Refused, Sick, Silent, Unreachable
 
 T = TypeVar("T")
 
@@ -91,7 +78,7 @@ class Ollama(Engine):
         # A model on disk is ready: Ollama loads it when it is first asked for.
         try:
             return Readiness.READY if full(model) in await self.models() else Readiness.ABSENT
-        except base.BackendError:
+        except errors.BackendError:
             return Readiness.DOWN
 
     async def capabilities(self, model: str) -> Capabilities:

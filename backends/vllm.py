@@ -11,20 +11,18 @@ from pathlib import Path
 
 import msgspec
 
-from backends import base
+from backends import base, errors
 from backends.base import (
     Activity,
     Bridged,
-    Broken,
     Call,
     Capabilities,
     Engine,
     Identity,
     Metrics,
     Readiness,
-    Refused,
-    Unsupported,
 )
+from backends.errors import Broken, Refused, Unsupported
 
 #: First sleep of a 70B is about 8 s, a wake 2-4 s; these are the deadlines.
 SLEEP_S = 120.0
@@ -57,9 +55,9 @@ class VLLM(Engine):
                 return Readiness.ABSENT
             # /health is 200 while asleep, and requests sent then hang.
             return Readiness.ASLEEP if await self.asleep() else Readiness.READY
-        except base.Busy:
+        except errors.Busy:
             return Readiness.LOADING
-        except base.BackendError:
+        except errors.BackendError:
             return Readiness.DOWN
 
     async def asleep(self) -> bool:

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from backends.base import BackendError, Capabilities, Engine, Readiness, Timeouts
+from backends.base import Capabilities, Engine, Readiness, Timeouts
+from backends.errors import BackendError
 from backends.processes.supervised import Supervised
 from backends.transport import http
 from backends.vllm import VLLM
@@ -35,14 +36,15 @@ from gateway.observe.cost import statement
 from gateway.observe.metrics import Metrics
 from gateway.relay.relay import Relay
 from gateway.routing import profile
-from gateway.routing.breaker import Breaker, Prober
+from gateway.routing.breaker import Breaker
 from gateway.routing.policy import HandOver, Overlap, Policy, Served
-from gateway.routing.profile import Refined
+from gateway.routing.refine import Refined
 from gateway.routing.scheduler import Lane, Replica, Scheduler
 from gateway.serving import discovery
 from gateway.serving.admission import Admission, Server
 from gateway.serving.catalogue import Catalogue, Model
 from gateway.serving.loading import Loader
+from gateway.serving.prober import Prober
 from gateway.settings import SLOTS, Kind, Settings, SettingsError
 
 log = logging.getLogger("gateway")

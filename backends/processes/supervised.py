@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from backends.base import BackendError
+from backends.errors import BackendError
 from backends.processes import keeper
 
 log = logging.getLogger("backends.process")

@@ -29,7 +29,8 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from backends.base import BackendError, Engine, Identity
+from backends.base import Engine, Identity
+from backends.errors import BackendError
 from backends.processes.supervised import Supervised
 from backends.transport import http
 from gateway import settings

@@ -23,8 +23,9 @@ from typing import TypeVar
 
 import msgspec
 
-from backends import base
-from backends.base import BackendError, Timeouts, Unreachable
+from backends import base, errors
+from backends.base import Timeouts
+from backends.errors import BackendError, Unreachable
 from backends.ollama import Loaded, Ollama
 from backends.transport import http
 from backends.vllm import VLLM
@@ -458,7 +459,7 @@ class _Eyes:
             return found
         try:
             await engine.models()
-        except (Unreachable, base.Silent) as exc:
+        except (Unreachable, errors.Silent) as exc:
             return Unseen(str(exc).removeprefix(f"{engine}: "))
         except BackendError:
             return None
@@ -589,6 +590,6 @@ async def _of_lanes(server: Server, question: Callable[[str], Awaitable[T]]) -> 
     for name in dict.fromkeys(wanted.lane.model for wanted in server.wanted):
         try:
             found[name] = await question(name)
-        except base.Refused:
+        except errors.Refused:
             continue  # it does not have it, which is said elsewhere
     return found

@@ -28,18 +28,8 @@ from typing import Protocol
 
 import msgspec
 
-from backends.base import (
-    CHAT,
-    BackendError,
-    Broken,
-    Call,
-    Engine,
-    Kind,
-    Readiness,
-    Refused,
-    Unreachable,
-    Unsupported,
-)
+from backends.base import CHAT, Call, Engine, Kind, Readiness
+from backends.errors import BackendError, Broken, Refused, Unreachable, Unsupported
 from backends.ollama import Ollama
 from backends.processes.supervised import Supervised
 from gateway.gpu.memory import Memory, MemoryUnknown

@@ -23,7 +23,9 @@ from gateway.errors import (
 )
 from gateway.http.auth import Keys
 from gateway.http.request import parse, read_body
-from gateway.relay.relay import Exchange, Lifeline, Message, Receive, Relay, Reply, Send, told
+from gateway.relay.exchange import Exchange, Lifeline, Message, Receive, Send
+from gateway.relay.relay import Relay
+from gateway.relay.reply import Reply, told
 
 log = logging.getLogger("gateway")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -16,6 +15,8 @@ import msgspec
 from backends import base
 from backends.base import Body, Call
 from gateway.errors import BadRequest, ClientGone, TooLarge
+from gateway.relay.exchange import Request
+from gateway.routing.needs import Needs
 
 MAX_FIELDS = 1_000
 MAX_MESSAGES = 10_000
@@ -95,32 +96,6 @@ class _Part(msgspec.Struct):
 class _Message(msgspec.Struct):
     role: _Role
     content: msgspec.Raw = msgspec.Raw()
-
-
-@dataclass(slots=True)
-class Needs:
-    """What a request asks of a lane. `tokens`: prompt and answer, estimated."""
-
-    chat: bool = False
-    embeddings: bool = False
-    tools: bool = False
-    forced_tools: bool = False
-    images: bool = False
-    many: bool = False
-    tokens: int = 0
-
-
-@dataclass(slots=True)
-class Request:
-    """A request to generate: the engine's call, and what the choice of a lane needs.
-
-    `background`: the chat page asks by itself (a title, tags), nobody waits for it.
-    """
-
-    model: str
-    call: Call
-    needs: Needs
-    background: bool = False
 
 
 async def read_body(

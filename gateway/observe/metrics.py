@@ -36,7 +36,7 @@ from gateway.errors import GatewayError
 from gateway.gpu.handover import Gpu, Passage, Step
 from gateway.gpu.memory import MemoryUnknown, Nvml, Reading, drawn
 from gateway.observe.cost import Bill, Meter, bill
-from gateway.relay.relay import Exchange
+from gateway.relay.exchange import Exchange
 from gateway.routing.scheduler import Lane
 from gateway.serving.catalogue import Model
 from gateway.settings import Cost

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import msgspec
 
-from gateway.relay.relay import Exchange
+from gateway.relay.exchange import Exchange
 
 
 class Log:

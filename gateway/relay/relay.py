@@ -10,19 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Any, Self, TypeAlias
 
 import msgspec
 
-from backends import base
-from backends.base import BackendError, Busy, Refused, Silent, Unreachable
-from backends.transport import sse
+from backends import base, errors
+from backends.errors import BackendError, Busy, Refused, Silent, Unreachable
 from gateway.errors import (
-    ClientGone,
     EngineBusy,
     EngineFailed,
     EngineRefused,
@@ -30,217 +24,18 @@ from gateway.errors import (
     GatewayError,
     NoLane,
 )
-from gateway.http.request import Request
+from gateway.relay.exchange import Exchange, Request
+from gateway.relay.heartbeat import EARLY_S, HEARTBEAT, Heart
+from gateway.relay.reply import Reply
+from gateway.relay.retry import RetryBudget
 from gateway.routing.scheduler import Replica, Ticket
 from gateway.serving.catalogue import Catalogue, Model
 
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-Headers: TypeAlias = list[tuple[bytes, bytes]]
-
-HEARTBEAT = b": ping\n\n"
 #: How soon, and how often at most, people read what they wait for.
 STATUS_S = 1.0
-#: A timer may be as early.
-EARLY_S = 0.001
 #: A chat page asks for the title of a chat just before it asks for the answer. Nobody waits for
 #: the title, so it is held back for as long: where there is one slot, the answer has it first.
 BACKGROUND_S = 0.5
-
-#: Of all requests, how many may be tried a second time (case: an engine dies under
-#: load, and every request to it is sent again to the one that is left), and how many
-#: such attempts may be saved up, if no server has more slots.
-RETRY_SHARE = 0.2
-RETRY_SAVED = 10.0
-
-
-@dataclass(slots=True)
-class Exchange:
-    """What is known of one exchange; filled on its way, logged at its end.
-
-    Times are seconds on the monotonic clock, zero where it never came to it.
-    """
-
-    id: str
-    path: str = ""
-    key: str = ""
-    model: str = ""
-    stream: bool = False
-    background: bool = False
-    lane: str = ""
-    cause: str = ""
-    reason: str = ""
-    dropped: tuple[str, ...] = ()
-    attempts: int = 0
-    outcome: str = ""
-    status: int = 0
-    began: float = 0.0
-    sent: float = 0.0
-    first: float = 0.0
-    ended: float = 0.0
-    usage: sse.Usage | None = None
-
-
-class Lifeline:
-    """Ends the block when the client hangs up, or when somebody cuts it.
-
-    The client is watched from the first moment: while its request waits, before the
-    engine has answered, and between any two bytes.
-    """
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._cause: BaseException | None = None
-
-    def __enter__(self) -> Self:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - we run in one
-        self._task = task
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
-        return self
-
-    def cut(self, cause: BaseException) -> None:
-        """End the block with this exception."""
-        if self._cause is None:
-            self._cause = cause
-            self._task.cancel()
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.cut(ClientGone())
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self._watcher.cancel()
-        if self._cause is not None and kind is asyncio.CancelledError:
-            self._task.uncancel()
-            raise self._cause from None
-
-
-class Reply:
-    """The answer on its way to the client; knows whether it has begun."""
-
-    def __init__(self, send: Send, exchange: Exchange) -> None:
-        self.begun = False
-        self.last = 0.0
-        self._send = send
-        self._exchange = exchange
-
-    async def whole(self, status: int, body: bytes, extra: Headers | None = None) -> None:
-        """An answer in one piece, JSON."""
-        self.begun = True
-        self._exchange.status = status
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            *self._told(),
-            *(extra or ()),
-        ]
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
-
-    async def events(self, data: bytes) -> None:
-        """Some events of a stream, which begins with the first of them."""
-        if not self.begun:
-            self.begun = True
-            self._exchange.status = 200
-            headers = [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"cache-control", b"no-cache"),
-                (b"x-accel-buffering", b"no"),
-                *self._told(),
-            ]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        self.last = time.monotonic()
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def end(self) -> None:
-        """The stream is over."""
-        await self._send({"type": "http.response.body", "body": b""})
-
-    async def error(self, error: GatewayError) -> None:
-        """Tell the client of a failure: as an answer, or as an event where one has begun."""
-        if not self.begun:
-            await self.whole(error.status, error.envelope(), error.headers())
-            return
-        await self.events(b"data: " + error.envelope() + b"\n\n" + sse.DONE)
-        await self.end()
-
-    def _told(self) -> Headers:
-        return told(self._exchange)
-
-
-def told(exchange: Exchange) -> Headers:
-    """The headers that every answer carries: its id, its lane and why."""
-    headers = [
-        (b"x-request-id", exchange.id.encode()),
-        (b"x-gateway-lane", exchange.lane.encode() or b"none"),
-        (b"x-gateway-reason", exchange.reason.encode("ascii", "replace") or b"the gateway's own"),
-    ]
-    if exchange.dropped:
-        names = ",".join(exchange.dropped)[:512]
-        safe = "".join(c if c.isprintable() else "?" for c in names)
-        headers.append((b"x-gateway-dropped", safe.encode("ascii", "replace")))
-    return headers
-
-
-class Heart:
-    """Keeps a waiting stream alive: sends what `beat` says whenever nothing was sent for a while.
-
-    An empty beat is none.
-    """
-
-    def __init__(self, reply: Reply, period_s: float, beat: Callable[[], bytes]) -> None:
-        self._reply = reply
-        self._period_s = period_s
-        self._beat = beat
-        self._beating: asyncio.Task[None] | None = None
-
-    def __enter__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._reply.last = time.monotonic()
-        self._timer = self._loop.call_later(self._period_s, self._due)
-
-    def __exit__(self, *exc: object) -> None:
-        self._timer.cancel()
-        if self._beating is not None:
-            self._beating.cancel()
-
-    def _due(self) -> None:
-        left = self._reply.last + self._period_s - time.monotonic()
-        if left <= EARLY_S:
-            if (self._beating is None or self._beating.done()) and (beat := self._beat()):
-                self._beating = self._loop.create_task(self._reply.events(beat))
-            left = self._period_s
-        self._timer = self._loop.call_later(left, self._due)
-
-
-class RetryBudget:
-    """Second attempts as a share of all requests, so that no failure is multiplied.
-
-    What is saved up is enough for all that one server may have at once: its death is one
-    fault, and none of those that it had not begun to answer shall be lost to it.
-    """
-
-    def __init__(self) -> None:
-        self._most = self._saved = RETRY_SAVED
-
-    def earn(self, slots: int) -> None:
-        """A request came, for servers of so many slots at most."""
-        if slots > self._most:
-            self._saved += slots - self._most
-            self._most = slots
-        self._saved = min(self._most, self._saved + RETRY_SHARE)
-
-    def spend(self) -> bool:
-        """Whether one may be tried again."""
-        if self._saved < 1:
-            return False
-        self._saved -= 1
-        return True
 
 
 class Relay:
@@ -442,7 +237,7 @@ def _translated(error: BackendError) -> GatewayError:
             return NoLane("The engine cannot be reached.", retry_after=5)
         case Silent():
             return EngineSilent("The engine did not answer in time.")
-        case base.BrokeOff():
+        case errors.BrokeOff():
             return EngineFailed("The engine's answer broke off before its end.")
         case _:
             return EngineFailed("The engine failed to answer.", retry_after=1)

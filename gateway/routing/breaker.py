@@ -7,15 +7,10 @@ answer does.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from backends.base import BackendError, Busy, Engine, Readiness, Unreachable
-
-log = logging.getLogger("gateway.health")
+from backends.base import Readiness
+from backends.errors import BackendError, Busy, Unreachable
 
 #: Failures in a row after which a replica is left alone.
 FAILURES = 3
@@ -24,9 +19,6 @@ FIRST_EJECTION_S = 1.0
 LONGEST_EJECTION_S = 60.0
 #: A busy engine that does not say for how long.
 BUSY_S = 1.0
-
-PROBE_WELL_S = 5.0
-PROBE_ILL_S = 0.5
 
 
 @dataclass(slots=True)
@@ -119,45 +111,3 @@ class Breaker:
         """When its standing changes by time alone, or None."""
         ends = [end for end in (self.out_until, self.busy_until) if end > now]
         return min(ends, default=None)
-
-
-class Prober:
-    """Asks one replica again and again whether it is ready for one model.
-
-    Args:
-        engine: The replica.
-        model: The engine's own name of the model.
-    """
-
-    def __init__(self, engine: Engine, model: str) -> None:
-        self._engine = engine
-        self._model = model
-        self._doubt = asyncio.Event()
-        self._asked = 0
-
-    def doubt(self) -> None:
-        """Ask again at once: a request has just failed."""
-        self._doubt.set()
-
-    def disregard(self) -> None:
-        """What is being asked now is out of date already: the engine has just been woken."""
-        self._asked += 1
-        self._doubt.set()
-
-    async def run(self, tell: Callable[[Readiness], Awaitable[None]]) -> None:
-        """Ask for ever, often while it is not ready, and tell every answer."""
-        last: Readiness | None = None
-        while True:
-            self._doubt.clear()
-            asked = self._asked
-            readiness = await self._engine.ready(self._model)
-            if asked != self._asked:
-                continue
-            if readiness is not last:
-                log.info("%s for %s: %s", self._engine, self._model, readiness)
-                last = readiness
-            await tell(readiness)
-            pause = PROBE_WELL_S if readiness is Readiness.READY else PROBE_ILL_S
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._doubt.wait()

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from gateway.errors import GatewayError, NoLane, QueueFull
 from gateway.routing.policy import Demand, Policy
-from gateway.routing.profile import Refined
+from gateway.routing.refine import Refined
 
 #: How much the newest of the measured service times counts.
 NEWEST = 0.1

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
 
-from backends.base import Activity, BackendError, Engine, Readiness
+from backends.base import Activity, Engine, Readiness
+from backends.errors import BackendError
 from gateway.errors import WaitedTooLong
 from gateway.gpu.handover import Gpu
-from gateway.routing.breaker import Breaker, Prober
+from gateway.routing.breaker import Breaker
 from gateway.routing.scheduler import Action, Move, Refuse, Replica, Scheduler, Start, Ticket
+from gateway.serving.prober import Prober
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from backends.base import Capabilities
 from gateway.errors import BadRequest, ModelNotFound
-from gateway.http.request import Needs
+from gateway.routing.needs import Needs
 from gateway.routing.profile import ASSUMED, Profile
 from gateway.serving.admission import Admission
 

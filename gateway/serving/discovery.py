@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 import msgspec
 
-from backends.base import BackendError, Engine, Timeouts
+from backends.base import Engine, Timeouts
+from backends.errors import BackendError
 from backends.llamacpp import LlamaCpp
 from backends.ollama import Ollama
 from backends.transport import http

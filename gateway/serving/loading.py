@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TypeAlias
 
-from backends.base import BackendError
+from backends.errors import BackendError
 from gateway.errors import BadRequest, EngineFailed, InUse
 from gateway.routing.scheduler import Ticket
 from gateway.serving.admission import Admission, Residence, Server

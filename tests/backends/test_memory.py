@@ -16,16 +16,8 @@ import msgspec
 import pytest
 
 from backends import base
-from backends.base import (
-    BackendError,
-    Broken,
-    BrokeOff,
-    Call,
-    Readiness,
-    Sick,
-    Unreachable,
-    Unsupported,
-)
+from backends.base import Call, Readiness
+from backends.errors import BackendError, Broken, BrokeOff, Sick, Unreachable, Unsupported
 from backends.fake import (
     GIB,
     Answer,

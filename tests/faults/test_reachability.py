@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import httpx
 import pytest
 
-from backends.base import Broken, Busy, Readiness, Refused, Sick, Unreachable
+from backends.base import Readiness
+from backends.errors import Broken, Busy, Refused, Sick, Unreachable
 from backends.fake import (
     DONE,
     Answer,
@@ -29,7 +30,7 @@ from backends.fake import (
 from backends.fake.wire import Received
 from backends.transport import http
 from gateway.app import Gateway
-from gateway.relay.relay import RETRY_SAVED, RETRY_SHARE
+from gateway.relay.retry import RETRY_SAVED, RETRY_SHARE
 from gateway.routing.breaker import FAILURES, FIRST_EJECTION_S, LONGEST_EJECTION_S, Breaker
 from gateway.routing.scheduler import Replica
 from tests.conftest import Running, StartGateway

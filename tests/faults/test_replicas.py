@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.fake import FakeEngine, status
-from gateway.relay.relay import RETRY_SAVED
+from gateway.relay.retry import RETRY_SAVED
 from tests.conftest import Running, StartGateway
 from tests.faults.conftest import alone, chat
 from tests.faults.test_reachability import served

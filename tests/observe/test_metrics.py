@@ -26,7 +26,7 @@ from gateway.errors import GatewayError
 from gateway.gpu.memory import Nvml, Reading
 from gateway.observe import metrics as told
 from gateway.observe.metrics import Metrics
-from gateway.relay.relay import Exchange
+from gateway.relay.exchange import Exchange
 from gateway.routing import breaker as health
 from gateway.settings import Cost, SettingsError
 from tests.conftest import Running, StartGateway

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.routing.policy import Demand, Overlap, Policy, Served
-from gateway.routing.profile import ASSUMED, MOST, Lane, Profile, Refined
+from gateway.routing.profile import ASSUMED, Lane, Profile
+from gateway.routing.refine import MOST, Refined
 from gateway.routing.scheduler import REFINE_S, Replica, Scheduler, Start, Ticket
 from gateway.routing.scheduler import Lane as Queue
 

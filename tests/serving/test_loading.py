@@ -84,7 +84,7 @@ async def test_a_model_that_somebody_has_asked_is_loaded(
 async def test_what_ollama_loads_or_lets_go_by_itself_is_seen(
     ollama: FakeEngine, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.routing.breaker.PROBE_WELL_S", 0.02)
+    monkeypatch.setattr("gateway.serving.prober.PROBE_WELL_S", 0.02)
     async with start_gateway(**alone(ollama, "small:1b")) as running:
         await ollama.load("small:1b")
         await until_listed(running, "loaded")

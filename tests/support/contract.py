@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from backends import base
-from backends.base import Answer, Call, Engine, Readiness, Refused, Unsupported, Whole
+from backends.base import Answer, Call, Engine, Readiness, Whole
+from backends.errors import Refused, Unsupported
 from backends.transport import sse
 
 

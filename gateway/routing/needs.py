@@ -1,0 +1,18 @@
+"""What a request needs of a lane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Needs:
+    """What a request asks of a lane. `tokens`: prompt and answer, estimated."""
+
+    chat: bool = False
+    embeddings: bool = False
+    tools: bool = False
+    forced_tools: bool = False
+    images: bool = False
+    many: bool = False
+    tokens: int = 0
