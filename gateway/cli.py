@@ -30,6 +30,7 @@ from gateway import settings
 from gateway.app import Gateway
 from gateway.compare.command import add_commands as add_trials
 from gateway.doctor import add_command as add_doctor
+from gateway.errors import UsageError
 from gateway.http import metrics_page as scrape
 from gateway.plan.command import add_command as add_plan
 from gateway.settings import KINDS, Kind, Settings, SettingsError
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         args.run(args)
-    except SettingsError as exc:
+    except UsageError as exc:
         _fail(str(exc))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -36,6 +36,7 @@ from pydantic_settings import (
 from pydantic_settings import SettingsError as PydanticSettingsError
 
 from backends.transport.http import Origin
+from gateway.errors import UsageError
 
 PREFIX = "TWOLANE_"
 DELIMITER = "__"
@@ -48,7 +49,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 SLOTS: Mapping[Kind, int] = {"ollama": 1, "vllm": 32, "llamacpp": 4}
 
 
-class SettingsError(Exception):
+class SettingsError(UsageError):
     """The configuration cannot be used; the text says what to change."""
 
 
