@@ -256,7 +256,7 @@ class Lanes:
     """
 
     def __init__(
-        self, read: Settings, model: settings.Model, client: http.Client, folder: Path
+        self, read: Settings, model: settings.ModelSettings, client: http.Client, folder: Path
     ) -> None:
         self._read = read
         self._model = model
@@ -273,7 +273,7 @@ class Lanes:
             found += [self._entrant(kind, lane, slots) for slots in several]
         return found
 
-    def _entrant(self, kind: Kind, lane: settings.Lane, slots: int | None) -> Entrant:
+    def _entrant(self, kind: Kind, lane: settings.LaneSettings, slots: int | None) -> Entrant:
         own = self._read.engines[kind]
         url = (lane.urls or own.urls)[0]
         key = own.api_key.get_secret_value() if own.api_key else None
@@ -436,13 +436,13 @@ async def _strangers(targets: Sequence[Target], client: http.Client) -> list[Ent
 
 async def _configured(
     args: argparse.Namespace, client: http.Client
-) -> tuple[Settings, str, settings.Model]:
+) -> tuple[Settings, str, settings.ModelSettings]:
     """The settings, and the model of them that is to be measured; raises `SettingsError`."""
     overrides: dict[str, Any] = {"pair": dict(args.pair)} if args.pair else {}
     read = settings.load(args.config, overrides, settings.environment())
     if not read.engines:
         found = await discovery.find(client, discovery.USUAL, own_port=0)
-        engines = {kind: settings.Engine(urls=(url,)) for kind, url in found.items()}
+        engines = {kind: settings.EngineSettings(urls=(url,)) for kind, url in found.items()}
         read = read.model_copy(update={"engines": engines})
     models = read.served()
     if not models:
