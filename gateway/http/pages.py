@@ -7,7 +7,7 @@ has answered before a request comes this far.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,11 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from backends import base
+from backends.kinds import KINDS
 from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
 from gateway.http import metrics_page as scrape
 from gateway.serving.admission import Residence
 from gateway.serving.catalogue import Catalogue, Model
 from gateway.serving.loading import Loader
+
+#: A kind of engine, or `auto`: a plain string to the type checker.
+if TYPE_CHECKING:
+    Pinned: TypeAlias = str
+else:
+    Pinned = Literal[(*KINDS, "auto")]
 
 DESCRIPTION = """
 One OpenAI endpoint over Ollama and vLLM. Point any OpenAI client at `/v1`. Every answer
@@ -66,9 +73,7 @@ class Pin(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    lane: Literal["ollama", "vllm", "llamacpp", "auto"] = Field(
-        description="An engine, or `auto`: the policy decides (again)."
-    )
+    lane: Pinned = Field(description="An engine, or `auto`: the policy decides (again).")
 
 
 class Wish(BaseModel):

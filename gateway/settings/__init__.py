@@ -11,11 +11,8 @@ A name that is none of ours stops the start, since a setting that is silently no
 worse than none.
 """
 
-from backends.base import Kind
 from gateway.errors import SettingsError
 from gateway.settings.parts import (
-    KINDS,
-    SLOTS,
     EmbeddedSettings,
     EngineSettings,
     GpuSettings,
@@ -30,12 +27,9 @@ from gateway.settings.sources import environment, load
 from gateway.settings.timings import Timings
 
 __all__ = [
-    "KINDS",
-    "SLOTS",
     "EmbeddedSettings",
     "EngineSettings",
     "GpuSettings",
-    "Kind",
     "LaneSettings",
     "LimitSettings",
     "MetricsSettings",

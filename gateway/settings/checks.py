@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from backends.base import Kind
+from backends.kinds import KINDS, Kind
 from gateway.settings.parts import (
     EngineSettings,
     GpuSettings,
@@ -67,10 +67,10 @@ def _check_exclusive_lane(
 ) -> None:
     if lane.urls or len(engines[kind].urls) > 1:
         raise ValueError(f"{where}: one GPU has one server of an engine, not replicas")
-    if kind == "llamacpp" and not engines[kind].command:
+    if not KINDS[kind].unloads and not engines[kind].command:
         raise ValueError(
-            f"{where}: a llama-server cannot unload its model; give "
-            "engines.llamacpp.command, so that the gateway can stop and start it"
+            f"{where}: a {KINDS[kind].server} cannot unload its model; give "
+            f"engines.{kind}.command, so that the gateway can stop and start it"
         )
     if gpu.budget_gib and lane.memory_gib and lane.memory_gib > gpu.budget_gib:
         raise ValueError(

@@ -6,9 +6,8 @@ from it. It states the unit, and what the default means where that is not plain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,14 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from backends.base import Kind
+from backends.kinds import KINDS, Kind
 from backends.transport.http import Origin
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-#: Slots of a lane that names none. Ollama as installed answers one request at a time
-#: (OLLAMA_NUM_PARALLEL); vLLM batches, and 32 is what a 70B on 48 GB can hold.
-SLOTS: Mapping[Kind, int] = {"ollama": 1, "vllm": 32, "llamacpp": 4}
 
 
 def _base_url(url: str) -> str:
@@ -87,8 +80,8 @@ class LaneSettings(_Part):
     )
     slots: PositiveInt | None = Field(
         None,
-        description="Concurrent requests per replica. Default: 1 on Ollama, 32 on vLLM, 4 on "
-        "llama.cpp.",
+        description="Concurrent requests per replica. Default: "
+        f"{', '.join(f'{kind.slots} on {kind.server}' for kind in KINDS.values())}.",
     )
     queue: NonNegativeInt = Field(
         128, description="Requests that may wait for this lane; one more receives 429."

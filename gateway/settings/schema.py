@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from backends.base import Kind
+from backends.kinds import Kind
 from gateway.errors import SettingsError
 from gateway.settings.checks import check_engines_exist, check_exclusive_placement
 from gateway.settings.parts import (
