@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,11 +19,18 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from backends import base
+from backends.kinds import KINDS
 from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
 from gateway.http import metrics_page as scrape
 from gateway.serving.admission import Residence
 from gateway.serving.catalogue import Catalogue, Model
 from gateway.serving.loading import Loader
+
+#: A kind of engine, or `auto`: a plain string to the type checker.
+if TYPE_CHECKING:
+    Pinned: TypeAlias = str
+else:
+    Pinned = Literal[(*KINDS, "auto")]
 
 DESCRIPTION = """
 One OpenAI endpoint over Ollama and vLLM. Point any OpenAI client at `/v1`. Every answer
@@ -73,9 +80,7 @@ class Pin(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    lane: Literal["ollama", "vllm", "llamacpp", "auto"] = Field(
-        description="An engine, or `auto`: the policy decides (again)."
-    )
+    lane: Pinned = Field(description="An engine, or `auto`: the policy decides (again).")
 
 
 class Wish(BaseModel):
