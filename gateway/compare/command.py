@@ -31,6 +31,7 @@ from rich.table import Table
 
 from backends.base import Engine, Identity
 from backends.errors import BackendError
+from backends.kinds import KINDS, Kind
 from backends.processes.supervised import Supervised
 from backends.transport import http
 from gateway import settings
@@ -38,7 +39,7 @@ from gateway.gpu.handover import Occupant
 from gateway.gpu.memory import MemoryUnknown, Nvml, drawn
 from gateway.routing import profile
 from gateway.serving import discovery
-from gateway.settings import SLOTS, Kind, Settings, SettingsError
+from gateway.settings import Settings, SettingsError
 from loadtests.analysis import crossover, rows
 from loadtests.measure import calibrate, experiment, samples
 from loadtests.measure import matrix as compare
@@ -55,7 +56,6 @@ from loadtests.report import report
 
 NEEDS = "the experiment needs its extra: pip install 'twolane[load]'"
 GATEWAY = "gateway"
-COLOURS = {"ollama": "green", "vllm": "red", "llamacpp": "blue"}
 #: How long a gateway may take to be ready, engines that it starts included, seconds.
 READY_S = 900.0
 #: Of what made the load, the versions that a report names.
@@ -273,7 +273,7 @@ class Lanes:
         found = []
         for kind, lane in self._model.lanes.items():
             ours = bool(self._read.engines[kind].command)
-            several = ollama_slots if kind == "ollama" and ours else (None,)
+            several = ollama_slots if KINDS[kind].slots_variable and ours else (None,)
             found += [self._entrant(kind, lane, slots) for slots in several]
         return found
 
@@ -281,12 +281,12 @@ class Lanes:
         own = self._read.engines[kind]
         url = (lane.urls or own.urls)[0]
         key = own.api_key.get_secret_value() if own.api_key else None
-        engine = discovery.CLASSES[kind](url, self._client, api_key=key)
+        engine = KINDS[kind].engine(url, self._client, api_key=key)
         process = None
         if own.command:
             environment = dict(own.environment)
             if slots is not None:
-                environment["OLLAMA_NUM_PARALLEL"] = str(slots)
+                environment[KINDS[kind].slots_variable] = str(slots)
             log = own.log or self._folder / f"{kind}.log"
             process = Supervised(own.command, log, environment)
         occupant = Occupant(engine, [lane.model], process=process)
@@ -297,7 +297,7 @@ class Lanes:
             url=url,
             model=lane.model,
             engine=kind,
-            slots=slots or lane.slots or SLOTS[kind],
+            slots=slots or lane.slots or KINDS[kind].slots,
             context=lane.context,
             command=shlex.join(for_others(own.command)),
         )
@@ -707,7 +707,13 @@ def show(found: profile.Profile, console: Console) -> None:
                 str(level) if label == lanes[0] else "",
                 f"[bold]{label}[/]" if label == best else label,
                 f"{seconds[label]:.2f}" + ("" if here is not None else " ?"),
-                Bar(longest, 0, seconds[label], width=24, color=COLOURS.get(label, "default")),
+                Bar(
+                    longest,
+                    0,
+                    seconds[label],
+                    width=24,
+                    color=KINDS[label].colour if label in KINDS else "default",
+                ),
                 _spread(lane, here),
                 _at(lane.ttft_s, here, ".2f"),
                 _at(lane.tokens_per_s, here, ".0f"),

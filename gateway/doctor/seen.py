@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import TypeVar
 
-from backends.base import Identity
-from backends.ollama import Loaded
+from backends.base import Identity, Loaded
+from backends.kinds import Kind
 from gateway.gpu.lease import Owner
 from gateway.gpu.memory import Driver
 from gateway.routing.profile import Profile
-from gateway.settings import Engine, Kind, Lane, Settings
+from gateway.settings import Engine, Lane, Settings
 
 T = TypeVar("T")
 

@@ -31,12 +31,12 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from backends import base
-from backends.base import Readiness
 from gateway.errors import GatewayError
 from gateway.gpu.handover import Gpu, Passage, Step
 from gateway.gpu.memory import MemoryUnknown, Nvml, Reading, drawn
 from gateway.observe.cost import Bill, Meter, bill
 from gateway.relay.exchange import Exchange
+from gateway.routing.breaker import ReplicaState
 from gateway.routing.scheduler import Lane
 from gateway.serving.catalogue import Model
 from gateway.settings import Cost
@@ -412,7 +412,7 @@ def _replicas(model: Model, lane: Lane) -> Iterator[Told]:
         place = (model.name, lane.name, str(number))
         server = model.admission.servers[replica]
         yield "twolane_replica_up", place, replica.room > 0 and not lane.barred
-        if server.breaker.readiness is Readiness.READY:  # else what it said before is over
+        if server.breaker.state is ReplicaState.READY:  # else what it said before is over
             said = server.activity
             yield "twolane_engine_num_requests_running", place, said.running
             yield "twolane_engine_num_requests_waiting", place, said.waiting

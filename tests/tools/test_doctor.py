@@ -19,9 +19,8 @@ import anyio
 import httpx
 import pytest
 
-from backends.base import Identity
+from backends.base import Identity, Loaded
 from backends.fake import GIB, FakeEngine
-from backends.ollama import Loaded
 from gateway import settings
 from gateway.cli import main
 from gateway.doctor.command import as_json
