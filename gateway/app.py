@@ -30,7 +30,7 @@ from gateway.gpu.memory import Budget, Memory, MemoryUnknown, Nvml
 from gateway.http.auth import Keys
 from gateway.http.edge import Edge
 from gateway.http.metrics_page import Scraped
-from gateway.http.pages import build
+from gateway.http.pages import Pages
 from gateway.observe import request_log as telemetry
 from gateway.observe.cost import statement
 from gateway.observe.metrics import Metrics
@@ -110,7 +110,7 @@ class Gateway:
                 heartbeat_s=read.limits.heartbeat_s,
                 status_events=read.status_events,
             ),
-            build(
+            Pages(
                 self.catalogue,
                 self._loader,
                 ready=self.ready,
