@@ -40,15 +40,19 @@ from gateway.gpu.memory import MemoryUnknown, Nvml, drawn
 from gateway.routing import profile
 from gateway.serving import discovery
 from gateway.settings import Settings, SettingsError
-from loadtests.measure import calibrate, samples
+from loadtests.analysis import crossover, rows
+from loadtests.measure import calibrate, experiment, samples
 from loadtests.measure import matrix as compare
+from loadtests.measure.experiment import Experiment, ExperimentError, Plan, Subject
+from loadtests.measure.generator import VisitFailed
+from loadtests.measure.itinerary import Visit
 from loadtests.measure.load import for_others
-from loadtests.measure.matrix import Entrant, Progressing, Session, Visit, VisitFailed
+from loadtests.measure.matrix import Entrant, Session
+from loadtests.measure.progress import Progressing
 from loadtests.measure.samples import SamplesError
 from loadtests.measure.stopwatch import BadTarget, Target
 from loadtests.proof import selfcheck
-from loadtests.report import analysis, experiment, report
-from loadtests.report.experiment import Experiment, ExperimentError, Plan, Subject
+from loadtests.report import report
 
 NEEDS = "the experiment needs its extra: pip install 'twolane[load]'"
 GATEWAY = "gateway"
@@ -256,7 +260,7 @@ class Lanes:
     """
 
     def __init__(
-        self, read: Settings, model: settings.Model, client: http.Client, folder: Path
+        self, read: Settings, model: settings.ModelSettings, client: http.Client, folder: Path
     ) -> None:
         self._read = read
         self._model = model
@@ -273,7 +277,7 @@ class Lanes:
             found += [self._entrant(kind, lane, slots) for slots in several]
         return found
 
-    def _entrant(self, kind: Kind, lane: settings.Lane, slots: int | None) -> Entrant:
+    def _entrant(self, kind: Kind, lane: settings.LaneSettings, slots: int | None) -> Entrant:
         own = self._read.engines[kind]
         url = (lane.urls or own.urls)[0]
         key = own.api_key.get_secret_value() if own.api_key else None
@@ -436,13 +440,13 @@ async def _strangers(targets: Sequence[Target], client: http.Client) -> list[Ent
 
 async def _configured(
     args: argparse.Namespace, client: http.Client
-) -> tuple[Settings, str, settings.Model]:
+) -> tuple[Settings, str, settings.ModelSettings]:
     """The settings, and the model of them that is to be measured; raises `SettingsError`."""
     overrides: dict[str, Any] = {"pair": dict(args.pair)} if args.pair else {}
     read = settings.load(args.config, overrides, settings.environment())
     if not read.engines:
         found = await discovery.find(client, discovery.USUAL, own_port=0)
-        engines = {kind: settings.Engine(urls=(url,)) for kind, url in found.items()}
+        engines = {kind: settings.EngineSettings(urls=(url,)) for kind, url in found.items()}
         read = read.model_copy(update={"engines": engines})
     models = read.served()
     if not models:
@@ -613,7 +617,7 @@ async def _calibrated(args: argparse.Namespace, console: Console) -> None:
                 async with Session(folder, plan, entrants, view) as session:
                     await calibrate.measure(session, plan.levels, args.minutes)
                     subjects = session.subjects
-        cells = analysis.closed_cells(samples.read(folder / experiment.RAW))
+        cells = rows.closed_cells(samples.read(folder / experiment.RAW))
     found = _profile(plan, subjects, cells)
     out = args.out or model.profile or Path(f"profile-{name}.json")
     profile.save(out, found)
@@ -623,13 +627,13 @@ async def _calibrated(args: argparse.Namespace, console: Console) -> None:
         console.print(f"let the gateway decide by it: models.{name}.profile: {out}")
 
 
-def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: analysis.Cells) -> profile.Profile:
+def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: rows.Cells) -> profile.Profile:
     """What was measured, as the gateway reads it."""
-    rows = analysis.rows(cells, tokens_out=plan.tokens_out, limits=experiment.Limits())
+    table = rows.make_rows(cells, tokens_out=plan.tokens_out, limits=experiment.Limits())
     lanes = {}
     for label, subject in subjects.items():
-        mine = [row for row in rows if row.target == label and row.e2e is not None]
-        by_repetition = analysis.seconds(cells, label)
+        mine = [row for row in table if row.target == label and row.e2e is not None]
+        by_repetition = crossover.seconds_by_level(cells, label)
         means = {n: [sum(of) / len(of) for of in by_repetition[n]] for n in sorted(by_repetition)}
         lanes[label] = profile.Lane(
             tuple(means),
@@ -657,10 +661,12 @@ def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: analysis.Cells)
     )
 
 
-def _crossover(labels: Sequence[str], cells: analysis.Cells) -> profile.Crossover | None:
+def _crossover(labels: Sequence[str], cells: rows.Cells) -> profile.Crossover | None:
     if len(labels) != 2:
         return None
-    known = analysis.crossover(*(analysis.seconds(cells, label) for label in labels))
+    known = crossover.find_crossover(
+        *(crossover.seconds_by_level(cells, label) for label in labels)
+    )
     if known.level is not None:
         return profile.Crossover(known.level, known.low, known.high)
     level = calibrate.crossing(*(calibrate.mean_seconds(cells, label) for label in labels))
