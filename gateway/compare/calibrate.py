@@ -17,12 +17,15 @@ from gateway.compare.show import show
 from gateway.compare.targets import command_line, configured_model
 from gateway.errors import UsageError
 from gateway.routing import profile
-from loadtests.measure import samples
+from loadtests.analysis import crossover, rows
+from loadtests.measure import experiment, samples
 from loadtests.measure.calibrate import crossing, mean_seconds, measure
-from loadtests.measure.matrix import Progressing, Session, Visit, VisitFailed
+from loadtests.measure.experiment import ExperimentError, Plan, Subject
+from loadtests.measure.generator import VisitFailed
+from loadtests.measure.itinerary import Visit
+from loadtests.measure.matrix import Session
+from loadtests.measure.progress import Progressing
 from loadtests.measure.samples import SamplesError
-from loadtests.report import analysis, experiment
-from loadtests.report.experiment import ExperimentError, Plan, Subject
 
 
 def calibrate(args: argparse.Namespace) -> None:
@@ -50,7 +53,7 @@ async def _calibrated(args: argparse.Namespace, console: Console) -> None:
                 async with Session(folder, plan, entrants, view) as session:
                     await measure(session, plan.levels, args.minutes)
                     subjects = session.subjects
-        cells = analysis.closed_cells(samples.read(folder / experiment.RAW))
+        cells = rows.closed_cells(samples.read(folder / experiment.RAW))
     found = _profile(plan, subjects, cells)
     out = args.out or model.profile or Path(f"profile-{name}.json")
     profile.save(out, found)
@@ -60,13 +63,13 @@ async def _calibrated(args: argparse.Namespace, console: Console) -> None:
         console.print(f"let the gateway decide by it: models.{name}.profile: {out}")
 
 
-def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: analysis.Cells) -> profile.Profile:
+def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: rows.Cells) -> profile.Profile:
     """What was measured, as the gateway reads it."""
-    rows = analysis.rows(cells, tokens_out=plan.tokens_out, limits=experiment.Limits())
+    table = rows.make_rows(cells, tokens_out=plan.tokens_out, limits=experiment.Limits())
     lanes = {}
     for label, subject in subjects.items():
-        mine = [row for row in rows if row.target == label and row.e2e is not None]
-        by_repetition = analysis.seconds(cells, label)
+        mine = [row for row in table if row.target == label and row.e2e is not None]
+        by_repetition = crossover.seconds_by_level(cells, label)
         means = {n: [sum(of) / len(of) for of in by_repetition[n]] for n in sorted(by_repetition)}
         lanes[label] = profile.Lane(
             tuple(means),
@@ -94,10 +97,12 @@ def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: analysis.Cells)
     )
 
 
-def _crossover(labels: Sequence[str], cells: analysis.Cells) -> profile.Crossover | None:
+def _crossover(labels: Sequence[str], cells: rows.Cells) -> profile.Crossover | None:
     if len(labels) != 2:
         return None
-    known = analysis.crossover(*(analysis.seconds(cells, label) for label in labels))
+    known = crossover.find_crossover(
+        *(crossover.seconds_by_level(cells, label) for label in labels)
+    )
     if known.level is not None:
         return profile.Crossover(known.level, known.low, known.high)
     level = crossing(*(mean_seconds(cells, label) for label in labels))

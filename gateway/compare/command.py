@@ -26,12 +26,12 @@ from gateway.compare.front import gateway_arguments, in_front
 from gateway.compare.targets import command_line, configured_model, other_targets
 from gateway.errors import UsageError
 from gateway.gpu.memory import MemoryUnknown, Nvml, drawn
-from loadtests.measure import matrix
+from loadtests.measure import experiment, matrix
+from loadtests.measure.experiment import Experiment, ExperimentError, Plan
 from loadtests.measure.samples import SamplesError
 from loadtests.measure.stopwatch import BadTarget, Target
 from loadtests.proof import selfcheck
-from loadtests.report import experiment, report
-from loadtests.report.experiment import Experiment, ExperimentError, Plan
+from loadtests.report import report
 
 #: Of what made the load, the versions that a report names.
 PACKAGES = ("twolane", "locust", "gevent", "httpx", "plotly", "matplotlib")

@@ -14,16 +14,17 @@ import msgspec
 
 from backends.base import Engine, Identity
 from backends.errors import BackendError
+from backends.kinds import KINDS, Kind
 from backends.processes.supervised import Supervised
 from backends.transport import http
 from gateway import settings
 from gateway.gpu.handover import Occupant
-from gateway.serving import discovery
-from gateway.settings import SLOTS, Kind, Settings
+from gateway.settings import Settings
+from loadtests.measure.experiment import Subject
+from loadtests.measure.generator import VisitFailed
 from loadtests.measure.load import for_others
-from loadtests.measure.matrix import Entrant, VisitFailed
+from loadtests.measure.matrix import Entrant
 from loadtests.measure.stopwatch import Target
-from loadtests.report.experiment import Subject
 
 
 class Lanes:
@@ -37,7 +38,7 @@ class Lanes:
     """
 
     def __init__(
-        self, read: Settings, model: settings.Model, client: http.Client, folder: Path
+        self, read: Settings, model: settings.ModelSettings, client: http.Client, folder: Path
     ) -> None:
         self._read = read
         self._model = model
@@ -50,20 +51,20 @@ class Lanes:
         found = []
         for kind, lane in self._model.lanes.items():
             ours = bool(self._read.engines[kind].command)
-            several = ollama_slots if kind == "ollama" and ours else (None,)
+            several = ollama_slots if KINDS[kind].slots_variable and ours else (None,)
             found += [self._entrant(kind, lane, slots) for slots in several]
         return found
 
-    def _entrant(self, kind: Kind, lane: settings.Lane, slots: int | None) -> Entrant:
+    def _entrant(self, kind: Kind, lane: settings.LaneSettings, slots: int | None) -> Entrant:
         own = self._read.engines[kind]
         url = (lane.urls or own.urls)[0]
         key = own.api_key.get_secret_value() if own.api_key else None
-        engine = discovery.CLASSES[kind](url, self._client, api_key=key)
+        engine = KINDS[kind].engine(url, self._client, api_key=key)
         process = None
         if own.command:
             environment = dict(own.environment)
             if slots is not None:
-                environment["OLLAMA_NUM_PARALLEL"] = str(slots)
+                environment[KINDS[kind].slots_variable] = str(slots)
             log = own.log or self._folder / f"{kind}.log"
             process = Supervised(own.command, log, environment)
         occupant = Occupant(engine, [lane.model], process=process)
@@ -74,7 +75,7 @@ class Lanes:
             url=url,
             model=lane.model,
             engine=kind,
-            slots=slots or lane.slots or SLOTS[kind],
+            slots=slots or lane.slots or KINDS[kind].slots,
             context=lane.context,
             command=shlex.join(for_others(own.command)),
         )

@@ -21,10 +21,11 @@ from backends.processes.supervised import Supervised
 from backends.transport import http
 from gateway import settings
 from gateway.settings import Settings
+from loadtests.measure.experiment import Subject
+from loadtests.measure.generator import VisitFailed
 from loadtests.measure.load import for_others
-from loadtests.measure.matrix import Entrant, VisitFailed
+from loadtests.measure.matrix import Entrant
 from loadtests.measure.stopwatch import Target
-from loadtests.report.experiment import Subject
 
 GATEWAY = "gateway"
 #: How long a gateway may take to be ready, engines that it starts included, seconds.

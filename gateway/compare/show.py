@@ -10,11 +10,10 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
+from backends.kinds import KINDS
 from gateway import settings
 from gateway.errors import UsageError
 from gateway.routing import profile
-
-COLOURS = {"ollama": "green", "vllm": "red", "llamacpp": "blue"}
 
 
 def show_profile(args: argparse.Namespace) -> None:
@@ -49,7 +48,13 @@ def show(found: profile.Profile, console: Console) -> None:
                 str(level) if label == lanes[0] else "",
                 f"[bold]{label}[/]" if label == best else label,
                 f"{seconds[label]:.2f}" + ("" if here is not None else " ?"),
-                Bar(longest, 0, seconds[label], width=24, color=COLOURS.get(label, "default")),
+                Bar(
+                    longest,
+                    0,
+                    seconds[label],
+                    width=24,
+                    color=KINDS[label].colour if label in KINDS else "default",
+                ),
                 _spread(lane, here),
                 _at(lane.ttft_s, here, ".2f"),
                 _at(lane.tokens_per_s, here, ".0f"),

@@ -15,10 +15,10 @@ from gateway.errors import UsageError
 from gateway.serving import discovery
 from gateway.settings import Settings
 from loadtests.measure import matrix
+from loadtests.measure.experiment import Subject
 from loadtests.measure.load import for_others
 from loadtests.measure.matrix import Entrant
 from loadtests.measure.stopwatch import Target
-from loadtests.report.experiment import Subject
 
 
 async def other_targets(targets: Sequence[Target], client: http.Client) -> list[Entrant]:
@@ -33,13 +33,13 @@ async def other_targets(targets: Sequence[Target], client: http.Client) -> list[
 
 async def configured_model(
     args: argparse.Namespace, client: http.Client
-) -> tuple[Settings, str, settings.Model]:
+) -> tuple[Settings, str, settings.ModelSettings]:
     """The settings, and the model of them that is to be measured; raises `SettingsError`."""
     overrides: dict[str, Any] = {"pair": dict(args.pair)} if args.pair else {}
     read = settings.load(args.config, overrides, settings.environment())
     if not read.engines:
         found = await discovery.find(client, discovery.USUAL, own_port=0)
-        engines = {kind: settings.Engine(urls=(url,)) for kind, url in found.items()}
+        engines = {kind: settings.EngineSettings(urls=(url,)) for kind, url in found.items()}
         read = read.model_copy(update={"engines": engines})
     models = read.served()
     if not models:
