@@ -29,7 +29,7 @@ from backends.kinds import KINDS, Kind
 from backends.transport import http
 from gateway import settings
 from gateway.app import Gateway
-from gateway.compare.command import add_commands as add_trials
+from gateway.compare.arguments import add_commands as add_trials
 from gateway.doctor import add_command as add_doctor
 from gateway.errors import UsageError
 from gateway.http import metrics_page as scrape
