@@ -24,7 +24,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from backends import base
+from backends import fault
 from backends.kinds import KINDS, Kind
 from backends.transport import http
 from gateway import settings
@@ -340,7 +340,7 @@ async def _fetch(
     if answer.status == 401:
         raise SettingsError("this gateway wants a key of its own: give it with --key KEY")
     if answer.status == 400:
-        raise SettingsError(base.read_fault(told).message)
+        raise SettingsError(fault.read_fault(told).message)
     if answer.status != 200:
         raise SettingsError(f"{url} answers {answer.status}: is this a twolane gateway?")
     said: dict[str, Any] = msgspec.json.decode(told)
