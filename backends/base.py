@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, Literal, NoReturn, TypeVar
+from typing import ClassVar, NoReturn, TypeVar
 
 import msgspec
 
 from backends.errors import (
+    BackendError,
     Broken,
     BrokeOff,
     Busy,
@@ -24,10 +25,10 @@ from backends.errors import (
     Sick,
     Silent,
     Unreachable,
+    Unsupported,
 )
 from backends.transport import http, sse
 
-Kind = Literal["ollama", "vllm", "llamacpp"]
 Body = dict[str, msgspec.Raw]
 T = TypeVar("T")
 
@@ -98,6 +99,16 @@ class Identity:
     weights: str = ""
     digest: str = ""
     slots: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory: bytes in all, bytes of them on a GPU, tokens of context a slot."""
+
+    model: str
+    size: int
+    on_gpu: int
+    context: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,11 +260,18 @@ class Engine(ABC):
     common, the exchange itself, is here.
     """
 
-    kind: ClassVar[Kind]
+    #: Its name in settings, paths and headers.
+    kind: ClassVar[str]
+    #: What only this kind answers with 200 and a JSON object, on any port …
+    sign_path: ClassVar[str]
+    #: … and a field of that object; empty: any object will do.
+    sign_field: ClassVar[str] = "version"
     #: Whether a connection may carry another request after a streamed answer.
     reuse_after_stream: ClassVar[bool] = True
     #: Whether it loads a model when it is first asked for, and lets it go when told.
     loads_when_asked: ClassVar[bool] = False
+    #: Whether the context is fixed when the server starts, and no request or model sets it.
+    fixed_context: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -274,7 +292,24 @@ class Engine(ABC):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}>"
 
+    @staticmethod
+    def full_name(model: str) -> str:
+        """A model's name as the engine lists it, where settings may write it shorter."""
+        return model
+
     # What it is and has
+
+    async def is_own_kind(self, *, timeout_s: float = 5.0) -> bool:
+        """Whether a server of this kind answers at the URL. Never raises."""
+        try:
+            body = msgspec.json.decode(await self.get(self.sign_path, timeout_s=timeout_s))
+        except (BackendError, msgspec.DecodeError):
+            return False
+        return isinstance(body, dict) and (not self.sign_field or self.sign_field in body)
+
+    async def version(self) -> str:
+        """The version that the server reports, empty if none; raises `BackendError`."""
+        return (await self.told(self.sign_path, Version)).version
 
     @abstractmethod
     async def models(self) -> list[str]:
@@ -314,6 +349,49 @@ class Engine(ABC):
         One that is being loaded is among them, and one that is to go until it is gone.
         """
         return await self.models()  # what serves one model all its life has it there
+
+    async def loaded(self) -> list[Loaded]:
+        """The models in memory, and where in it they are.
+
+        Raises:
+            BackendError: `Unsupported` where this kind never says so.
+        """
+        raise Unsupported(f"{self} does not say where its models are")
+
+    async def contexts(self, models: Iterable[str]) -> dict[str, int | None]:
+        """Tokens of context by model, as the server or the model file sets them.
+
+        It may have more models than asked for. None: nothing sets it for that model.
+
+        Raises:
+            BackendError: `Unsupported` where this kind never says so.
+        """
+        raise Unsupported(f"{self} does not say what context its models have")
+
+    async def on_gpu(self, model: str) -> float | None:
+        """Which part of the model is in GPU memory, from 0.0 to 1.0.
+
+        None: it is not loaded, or this kind never says so.
+
+        Raises:
+            BackendError: The server did not answer.
+        """
+        return None
+
+    async def sleeps(self) -> bool:
+        """Whether it can free GPU memory by sleeping; raises `BackendError`."""
+        return False
+
+    async def asleep(self) -> bool:
+        """Whether it sleeps now; raises `BackendError`."""
+        return False
+
+    async def release_obstacle(self) -> str:
+        """What keeps it from freeing GPU memory, and how to start it so that it can.
+
+        Empty where nothing does. Raises `BackendError`.
+        """
+        return ""
 
     @abstractmethod
     async def activity(self, model: str) -> Activity:

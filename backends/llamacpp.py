@@ -52,6 +52,8 @@ class LlamaCpp(Engine):
     """One llama.cpp server."""
 
     kind = "llamacpp"
+    sign_path = "/props"
+    sign_field = ""
     # It closes the connection after each streamed answer in spite of its own header.
     reuse_after_stream = False
 
@@ -98,6 +100,9 @@ class LlamaCpp(Engine):
 
     async def unload(self, model: str) -> None:
         raise Unsupported(f"{self} keeps its model as long as it runs: stop the process instead")
+
+    async def release_obstacle(self) -> str:
+        return "A llama-server keeps its model as long as it runs"
 
     async def activity(self, model: str) -> Activity:
         metrics = Metrics.of((await self.get("/metrics")).decode("utf-8", "replace"))

@@ -7,8 +7,8 @@ client, whose cost per chunk is a tenth. Read in Ollama 0.24, seen in 0.24.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Awaitable, Iterable
 from typing import Any, TypeVar
 
 import httpx
@@ -16,7 +16,17 @@ import msgspec
 import ollama
 
 from backends import base, errors
-from backends.base import Activity, Body, Bridged, Call, Capabilities, Engine, Identity, Readiness
+from backends.base import (
+    Activity,
+    Body,
+    Bridged,
+    Call,
+    Capabilities,
+    Engine,
+    Identity,
+    Loaded,
+    Readiness,
+)
 from backends.errors import Broken, Refused, Sick, Silent, Unreachable
 
 T = TypeVar("T")
@@ -48,21 +58,14 @@ def full(model: str) -> str:
     return model if ":" in model.rpartition("/")[2] else f"{model}:latest"
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model in memory: bytes in all, bytes of them on a GPU, tokens of context a slot."""
-
-    model: str
-    size: int
-    on_gpu: int
-    context: int | None
-
-
 class Ollama(Engine):
     """One Ollama server."""
 
     kind = "ollama"
+    sign_path = "/api/version"
     loads_when_asked = True
+    fixed_context = False  # the model file sets it, or whoever asks
+    full_name = staticmethod(full)
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -95,20 +98,21 @@ class Ollama(Engine):
         )
 
     async def identity(self, model: str) -> Identity:
-        version = (await self.told("/api/version", base.Version)).version
+        version = await self.version()
         for known in (await self._asked(self._manage.list())).models:
             if known.model == full(model):
                 weights = known.details.quantization_level if known.details else None
                 return Identity(version, weights or "", (known.digest or "")[:DIGEST])
         return Identity(version)
 
-    async def own_context(self, model: str) -> int | None:
-        """Tokens of context that the model file names; None: what Ollama was started with counts.
-
-        Raises:
-            BackendError: It did not tell.
-        """
-        return _named_context((await self._asked(self._manage.show(model))).parameters or "")
+    async def contexts(self, models: Iterable[str]) -> dict[str, int | None]:
+        # None: the model file sets none, so what Ollama was started with counts.
+        contexts = {}
+        for model in models:
+            with contextlib.suppress(Refused):  # it does not have it
+                shown = await self._asked(self._manage.show(model))
+                contexts[model] = _named_context(shown.parameters or "")
+        return contexts
 
     async def _context(self, model: str, parameters: str) -> int | None:
         """Tokens of context: the model file's own, else as loaded, else not known."""
@@ -138,20 +142,13 @@ class Ollama(Engine):
         return [loaded.model for loaded in await self.loaded()]
 
     async def on_gpu(self, model: str) -> float | None:
-        """Which part of the model is in GPU memory, from 0.0 to 1.0; None: it is not loaded.
-
-        Where memory was short when it was loaded the rest is on the CPU, and slow.
-
-        Raises:
-            BackendError: It did not tell.
-        """
+        # Where memory was short when it was loaded the rest is on the CPU, and slow.
         for loaded in await self.loaded():
             if loaded.model == full(model):
                 return loaded.on_gpu / loaded.size if loaded.size else 0.0
         return None
 
     async def loaded(self) -> list[Loaded]:
-        """The models in memory, and where in it they are; raises `BackendError`."""
         running = await self._asked(self._manage.ps())
         return [
             Loaded(known.model, known.size or 0, known.size_vram or 0, known.context_length)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -43,6 +44,7 @@ class VLLM(Engine):
     """One vLLM server."""
 
     kind = "vllm"
+    sign_path = "/version"
 
     async def models(self) -> list[str]:
         return [model.id for model in await self.listed()]
@@ -61,8 +63,7 @@ class VLLM(Engine):
             return Readiness.DOWN
 
     async def asleep(self) -> bool:
-        """Whether it sleeps; False where it has no dev mode, so cannot. Raises `BackendError`."""
-        try:
+        try:  # without dev mode it has no such endpoint, and cannot sleep
             return (await self.told("/is_sleeping", _Sleeping)).is_sleeping
         except (Refused, Broken):  # not there, or not for us
             return False
@@ -82,7 +83,7 @@ class VLLM(Engine):
 
     async def identity(self, model: str) -> Identity:
         roots = {entry.id: entry.root for entry in await self.listed()}
-        version = (await self.told("/version", base.Version)).version
+        version = await self.version()
         root = roots.get(model) or ""
         return Identity(version, digest=Path(root).name if root.startswith("/") else root)
 
@@ -103,16 +104,21 @@ class VLLM(Engine):
         return True
 
     async def sleeps(self) -> bool:
-        """Whether it has its sleep endpoints, which dev mode gives it; raises `BackendError`.
-
-        That it frees memory when it sleeps takes `--enable-sleep-mode` as well: nothing
-        tells but the memory.
-        """
+        # Dev mode gives it its sleep endpoints. That it frees memory when it sleeps takes
+        # `--enable-sleep-mode` as well: no endpoint tells that, only the memory does.
         try:
             await self.told("/is_sleeping", _Sleeping)
         except Refused:
             return False
         return True
+
+    async def release_obstacle(self) -> str:
+        if await self.sleeps():
+            return ""
+        return "Start vLLM with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1"
+
+    async def contexts(self, models: Iterable[str]) -> dict[str, int | None]:
+        return {entry.id: entry.max_model_len for entry in await self.listed()}
 
     async def resident(self) -> list[str]:
         # It counts as asleep from the moment it was told to, whatever it still ends.

@@ -25,14 +25,16 @@ from rich.table import Table
 from rich.text import Text
 
 from backends import base
+from backends.kinds import KINDS, Kind
 from backends.transport import http
 from gateway import settings
 from gateway.app import Gateway
 from gateway.compare.command import add_commands as add_trials
 from gateway.doctor import add_command as add_doctor
+from gateway.errors import UsageError
 from gateway.http import metrics_page as scrape
 from gateway.plan.command import add_command as add_plan
-from gateway.settings import KINDS, Kind, Settings, SettingsError
+from gateway.settings import Settings, SettingsError
 from gateway.simulate.command import add_command as add_simulate
 
 #: For the error events of answers that a drain has cut short.
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         args.run(args)
-    except SettingsError as exc:
+    except UsageError as exc:
         _fail(str(exc))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -155,14 +157,13 @@ def _pair(text: str) -> tuple[str, dict[Kind, str]]:
     lanes: dict[Kind, str] = {}
     for part in rest.split(","):
         said, _, model = part.strip().partition(":")
-        kind = next((kind for kind in KINDS if kind == said), None)
-        if kind is None or not model:
+        if said not in KINDS or not model:
             message = (
                 f"{part!r} is no ENGINE:MODEL with one of {', '.join(KINDS)}; "
                 "write NAME=ollama:MODEL,vllm:MODEL"
             )
             raise argparse.ArgumentTypeError(message)
-        lanes[kind] = model
+        lanes[said] = model
     if not name:
         raise argparse.ArgumentTypeError("the name before = is missing")
     return name, lanes

@@ -1,4 +1,4 @@
-"""Every way a request can fail, written for the person who sent it.
+"""Every way a request or a command can fail, written for the person who sent it.
 
     GatewayError
     ├── BadRequest          400  the request itself is wrong
@@ -19,6 +19,9 @@
     └── Draining            503  the gateway is shutting down
     ClientGone                   the caller hung up: there is nobody to tell
 
+    UsageError                   a command cannot work with what it was given
+    └── SettingsError            the configuration cannot be used
+
 What is shown to a client is OpenAI's envelope, `{"error": {message, type, param, code}}`.
 The messages are public: no address, no key, nothing of a prompt.
 """
@@ -32,6 +35,18 @@ import msgspec
 
 #: Clients give up on a Retry-After over this, seconds.
 MAX_RETRY_AFTER = 120
+
+
+class UsageError(Exception):
+    """A command cannot work with what it was given: an argument, a file, an address.
+
+    The text says what is wrong and what to change. The command line prints it, without a
+    traceback, and exits with 2.
+    """
+
+
+class SettingsError(UsageError):
+    """The configuration cannot be used; the text says what to change."""
 
 
 class ClientGone(Exception):

@@ -18,6 +18,7 @@ from gateway.app import Gateway
 from gateway.cli import GracefulServer, listen
 from gateway.gpu.memory import Memory, Nvml
 from gateway.serving import discovery
+from gateway.settings import Timings
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ async def run_gateway(
     upstream: http.Client | None = None,
     memory: Memory | None = None,
     nvml: Nvml | None = None,
+    timings: Timings | None = None,
     **overrides: Any,
 ) -> AsyncIterator[Running]:
     """A gateway with these settings, as `twolane serve` runs it, in this event loop.
@@ -64,7 +66,9 @@ async def run_gateway(
     Engines are looked for on `ports` only: what a contributor's machine runs is not ours.
     """
     read = settings.load(None, {"port": 0, "log": "off", **overrides}, {})
-    async with Gateway(read, ports or {}, client=upstream, memory=memory, nvml=nvml) as gateway:
+    async with Gateway(
+        read, ports or {}, client=upstream, memory=memory, nvml=nvml, timings=timings
+    ) as gateway:
         listener = listen(read)
         server = GracefulServer(gateway, read)
         serving = asyncio.create_task(server.serve(sockets=[listener]))

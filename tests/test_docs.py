@@ -13,6 +13,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
+from backends.kinds import KINDS
 from gateway import settings
 from gateway.cli import main
 from gateway.errors import GatewayError
@@ -67,7 +68,7 @@ def test_the_example_file_shows_the_defaults() -> None:
     assert (read.metrics, read.cost) == (default.metrics, default.cost)
     assert (read.host, read.port, read.log) == (default.host, default.port, default.log)
     for kind, lane in read.models["chat"].lanes.items():
-        assert lane.slots == settings.SLOTS[kind]
+        assert lane.slots == KINDS[kind].slots
 
 
 def test_the_example_file_names_every_setting() -> None:

@@ -41,11 +41,12 @@ def definitions(name: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | 
 def constants(name: str) -> Iterator[tuple[str, str]]:
     """The constants of a module and their values, as they are written."""
     for node in TREES[name].body:
-        targets: list[ast.expr] = []
         if isinstance(node, ast.Assign):
             targets = node.targets
         elif isinstance(node, ast.AnnAssign):
             targets = [node.target]
+        else:
+            continue
         for target in targets:
             if isinstance(target, ast.Name) and target.id.isupper() and node.value is not None:
                 yield target.id, ast.unparse(node.value)

@@ -8,18 +8,16 @@ import gc
 import signal
 import sys
 from contextlib import AsyncExitStack
-from typing import get_args
 
 from backends.fake.control import Control
-from backends.fake.engine import FakeEngine
-from backends.fake.kinds import Name
+from backends.fake.engine import KINDS, FakeEngine
 
 
 def arguments() -> argparse.ArgumentParser:
     """What can be set on the command line."""
     parser = argparse.ArgumentParser(prog="python -m backends.fake", description=__doc__)
     add = parser.add_argument
-    add("--kind", choices=get_args(Name), required=True)
+    add("--kind", choices=[*KINDS], required=True)
     add("--port", type=int, default=0, help="0: any free one, told on stdout")
     add("--control-port", type=int, help="to watch and script it; none without this")
     add("--model", action="append", help="one it chats with; may be repeated (m)")

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import msgspec
 
@@ -25,7 +25,7 @@ from backends.fake.wire import Received
 if TYPE_CHECKING:  # the engine makes its kind, and the kind asks the engine
     from backends.fake.engine import FakeEngine
 
-Name = Literal["ollama", "vllm", "llamacpp"]
+Name: TypeAlias = str
 Json = dict[str, Any]
 
 CHAT = "/v1/chat/completions"

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from backends.base import Engine, Identity
 from backends.errors import BackendError
+from backends.kinds import KINDS, Kind
 from backends.processes.supervised import Supervised
 from backends.transport import http
 from gateway import settings
@@ -38,20 +39,23 @@ from gateway.gpu.handover import Occupant
 from gateway.gpu.memory import MemoryUnknown, Nvml, drawn
 from gateway.routing import profile
 from gateway.serving import discovery
-from gateway.settings import SLOTS, Kind, Settings, SettingsError
-from loadtests.measure import calibrate, samples
+from gateway.settings import Settings, SettingsError
+from loadtests.analysis import crossover, rows
+from loadtests.measure import calibrate, experiment, samples
 from loadtests.measure import matrix as compare
+from loadtests.measure.experiment import Experiment, ExperimentError, Plan, Subject
+from loadtests.measure.generator import VisitFailed
+from loadtests.measure.itinerary import Visit
 from loadtests.measure.load import for_others
-from loadtests.measure.matrix import Entrant, Progressing, Session, Visit, VisitFailed
+from loadtests.measure.matrix import Entrant, Session
+from loadtests.measure.progress import Progressing
 from loadtests.measure.samples import SamplesError
 from loadtests.measure.stopwatch import BadTarget, Target
 from loadtests.proof import selfcheck
-from loadtests.report import analysis, experiment, report
-from loadtests.report.experiment import Experiment, ExperimentError, Plan, Subject
+from loadtests.report import report
 
 NEEDS = "the experiment needs its extra: pip install 'twolane[load]'"
 GATEWAY = "gateway"
-COLOURS = {"ollama": "green", "vllm": "red", "llamacpp": "blue"}
 #: How long a gateway may take to be ready, engines that it starts included, seconds.
 READY_S = 900.0
 #: Of what made the load, the versions that a report names.
@@ -256,7 +260,7 @@ class Lanes:
     """
 
     def __init__(
-        self, read: Settings, model: settings.Model, client: http.Client, folder: Path
+        self, read: Settings, model: settings.ModelSettings, client: http.Client, folder: Path
     ) -> None:
         self._read = read
         self._model = model
@@ -269,20 +273,20 @@ class Lanes:
         found = []
         for kind, lane in self._model.lanes.items():
             ours = bool(self._read.engines[kind].command)
-            several = ollama_slots if kind == "ollama" and ours else (None,)
+            several = ollama_slots if KINDS[kind].slots_variable and ours else (None,)
             found += [self._entrant(kind, lane, slots) for slots in several]
         return found
 
-    def _entrant(self, kind: Kind, lane: settings.Lane, slots: int | None) -> Entrant:
+    def _entrant(self, kind: Kind, lane: settings.LaneSettings, slots: int | None) -> Entrant:
         own = self._read.engines[kind]
         url = (lane.urls or own.urls)[0]
         key = own.api_key.get_secret_value() if own.api_key else None
-        engine = discovery.CLASSES[kind](url, self._client, api_key=key)
+        engine = KINDS[kind].engine(url, self._client, api_key=key)
         process = None
         if own.command:
             environment = dict(own.environment)
             if slots is not None:
-                environment["OLLAMA_NUM_PARALLEL"] = str(slots)
+                environment[KINDS[kind].slots_variable] = str(slots)
             log = own.log or self._folder / f"{kind}.log"
             process = Supervised(own.command, log, environment)
         occupant = Occupant(engine, [lane.model], process=process)
@@ -293,7 +297,7 @@ class Lanes:
             url=url,
             model=lane.model,
             engine=kind,
-            slots=slots or lane.slots or SLOTS[kind],
+            slots=slots or lane.slots or KINDS[kind].slots,
             context=lane.context,
             command=shlex.join(for_others(own.command)),
         )
@@ -436,13 +440,13 @@ async def _strangers(targets: Sequence[Target], client: http.Client) -> list[Ent
 
 async def _configured(
     args: argparse.Namespace, client: http.Client
-) -> tuple[Settings, str, settings.Model]:
+) -> tuple[Settings, str, settings.ModelSettings]:
     """The settings, and the model of them that is to be measured; raises `SettingsError`."""
     overrides: dict[str, Any] = {"pair": dict(args.pair)} if args.pair else {}
     read = settings.load(args.config, overrides, settings.environment())
     if not read.engines:
         found = await discovery.find(client, discovery.USUAL, own_port=0)
-        engines = {kind: settings.Engine(urls=(url,)) for kind, url in found.items()}
+        engines = {kind: settings.EngineSettings(urls=(url,)) for kind, url in found.items()}
         read = read.model_copy(update={"engines": engines})
     models = read.served()
     if not models:
@@ -613,7 +617,7 @@ async def _calibrated(args: argparse.Namespace, console: Console) -> None:
                 async with Session(folder, plan, entrants, view) as session:
                     await calibrate.measure(session, plan.levels, args.minutes)
                     subjects = session.subjects
-        cells = analysis.closed_cells(samples.read(folder / experiment.RAW))
+        cells = rows.closed_cells(samples.read(folder / experiment.RAW))
     found = _profile(plan, subjects, cells)
     out = args.out or model.profile or Path(f"profile-{name}.json")
     profile.save(out, found)
@@ -623,13 +627,13 @@ async def _calibrated(args: argparse.Namespace, console: Console) -> None:
         console.print(f"let the gateway decide by it: models.{name}.profile: {out}")
 
 
-def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: analysis.Cells) -> profile.Profile:
+def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: rows.Cells) -> profile.Profile:
     """What was measured, as the gateway reads it."""
-    rows = analysis.rows(cells, tokens_out=plan.tokens_out, limits=experiment.Limits())
+    table = rows.make_rows(cells, tokens_out=plan.tokens_out, limits=experiment.Limits())
     lanes = {}
     for label, subject in subjects.items():
-        mine = [row for row in rows if row.target == label and row.e2e is not None]
-        by_repetition = analysis.seconds(cells, label)
+        mine = [row for row in table if row.target == label and row.e2e is not None]
+        by_repetition = crossover.seconds_by_level(cells, label)
         means = {n: [sum(of) / len(of) for of in by_repetition[n]] for n in sorted(by_repetition)}
         lanes[label] = profile.Lane(
             tuple(means),
@@ -657,10 +661,12 @@ def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: analysis.Cells)
     )
 
 
-def _crossover(labels: Sequence[str], cells: analysis.Cells) -> profile.Crossover | None:
+def _crossover(labels: Sequence[str], cells: rows.Cells) -> profile.Crossover | None:
     if len(labels) != 2:
         return None
-    known = analysis.crossover(*(analysis.seconds(cells, label) for label in labels))
+    known = crossover.find_crossover(
+        *(crossover.seconds_by_level(cells, label) for label in labels)
+    )
     if known.level is not None:
         return profile.Crossover(known.level, known.low, known.high)
     level = calibrate.crossing(*(calibrate.mean_seconds(cells, label) for label in labels))
@@ -701,7 +707,13 @@ def show(found: profile.Profile, console: Console) -> None:
                 str(level) if label == lanes[0] else "",
                 f"[bold]{label}[/]" if label == best else label,
                 f"{seconds[label]:.2f}" + ("" if here is not None else " ?"),
-                Bar(longest, 0, seconds[label], width=24, color=COLOURS.get(label, "default")),
+                Bar(
+                    longest,
+                    0,
+                    seconds[label],
+                    width=24,
+                    color=KINDS[label].colour if label in KINDS else "default",
+                ),
                 _spread(lane, here),
                 _at(lane.ttft_s, here, ".2f"),
                 _at(lane.tokens_per_s, here, ".0f"),

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 
-from backends.ollama import Loaded, full
+from backends.base import Loaded
+from backends.kinds import KINDS, Kind
+from backends.ollama import full
 from gateway.doctor.seen import (
     NO_SETTINGS,
     NotSeen,
@@ -26,7 +28,7 @@ from gateway.doctor.seen import (
 )
 from gateway.gpu.memory import Brake, Card
 from gateway.routing.profile import Measured, Profile
-from gateway.settings import SLOTS, Kind, Settings
+from gateway.settings import Settings
 
 GIB = 2**30
 MIB = 2**20
@@ -282,7 +284,7 @@ def _changes(found: Profile, server: Server, model: str) -> list[str]:
         model,
         is_now.version,
         is_now.weights,
-        is_now.slots or slots or SLOTS[server.kind],
+        is_now.slots or slots or KINDS[server.kind].slots,
         command=shlex.join(server.configured.command) if server.configured else "",
         digest=is_now.digest,
     )
@@ -589,7 +591,7 @@ def _missing_gib(seen: Seen, kind: str) -> float:
 
 
 def _has(server: Server, models: Collection[str], model: str) -> bool:
-    return (full(model) if server.kind == "ollama" else model) in models
+    return KINDS[server.kind].engine.full_name(model) in models
 
 
 def engine(seen: Seen, server: Server) -> Iterator[Verdict]:
@@ -744,8 +746,8 @@ def _ollama_default(seen: Seen, server: Server, own: Mapping[str, int | None]) -
 
 def slots(seen: Seen, server: Server) -> Iterator[Verdict]:
     """Whether it answers as many at once as it is sent."""
-    wanted = max((w.lane.slots or SLOTS[server.kind] for w in server.wanted), default=0)
-    ours = wanted or SLOTS[server.kind]
+    wanted = max((w.lane.slots or KINDS[server.kind].slots for w in server.wanted), default=0)
+    ours = wanted or KINDS[server.kind].slots
     process = known(server.process)
     if server.kind == "ollama":
         name = "OLLAMA_NUM_PARALLEL"
@@ -920,7 +922,7 @@ CHECKS = (
     Check(
         "engine",
         "A lane is served while its engine answers and has the model.",
-        _of_each(engine, "ollama", "vllm", "llamacpp"),
+        _of_each(engine, *KINDS),
     ),
     Check(
         "version",
@@ -930,7 +932,7 @@ CHECKS = (
     Check(
         "published",
         "Who reaches an engine passes by keys and queue, and can have it reload.",
-        _of_each(published, "ollama", "vllm", "llamacpp"),
+        _of_each(published, *KINDS),
     ),
     Check(
         "context",

@@ -26,9 +26,8 @@ import msgspec
 from backends import base, errors
 from backends.base import Timeouts
 from backends.errors import BackendError, Unreachable
-from backends.ollama import Loaded, Ollama
+from backends.kinds import KINDS, Kind
 from backends.transport import http
-from backends.vllm import VLLM
 from gateway import settings
 from gateway.doctor.seen import (
     NO_SETTINGS,
@@ -50,7 +49,7 @@ from gateway.gpu.lease import LeaseError, owner, usual_lease
 from gateway.gpu.memory import MemoryUnknown, Nvml
 from gateway.routing import profile
 from gateway.serving import discovery
-from gateway.settings import Kind, Settings, SettingsError
+from gateway.settings import Settings, SettingsError
 
 T = TypeVar("T")
 
@@ -414,7 +413,7 @@ class _Eyes:
             wanted = {(kind, url): [] for kind, url in found.items()}
             for lanes in read.pair.values():
                 for kind in lanes.keys() - found.keys():
-                    wanted[kind, discovery.usual_url(kind)] = []
+                    wanted[kind, KINDS[kind].usual_url] = []
         for name, model in read.served().items():
             for kind, lane in model.lanes.items():
                 own = lane.urls or tuple(url for of, url in wanted if of == kind)
@@ -427,7 +426,7 @@ class _Eyes:
     async def _server(self, kind: Kind, url: str, wanted: tuple[Wanted, ...]) -> Server:
         origin, configured = http.Origin.of(url), self._read.engines.get(kind)
         key = configured.api_key.get_secret_value() if configured and configured.api_key else None
-        engine = discovery.CLASSES[kind](
+        engine = KINDS[kind].engine(
             url, self._client, api_key=key, timeouts=Timeouts(connect_s=CONNECT_S)
         )
         addresses = await _asked(_addresses(origin.host))
@@ -476,27 +475,17 @@ class _Eyes:
                 sleeps=why, asleep=why,
             )  # fmt: skip
         models = await _asked(engine.models())
-        sign = discovery.SIGNS[server.kind]
-        server = replace(
+        wanted = tuple(dict.fromkeys(lane.lane.model for lane in server.wanted))
+        return replace(
             server,
             models=models if isinstance(models, Unseen) else tuple(models),
-            version=await _asked(_version(engine, sign)),
+            version=await _asked(engine.version()),
             identities=await _asked(_of_lanes(server, engine.identity)),
+            loaded=await _asked(_loaded(engine)),
+            contexts=await _asked(engine.contexts(wanted)),
+            sleeps=await _asked(engine.sleeps()),
+            asleep=await _asked(engine.asleep()),
         )
-        if isinstance(engine, Ollama):
-            return replace(
-                server,
-                loaded=await _asked(_loaded(engine)),
-                contexts=await _asked(_of_lanes(server, engine.own_context)),
-            )
-        if isinstance(engine, VLLM):
-            return replace(
-                server,
-                contexts=await _asked(_contexts(engine)),
-                sleeps=await _asked(engine.sleeps()),
-                asleep=await _asked(engine.asleep()),
-            )
-        return server
 
     def _on(self, port: int) -> list[Listener]:
         return [one for one in known(self._listeners) if one.port == port]
@@ -513,10 +502,7 @@ class _Eyes:
         found = self._held(server.port)
         if found is None:
             raise NotSeen("its process is not seen: another user's, or in a container")
-        words = " ".join(found.command).lower()
-        if (server.kind == "ollama" and found.name != "ollama") or (
-            server.kind == "vllm" and "vllm" not in words
-        ):
+        if not KINDS[server.kind].is_process(found.name, " ".join(found.command)):
             raise NotSeen(
                 f"what listens for it is {found.name} (process {found.pid}), not the engine itself"
             )
@@ -572,16 +558,8 @@ def _collide(address: str, own: tuple[str, ...]) -> bool:
     return address in anywhere or address in own or not anywhere.isdisjoint(own)
 
 
-async def _version(engine: base.Engine, sign: str) -> str:
-    return (await engine.told(sign, base.Version)).version
-
-
-async def _loaded(engine: Ollama) -> tuple[Loaded, ...]:
+async def _loaded(engine: base.Engine) -> tuple[base.Loaded, ...]:
     return tuple(await engine.loaded())
-
-
-async def _contexts(engine: VLLM) -> Mapping[str, int | None]:
-    return {listed.id: listed.max_model_len for listed in await engine.listed()}
 
 
 async def _of_lanes(server: Server, question: Callable[[str], Awaitable[T]]) -> Mapping[str, T]:

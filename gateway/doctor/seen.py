@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import TypeVar
 
-from backends.base import Identity
-from backends.ollama import Loaded
+from backends.base import Identity, Loaded
+from backends.kinds import Kind
 from gateway.gpu.lease import Owner
 from gateway.gpu.memory import Driver
 from gateway.routing.profile import Profile
-from gateway.settings import Engine, Kind, Lane, Settings
+from gateway.settings import EngineSettings, LaneSettings, Settings
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ class Wanted:
     """A lane that the settings want of an engine."""
 
     model: str
-    lane: Lane
+    lane: LaneSettings
     exclusive: bool
 
 
@@ -181,7 +181,7 @@ class Server:
     port: int
     answers: Kind | Unseen | None
     wanted: tuple[Wanted, ...] = ()
-    configured: Engine | None = None
+    configured: EngineSettings | None = None
     version: str | Unseen = Unseen("it was not asked")
     models: tuple[str, ...] | Unseen = Unseen("it was not asked")
     loaded: tuple[Loaded, ...] | Unseen = Unseen("it was not asked")

@@ -28,9 +28,9 @@ from typing import Protocol
 
 import msgspec
 
-from backends.base import CHAT, Call, Engine, Kind, Readiness
+from backends.base import CHAT, Call, Engine, Readiness
 from backends.errors import BackendError, Broken, Refused, Unreachable, Unsupported
-from backends.ollama import Ollama
+from backends.kinds import KINDS, Kind
 from backends.processes.supervised import Supervised
 from gateway.gpu.memory import Memory, MemoryUnknown
 from gateway.routing.policy import Policy
@@ -41,9 +41,6 @@ log = logging.getLogger("gateway.handover")
 LOOK_S = 0.1
 #: How long the engines of a gateway that was killed may take to end.
 LEFTOVER_S = 15.0
-#: Seconds to start from nothing, to choose whom to start when the holder has died.
-#: Assumed; the last start of each takes their place.
-COLD_S: Mapping[Kind, float] = {"ollama": 20.0, "llamacpp": 20.0, "vllm": 120.0}
 #: Pauses between attempts while no engine can be made to hold.
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
@@ -144,7 +141,8 @@ class Occupant:
         self.process = process
         self.needs = needs
         self.away_s = away_s
-        self.cold_s = COLD_S[engine.kind]
+        # To choose which engine to start when the holder has died; the last start replaces it.
+        self.cold_s = KINDS[engine.kind].cold_start_s
 
     @property
     def kind(self) -> Kind:
@@ -180,11 +178,10 @@ class Occupant:
         await self.engine.load(self.models[0])
         if cold:
             self.cold_s = time.monotonic() - began
-        if isinstance(self.engine, Ollama):
-            part = await self.engine.on_gpu(self.models[0])
-            if part is not None and 0 < part < 1:  # none of it: there is no GPU
-                told = "only %.0f %% of %s are on the GPU, the rest on the CPU, which is slow"
-                log.warning(told, part * 100, self.models[0])
+        part = await self.engine.on_gpu(self.models[0])
+        if part is not None and 0 < part < 1:  # none of it: there is no GPU
+            told = "only %.0f %% of %s are on the GPU, the rest on the CPU, which is slow"
+            log.warning(told, part * 100, self.models[0])
 
     async def _there(self) -> None:
         """Return when it can be spoken to."""

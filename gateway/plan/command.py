@@ -22,8 +22,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from backends.kinds import KINDS
 from gateway.gpu.memory import MemoryUnknown, Nvml
-from gateway.serving.discovery import usual_url
 from gateway.settings import SettingsError
 from gateway.sizing import fit, weights
 from gateway.sizing.fit import Cards, Lane, Plan, Wish
@@ -694,7 +694,7 @@ def yaml(name: str, made_by: str, thought: Plan) -> str:
         *(f"#   {_started(thought.lanes[kind], port=_port(kind))}" for kind in order),
         "",
         "engines:",
-        *(f"  {kind}: {{urls: [{json.dumps(usual_url(kind))}]}}" for kind in order),
+        *(f"  {kind}: {{urls: [{json.dumps(KINDS[kind].usual_url)}]}}" for kind in order),
         "models:",
         f"  {json.dumps(name)}:",
         f"    placement: {'shared' if shared else 'exclusive'}    # {thought.placement_why}",
@@ -714,4 +714,4 @@ def yaml(name: str, made_by: str, thought: Plan) -> str:
 
 
 def _port(kind: Engine) -> int:
-    return int(usual_url(kind).rpartition(":")[2])
+    return KINDS[kind].ports[0]

@@ -55,7 +55,7 @@ class Replica:
     slots: int
     room: int = 0
     running: int = 0
-    trouble: str = "has not been looked at yet"
+    trouble: str = "has not been probed yet"
     back_s: float = 5.0
 
 

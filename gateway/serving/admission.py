@@ -16,10 +16,10 @@ from enum import StrEnum
 from types import TracebackType
 
 from backends.base import Activity, Engine, Readiness
-from backends.errors import BackendError
+from backends.errors import BackendError, Busy, Unreachable
 from gateway.errors import WaitedTooLong
 from gateway.gpu.handover import Gpu
-from gateway.routing.breaker import Breaker
+from gateway.routing.breaker import DEFAULT_BUSY_S, Breaker, Failure, ReplicaState
 from gateway.routing.scheduler import Action, Move, Refuse, Replica, Scheduler, Start, Ticket
 from gateway.serving.prober import Prober
 
@@ -81,6 +81,7 @@ class Admission:
         self._max_wait_s = max_wait_s
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._tick: asyncio.TimerHandle | None = None
+        self._lanes = {one: lane for lane in scheduler.lanes.values() for one in lane.replicas}
         self._breaker_ticks: dict[Replica, asyncio.TimerHandle] = {}
         self.active_at = _now()
         self._gpu = gpu
@@ -155,10 +156,9 @@ class Admission:
         for one in self.scheduler.lanes.values():
             for replica in one.replicas:
                 server = self.servers[replica]
-                server.breaker.dormant = not one.holds
                 if one.holds and one not in held_before:
                     server.loaded = True
-                    server.breaker.woke()
+                    server.breaker.reset()
                     server.prober.disregard()
                 self._look(replica, now)
         self._act(self.scheduler.changed(now))
@@ -176,7 +176,7 @@ class Admission:
 
     def reported(self, replica: Replica, readiness: Readiness) -> None:
         """A replica says whether it is ready."""
-        self.servers[replica].breaker.reported(readiness)
+        self.servers[replica].breaker.on_probe(_STATES[readiness])
         self._refresh(replica)
 
     def answered(self, replica: Replica) -> None:
@@ -184,13 +184,13 @@ class Admission:
         self.servers[replica].loaded = True
         breaker = self.servers[replica].breaker
         if breaker.failures or breaker.ramp < breaker.slots:
-            breaker.answered(_now())
+            breaker.on_answer(_now())
             self._refresh(replica)
 
     def failed(self, replica: Replica, error: BackendError) -> None:
         """A request failed on a replica."""
         server = self.servers[replica]
-        server.breaker.failed(error, _now())
+        server.breaker.on_failure(failure_of(error), _now())
         if error.blame:
             server.prober.doubt()
         self._refresh(replica)
@@ -203,19 +203,21 @@ class Admission:
     def _look(self, replica: Replica, now: float) -> bool:
         """Take over what the breaker says; True where the replica's room has changed."""
         breaker = self.servers[replica].breaker
+        #: Its engine does not hold the GPU: that it sleeps, or is down, is as it should be.
+        dormant = not self._lanes[replica].holds
         if (tick := self._breaker_ticks.pop(replica, None)) is not None:
             tick.cancel()
-        if (due := breaker.due(now)) is not None:
+        if (due := breaker.next_change_at(now)) is not None:
             loop = asyncio.get_running_loop()
             self._breaker_ticks[replica] = loop.call_later(
                 due - now + 0.001, self._refresh, replica
             )
         replica.back_s = due - now if due is not None else 5.0
-        room = breaker.room(now)
-        if room and not replica.room and not breaker.dormant:
+        room = breaker.ramp if dormant else breaker.capacity(now)
+        if room and not replica.room and not dormant:
             for ticket in self._waiting:  # it is back: whom it has failed may go there again
                 ticket.without.discard(replica)
-        replica.trouble = breaker.trouble(now)
+        replica.trouble = "" if dormant else breaker.unavailable_reason(now)
         changed = room != replica.room
         replica.room = room
         return changed
@@ -349,6 +351,21 @@ class Slot:
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._admission.leave(self._ticket)
+
+
+_STATES = {
+    Readiness.READY: ReplicaState.READY,
+    Readiness.LOADING: ReplicaState.LOADING,
+    Readiness.ABSENT: ReplicaState.ABSENT,
+    Readiness.ASLEEP: ReplicaState.ASLEEP,
+    Readiness.DOWN: ReplicaState.DOWN,
+}
+
+
+def failure_of(error: BackendError) -> Failure:
+    """An engine's error, translated for the circuit breaker."""
+    busy_s = (error.retry_after or DEFAULT_BUSY_S) if isinstance(error, Busy) else None
+    return Failure(error.blame, isinstance(error, Unreachable), busy_s)
 
 
 def _now() -> float:

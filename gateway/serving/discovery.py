@@ -12,37 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-import msgspec
-
-from backends.base import Engine, Timeouts
-from backends.errors import BackendError
-from backends.llamacpp import LlamaCpp
-from backends.ollama import Ollama
+from backends.base import Timeouts
+from backends.kinds import KINDS, Kind
 from backends.transport import http
-from backends.vllm import VLLM
-from gateway.settings import Kind
-
-CLASSES: dict[Kind, type[Engine]] = {"ollama": Ollama, "vllm": VLLM, "llamacpp": LlamaCpp}
 
 Ports: TypeAlias = Mapping[Kind, tuple[int, ...]]
 
-#: Where to look: Ollama's port, vLLM's (8000 is often ours, so people take the next), and
-#: llama-server's. The first is also where a named but unseen engine is expected.
-USUAL: Ports = {
-    "ollama": (11434,),
-    "vllm": (8001, 8000),
-    "llamacpp": (8080,),
-}
-
-#: What only this kind answers with 200, on its usual port or any other.
-SIGNS: dict[Kind, str] = {"ollama": "/api/version", "vllm": "/version", "llamacpp": "/props"}
+#: Where to look on this machine.
+USUAL: Ports = {name: kind.ports for name, kind in KINDS.items()}
 
 PATIENCE_S = 1.0
-
-
-def usual_url(kind: Kind) -> str:
-    """Where an engine of this kind is expected when nobody said where it is."""
-    return f"http://127.0.0.1:{USUAL[kind][0]}"
 
 
 async def find(client: http.Client, ports: Ports, *, own_port: int) -> dict[Kind, str]:
@@ -63,7 +42,7 @@ async def find(client: http.Client, ports: Ports, *, own_port: int) -> dict[Kind
 
 async def kind_of(client: http.Client, url: str) -> Kind | None:
     """What kind of engine answers there; None where it is none that we know."""
-    for kind in SIGNS:
+    for kind in KINDS:
         if await _is(client, kind, url):
             return kind
     return None
@@ -71,14 +50,11 @@ async def kind_of(client: http.Client, url: str) -> Kind | None:
 
 async def _is(client: http.Client, kind: Kind, url: str) -> bool:
     """Whether an engine of this kind answers there."""
-    engine = CLASSES[kind](url, client, timeouts=Timeouts(connect_s=PATIENCE_S))
+    engine = KINDS[kind].engine(url, client, timeouts=Timeouts(connect_s=PATIENCE_S))
     try:
-        said = msgspec.json.decode(await engine.get(SIGNS[kind], timeout_s=PATIENCE_S))
-    except (BackendError, msgspec.DecodeError):
-        return False
+        return await engine.is_own_kind(timeout_s=PATIENCE_S)
     finally:
         await engine.close()
-    return isinstance(said, dict) and (kind == "llamacpp" or "version" in said)
 
 
 def packaged_model() -> Path | None:

@@ -11,8 +11,8 @@ from multiprocessing import get_context
 
 import msgspec
 
+from backends.kinds import KINDS
 from gateway.routing.profile import ASSUMED, VERSION, Lane, Profile
-from gateway.settings import KINDS, SLOTS
 from gateway.simulate import hindsight, rivals, traces
 from gateway.simulate.machine import Decider, Machine, Outcome, run
 from gateway.simulate.traces import Crowd, People, Trace
@@ -215,7 +215,7 @@ def _minds(trace: str | Trace) -> bool:
 
 
 def _machine(case: Case, handover_s: float) -> Machine:
-    slots: dict[str, int] = {kind: SLOTS[kind] for kind in KINDS if kind in case.lanes}
+    slots = {name: kind.slots for name, kind in KINDS.items() if name in case.lanes}
     return Machine(case.profile, slots, handover_s)
 
 

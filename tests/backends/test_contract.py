@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from backends.base import Kind
 from backends.fake import FakeEngine
+from backends.kinds import KINDS, Kind
 from backends.llamacpp import LlamaCpp
 from backends.processes.supervised import Supervised
 from backends.transport import http
-from gateway.serving.discovery import CLASSES, packaged_model
+from gateway.serving.discovery import packaged_model
 from tests.support.contract import Contract, Subject
 
 
@@ -27,7 +27,7 @@ class TestFake(Contract):
             FakeEngine(kind, ["sea:1b"], tokens=20, dev_mode="sleeps" in request.param) as fake,
             http.Client() as client,
         ):
-            engine = CLASSES[kind](fake.url, client)
+            engine = KINDS[kind].engine(fake.url, client)
             yield Subject(engine, "sea:1b")
             await engine.close()
 

@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import httpx
 import pytest
 
-from backends.base import Readiness
 from backends.errors import Broken, Busy, Refused, Sick, Unreachable
 from backends.fake import (
     DONE,
@@ -31,8 +30,15 @@ from backends.fake.wire import Received
 from backends.transport import http
 from gateway.app import Gateway
 from gateway.relay.retry import RETRY_SAVED, RETRY_SHARE
-from gateway.routing.breaker import FAILURES, FIRST_EJECTION_S, LONGEST_EJECTION_S, Breaker
+from gateway.routing.breaker import (
+    FAILURES,
+    FIRST_EJECTION_S,
+    LONGEST_EJECTION_S,
+    Breaker,
+    ReplicaState,
+)
 from gateway.routing.scheduler import Replica
+from gateway.serving.admission import failure_of
 from tests.conftest import Running, StartGateway
 from tests.faults.conftest import alone, chat, pair
 
@@ -492,7 +498,7 @@ async def test_06_a_busy_engine_is_passed_over_as_long_as_it_says_and_not_taken_
         standing = breaker(running, "ollama")
 
         assert lanes == ["vllm"] * 5
-        assert state == "says it has too much to do"
+        assert state == "says that it is busy"
         assert (standing.failures, standing.ramp) == (0, standing.slots)
 
         await running.until(usable("ollama"))
@@ -512,7 +518,7 @@ async def test_06_a_client_is_told_busy_only_when_all_are(
 
         assert told_to_come_back(first, 503, "engine_busy") == 5
         assert told_to_come_back(second, 503, "no_engine") == 5
-        assert "too much to do" in told(second, 503, "no_engine")
+        assert "says that it is busy" in told(second, 503, "no_engine")
         assert (len(asked(ollama)), len(asked(vllm))) == (1, 1)
 
 
@@ -567,25 +573,25 @@ SICK_NOW = Sick("500")
 def well(slots: int = 8) -> Breaker:
     """A replica in good standing."""
     standing = Breaker(slots)
-    standing.reported(Readiness.READY)
+    standing.on_probe(ReplicaState.READY)
     return standing
 
 
 def fail(standing: Breaker, now: float, times: int = FAILURES) -> None:
     for _ in range(times):
-        standing.failed(SICK_NOW, now)
+        standing.on_failure(failure_of(SICK_NOW), now)
 
 
 def test_08_it_is_left_alone_after_so_many_failures_in_a_row() -> None:
     standing = well()
     fail(standing, 10.0, FAILURES - 1)
-    before = standing.room(10.0)
+    before = standing.capacity(10.0)
     fail(standing, 10.0, 1)
 
     assert before == 8
-    assert standing.room(10.0) == standing.room(10.0 + FIRST_EJECTION_S - 0.001) == 0
-    assert standing.trouble(10.0) == "failed too often and is left alone for a while"
-    assert standing.due(10.0) == 10.0 + FIRST_EJECTION_S
+    assert standing.capacity(10.0) == standing.capacity(10.0 + FIRST_EJECTION_S - 0.001) == 0
+    assert standing.unavailable_reason(10.0) == "failed too often and is ejected for a while"
+    assert standing.next_change_at(10.0) == 10.0 + FIRST_EJECTION_S
 
 
 def test_08_a_good_answer_in_between_begins_the_count_again() -> None:
@@ -593,8 +599,8 @@ def test_08_a_good_answer_in_between_begins_the_count_again() -> None:
 
     for _ in range(10):
         fail(standing, 10.0, FAILURES - 1)
-        standing.answered(10.0)
-    assert standing.room(10.0) == 8
+        standing.on_answer(10.0)
+    assert standing.capacity(10.0) == 8
 
 
 def test_08_after_that_one_is_let_through_and_twice_as_many_after_each_good_answer() -> None:
@@ -603,8 +609,8 @@ def test_08_after_that_one_is_let_through_and_twice_as_many_after_each_good_answ
 
     room = []
     for second in range(5):
-        room.append(standing.room(11.0 + second))
-        standing.answered(11.0 + second)
+        room.append(standing.capacity(11.0 + second))
+        standing.on_answer(11.0 + second)
     assert room == [1, 2, 4, 8, 8]
 
 
@@ -616,7 +622,7 @@ def test_08_each_failure_on_trial_doubles_the_time_up_to_a_limit() -> None:
     for _ in range(9):
         lengths.append(standing.out_until - now)
         now = standing.out_until
-        assert standing.room(now) == 1
+        assert standing.capacity(now) == 1
         fail(standing, now, 1)
     assert lengths == [1, 2, 4, 8, 16, 32, 60, 60, 60]
 
@@ -630,7 +636,7 @@ def test_08_one_that_answers_now_and_then_is_left_alone_longer_each_time() -> No
         fail(standing, now)
         lengths.append(standing.out_until - now)
         now = standing.out_until + 5
-        standing.answered(now)
+        standing.on_answer(now)
     assert lengths == [1, 2, 4, 8]
 
 
@@ -639,7 +645,7 @@ def test_08_after_a_long_good_time_it_is_left_alone_briefly_again() -> None:
     for _ in range(4):
         fail(standing, standing.out_until)
     assert standing.out_until > FIRST_EJECTION_S * 2
-    standing.answered(standing.out_until)
+    standing.on_answer(standing.out_until)
     now = standing.out_until + LONGEST_EJECTION_S + 1
 
     fail(standing, now)
@@ -660,55 +666,55 @@ def test_08_an_old_answer_that_ends_well_does_not_open_the_door() -> None:
     fail(standing, 10.0)
 
     for _ in range(4):  # sent before the others failed
-        standing.answered(10.5)
-    assert (standing.room(10.5), standing.room(11.0)) == (0, 1)
+        standing.on_answer(10.5)
+    assert (standing.capacity(10.5), standing.capacity(11.0)) == (0, 1)
 
 
 def test_08_neither_busy_nor_a_refusal_is_a_failure() -> None:
     standing = well()
 
     for _ in range(20):
-        standing.failed(Refused("400", status=400), 10.0)
-        standing.failed(Busy("429", retry_after=2), 10.0)
-    assert (standing.room(10.0), standing.due(10.0)) == (0, 12.0)
-    assert standing.trouble(10.0) == "says it has too much to do"
-    assert standing.room(12.0) == 8
+        standing.on_failure(failure_of(Refused("400", status=400)), 10.0)
+        standing.on_failure(failure_of(Busy("429", retry_after=2)), 10.0)
+    assert (standing.capacity(10.0), standing.next_change_at(10.0)) == (0, 12.0)
+    assert standing.unavailable_reason(10.0) == "says that it is busy"
+    assert standing.capacity(12.0) == 8
 
 
 def test_08_one_that_could_not_be_reached_stays_out_until_it_says_that_it_is_ready() -> None:
     standing = well()
-    standing.failed(Unreachable("refused"), 10.0)
+    standing.on_failure(failure_of(Unreachable("refused")), 10.0)
 
-    assert standing.room(10.0) == standing.room(1000.0) == 0
-    standing.reported(Readiness.READY)
-    assert standing.room(1000.0) == 1
+    assert standing.capacity(10.0) == standing.capacity(1000.0) == 0
+    standing.on_probe(ReplicaState.READY)
+    assert standing.capacity(1000.0) == 1
 
 
 def test_08_a_good_word_of_its_own_does_not_end_the_time_it_is_left_alone() -> None:
     standing = well()
     fail(standing, 10.0)
-    standing.reported(Readiness.READY)
+    standing.on_probe(ReplicaState.READY)
 
-    assert standing.room(10.5) == 0
+    assert standing.capacity(10.5) == 0
 
 
 @pytest.mark.parametrize(
-    ("readiness", "trouble"),
+    ("state", "reason"),
     [
-        (None, "has not been looked at yet"),
-        (Readiness.LOADING, "is still loading its model"),
-        (Readiness.ABSENT, "does not have the model"),
-        (Readiness.ASLEEP, "is asleep"),
-        (Readiness.DOWN, "cannot be reached"),
+        (None, "has not been probed yet"),
+        (ReplicaState.LOADING, "is still loading its model"),
+        (ReplicaState.ABSENT, "does not have the model"),
+        (ReplicaState.ASLEEP, "is asleep"),
+        (ReplicaState.DOWN, "cannot be reached"),
     ],
 )
-def test_08_what_is_not_ready_gets_nothing_and_its_trouble_is_told(
-    readiness: Readiness | None, trouble: str
+def test_08_what_is_not_ready_gets_nothing_and_the_reason_is_said(
+    state: ReplicaState | None, reason: str
 ) -> None:
-    standing = Breaker(8, readiness)
-    standing.failed(Broken("a request sent before"), 1.0)
+    standing = Breaker(8, state)
+    standing.on_failure(failure_of(Broken("a request sent before")), 1.0)
 
-    assert (standing.room(1.0), standing.trouble(1.0)) == (0, trouble)
+    assert (standing.capacity(1.0), standing.unavailable_reason(1.0)) == (0, reason)
 
 
 # … and through the gateway
@@ -1000,8 +1006,8 @@ async def test_12_an_engine_whose_answers_fail_is_left_alone_whatever_its_health
 
         assert lanes == ["vllm"] * (FAILURES + 5)  # nobody noticed
         assert len(asked(ollama)) == FAILURES  # and nobody was sent there any more
-        assert state == "failed too often and is left alone for a while"
-        assert standing.readiness is Readiness.READY
+        assert state == "failed too often and is ejected for a while"
+        assert standing.state is ReplicaState.READY
 
 
 async def test_12_streams_that_break_off_count_as_failures_too(

@@ -19,9 +19,8 @@ import anyio
 import httpx
 import pytest
 
-from backends.base import Identity
+from backends.base import Identity, Loaded
 from backends.fake import GIB, FakeEngine
-from backends.ollama import Loaded
 from gateway import settings
 from gateway.cli import main
 from gateway.doctor.command import as_json
@@ -141,7 +140,7 @@ def vllm(*words: str, environment: Mapping[str, str] | None = None, **parts: Any
 
 
 def wanted(model: str = "Big", *, exclusive: bool = False, **lane: Any) -> tuple[Wanted, ...]:
-    return (Wanted("chat", settings.Lane(model=model, **lane), exclusive),)
+    return (Wanted("chat", settings.LaneSettings(model=model, **lane), exclusive),)
 
 
 def exclusive(**more: Any) -> Settings:
@@ -572,7 +571,7 @@ def test_whether_an_engine_serves(parts: dict[str, Any], level: Level, said: str
 
 
 def test_an_engine_that_the_gateway_starts_need_not_run() -> None:
-    configured = settings.Engine(urls=(FINE,), command=("ollama", "serve"))
+    configured = settings.EngineSettings(urls=(FINE,), command=("ollama", "serve"))
     server = ollama(answers=Unseen("refused"), configured=configured)
 
     assert only("engine", box(servers=(server,))).level is Level.NOTE
@@ -748,7 +747,7 @@ def test_who_reaches_the_dev_endpoints(parts: dict[str, Any], level: Level) -> N
 
 def test_whether_a_vllm_can_give_its_memory_back() -> None:
     lane = wanted(exclusive=True)
-    ours = settings.Engine(urls=("http://127.0.0.1:8001",), command=("vllm",))
+    ours = settings.EngineSettings(urls=("http://127.0.0.1:8001",), command=("vllm",))
 
     def level(server: Server, **parts: Any) -> Level:
         return only("sleep", box(**parts, servers=(server,))).level
@@ -775,7 +774,7 @@ def test_whether_a_vllm_can_give_its_memory_back() -> None:
     ],
 )
 def test_options_that_vllm_no_longer_has(words: tuple[str, ...], level: Level) -> None:
-    configured = settings.Engine(urls=("http://127.0.0.1:8001",), command=words)
+    configured = settings.EngineSettings(urls=("http://127.0.0.1:8001",), command=words)
 
     assert only("flags", box(servers=(vllm(configured=configured),))).level is level
 
