@@ -81,7 +81,7 @@ check: .venv/dev
 	.venv/bin/lint-imports
 
 docs: .venv/dev
-	$(UV) run --frozen --inexact --group docs mkdocs build --quiet
+	$(UV) run --frozen --inexact --group docs zensical build --strict --clean
 
 clean:
 	rm -rf .venv .cache .engines tests/clients/node_modules

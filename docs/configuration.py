@@ -17,14 +17,15 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from gateway.settings import Kind, Settings
+from backends.kinds import Kind
+from gateway.settings import Settings
 
 FILE = Path(__file__).with_name("configuration.md")
 
 HEAD = """\
 # Configuration
 
-<!-- Written by docs/configuration.py from the settings' descriptions: change those, run it again. -->
+<!-- Written by docs/configuration.py from the settings' descriptions. Change those. -->
 
 `twolane serve --config twolane.yaml` reads a YAML file. Every setting is also an environment
 variable: the prefix `TWOLANE_`, parts joined by two underscores, lists and maps as JSON.
