@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gateway.compare.command import add_commands as add_compare
+from gateway.compare.arguments import add_commands as add_compare
 from gateway.doctor import add_command as add_doctor
 from gateway.errors import UsageError
 from gateway.plan.command import add_command as add_plan
