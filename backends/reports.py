@@ -92,6 +92,8 @@ class Version(msgspec.Struct):
 
 
 class Listing(msgspec.Struct):
+    """The body of `/v1/models`."""
+
     data: list[Listed] | None = None
 
 

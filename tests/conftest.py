@@ -15,8 +15,8 @@ import pytest
 from backends.transport import http
 from gateway import settings
 from gateway.app import Gateway
-from gateway.cli import GracefulServer, listen
 from gateway.gpu.memory import Memory, Nvml
+from gateway.serve import GracefulServer, listen
 from gateway.serving import discovery
 from gateway.settings import Timings
 
