@@ -150,7 +150,7 @@ async def test_a_fourth_kind_is_known_to_settings_and_commands(with_toy: Path) -
         return ended.stdout.decode()
 
     assert "'llamacpp' or 'toy'" in await command("serve", "--config", str(config))
-    assert "toy" in await command("pin", "--help")
+    assert "llamacpp, toy" in await command("serve", "--pair", "m=nothing:m")
 
 
 async def test_no_variable_of_the_environment_stops_a_command_or_a_gateway(
