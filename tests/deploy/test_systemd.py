@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway import settings
-from gateway.cli import LAST_WORD_S
+from gateway.serve import LAST_WORD_S
 from gateway.settings import Settings
 from tests.support.requirements import unavailable
 from tests.support.units import SYSTEMD, command, environment, option, said

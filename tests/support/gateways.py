@@ -15,10 +15,10 @@ import httpx
 from backends.transport import http
 from gateway import settings
 from gateway.app import Gateway
-from gateway.cli import GracefulServer, listen
 from gateway.gpu.memory import Memory, Nvml
+from gateway.serve import GracefulServer, listen
 from gateway.serving import discovery
-from gateway.settings import Settings
+from gateway.settings import Settings, Timings
 from tests.support.plain_http import async_client
 from tests.support.waiting import until
 
@@ -51,6 +51,7 @@ async def run_gateway(
     upstream: http.Client | None = None,
     memory: Memory | None = None,
     nvml: Nvml | None = None,
+    timings: Timings | None = None,
     **overrides: Any,
 ) -> AsyncIterator[Running]:
     """A gateway with these settings, as `twolane serve` runs it, in this event loop.
@@ -58,7 +59,9 @@ async def run_gateway(
     Engines are searched on `ports` only: a contributor's own engines stay out of the tests.
     """
     read = settings.load(None, {"port": 0, "log": "off", **overrides}, {})
-    async with Gateway(read, ports or {}, client=upstream, memory=memory, nvml=nvml) as gateway:
+    async with Gateway(
+        read, ports or {}, client=upstream, memory=memory, nvml=nvml, timings=timings
+    ) as gateway:
         listener = listen(read)
         server = PromptServer(gateway, read)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
