@@ -24,9 +24,10 @@ ROOT = Path(__file__).parents[2]
 TOY = '''
 """An engine that is made up for a test."""
 
-from backends import base
-from backends.base import Activity, Bridged, Call, Capabilities, Engine, Identity, Readiness
+from backends.base import Engine
+from backends.calls import Bridged, Call, renamed
 from backends.errors import BackendError, Unsupported
+from backends.reports import Activity, Capabilities, Identity, Readiness
 
 
 class Toy(Engine):
@@ -61,7 +62,7 @@ class Toy(Engine):
         return Activity()
 
     def bridge(self, call: Call, model: str) -> Bridged:
-        return Bridged(base.renamed(call, model))
+        return Bridged(renamed(call, model))
 '''
 ENTRY = """
         EngineKind(

@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from backends import base
-from backends.base import Call, Readiness
+from backends import calls
+from backends.calls import Call
 from backends.errors import BackendError, Broken, BrokeOff, Sick, Unreachable, Unsupported
 from backends.fake import (
     GIB,
@@ -30,6 +30,7 @@ from backends.fake import (
 )
 from backends.fake.control import Control
 from backends.ollama import Ollama
+from backends.reports import Readiness
 from backends.transport import http
 from backends.vllm import VLLM
 from tests.support.plain_http import async_client
@@ -60,10 +61,10 @@ async def vllm_at(fake: FakeEngine) -> AsyncIterator[VLLM]:
 def chat(**fields: object) -> Call:
     asked = {"messages": [{"role": "user", "content": "Hi"}], **fields}
     raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in asked.items()}
-    return Call(base.CHAT, raw, stream=bool(fields.get("stream")))
+    return Call(calls.CHAT, raw, stream=bool(fields.get("stream")))
 
 
-async def rest_of(answer: base.Answer) -> None:
+async def rest_of(answer: calls.Answer) -> None:
     while await answer.read():
         pass
 

@@ -18,8 +18,8 @@ from typing import Any
 import anyio
 import pytest
 
-from backends.base import Identity, Loaded
 from backends.fake import GIB, FakeEngine
+from backends.reports import Identity, Loaded
 from gateway import settings
 from gateway.cli import main
 from gateway.doctor.command import as_json
