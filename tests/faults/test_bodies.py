@@ -33,8 +33,8 @@ from gateway.http.request import (
     parse,
 )
 from tests.clients import sdk
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat, pair
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat, pair
 
 CHAT = "/v1/chat/completions"
 LARGEST = 16 * 1024 * 1024  # limits.max_body_mb as installed
