@@ -30,12 +30,12 @@ from backends.transport import http
 from gateway import settings
 from gateway.app import Gateway
 from gateway.compare.command import add_commands as add_trials
-from gateway.doctor import add_command as add_doctor
+from gateway.doctor.arguments import add_command as add_doctor
 from gateway.errors import UsageError
 from gateway.http import metrics_page as scrape
 from gateway.plan.command import add_command as add_plan
 from gateway.settings import Settings, SettingsError
-from gateway.simulate.command import add_command as add_simulate
+from gateway.simulate.arguments import add_command as add_simulate
 
 #: For the error events of answers that a drain has cut short.
 LAST_WORD_S = 2.0
