@@ -17,10 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from backends.base import Capabilities, Engine, Readiness, Timeouts
+from backends.base import Engine, Timeouts
 from backends.errors import BackendError
 from backends.kinds import EMBEDDED, KINDS, Kind
 from backends.processes.supervised import Supervised
+from backends.reports import Capabilities, Readiness
 from backends.transport import http
 from gateway import settings
 from gateway.errors import BadRequest, NotFound
@@ -30,7 +31,7 @@ from gateway.gpu.memory import Budget, Memory, MemoryUnknown, Nvml
 from gateway.http.auth import Keys
 from gateway.http.edge import Edge
 from gateway.http.metrics_page import Scraped
-from gateway.http.pages import build
+from gateway.http.pages import Pages
 from gateway.observe import request_log as telemetry
 from gateway.observe.cost import statement
 from gateway.observe.metrics import Metrics
@@ -45,18 +46,10 @@ from gateway.serving.admission import Admission, Server
 from gateway.serving.catalogue import Catalogue, Model
 from gateway.serving.loading import Loader
 from gateway.serving.prober import Prober
-from gateway.settings import Settings, SettingsError
+from gateway.settings import Settings, SettingsError, Timings
 
 log = logging.getLogger("gateway")
 
-#: How long the start waits for a first word of each engine before it serves anyway.
-FIRST_LOOK_S = 2.0
-#: How often engines are asked which models they have, where none are configured.
-RELIST_S = 10.0
-#: How often an engine is asked whether it is still the one that was measured. One that was
-#: replaced so quickly that nobody saw it gone is found out, too.
-IDENTITY_S = 600.0
-EMBEDDED_START_S = 120.0
 GIB = 2**30
 
 
@@ -72,6 +65,7 @@ class Gateway:
         client: What talks to the engines; closed at the end.
         memory: What the GPU's is read from, in place of its driver.
         nvml: That driver.
+        timings: Intervals and deadlines that no setting names.
 
     Raises (on entering):
         SettingsError: There is nothing to serve, or a profile cannot be used.
@@ -85,7 +79,9 @@ class Gateway:
         client: http.Client | None = None,
         memory: Memory | None = None,
         nvml: Nvml | None = None,
+        timings: Timings | None = None,
     ) -> None:
+        self._timings = timings or Timings()
         self._settings = read
         self._ports = ports
         self._limits = read.limits
@@ -104,8 +100,8 @@ class Gateway:
         self._owning: asyncio.Task[None] | None = None
         self._began = time.time()
         self.catalogue = Catalogue()
-        self._loader = Loader(self.catalogue)
-        self.metrics = Metrics(self.catalogue.models, read.cost)
+        self._loader = Loader(self.catalogue, self._timings)
+        self.metrics = Metrics(self.catalogue.models, read.cost, self._timings)
         self._nvml = nvml or Nvml()
         self._watching: asyncio.Task[None] | None = None
         self.scraped: Scraped | None = None
@@ -115,7 +111,7 @@ class Gateway:
                 heartbeat_s=read.limits.heartbeat_s,
                 status_events=read.status_events,
             ),
-            build(
+            Pages(
                 self.catalogue,
                 self._loader,
                 ready=self.ready,
@@ -192,7 +188,7 @@ class Gateway:
             )
         return self.metrics.exposition(accept)
 
-    async def _take_gpu(self, models: Mapping[str, settings.Model]) -> None:
+    async def _take_gpu(self, models: Mapping[str, settings.ModelSettings]) -> None:
         """Be the one owner of the GPU that these models share; raises SettingsError."""
         if not models:
             return
@@ -222,7 +218,7 @@ class Gateway:
         self.gpu = Gpu(policy, occupants, deadlines, memory, idle_release_s=own.idle_release_s)
         self.metrics.follow(self.gpu)
 
-    async def _occupant(self, kind: Kind, models: Mapping[str, settings.Model]) -> Occupant:
+    async def _occupant(self, kind: Kind, models: Mapping[str, settings.ModelSettings]) -> Occupant:
         """One engine as a tenant of the GPU; raises SettingsError where it cannot give it back."""
         configured = self._settings.engines[kind]
         lanes = [model.lanes[kind] for model in models.values() if kind in model.lanes]
@@ -244,7 +240,7 @@ class Gateway:
             away_s=self._settings.gpu.away_s,
         )
 
-    def _check_memory(self, models: Mapping[str, settings.Model], memory: Memory) -> None:
+    def _check_memory(self, models: Mapping[str, settings.ModelSettings], memory: Memory) -> None:
         """Raise SettingsError where a lane needs more than there is."""
         with contextlib.suppress(MemoryUnknown):
             total = memory.total()
@@ -293,14 +289,14 @@ class Gateway:
         log.info("starting the embedded engine on %s (log: %s)", gguf.name, errors)
         embedded = self._embedded = Supervised(command, errors, tells_url=True)
         try:
-            await embedded.start(deadline_s=EMBEDDED_START_S)
+            await embedded.start(deadline_s=self._timings.embedded_start_s)
         except BackendError as exc:
             raise SettingsError(f"The embedded engine does not start: {exc}") from exc
         self._urls[EMBEDDED] = (self._embedded.url,)
 
     async def _keep_relisting(self) -> None:
         while True:
-            await asyncio.sleep(RELIST_S)
+            await asyncio.sleep(self._timings.relist_interval_s)
             if self._discovers and self._embedded is None:
                 await self._discover()  # one that was started after us
             await self._relist()
@@ -317,18 +313,18 @@ class Gateway:
             ):
                 self._remove(name)  # another engine has it now, too
             if name not in self.catalogue.models:
-                self._add(name, settings.Model(lanes=lanes))
+                self._add(name, settings.ModelSettings(lanes=lanes))
         for name, known in list(self.catalogue.models.items()):
             gone = name not in found and name not in self._settings.pair
             if gone and not silent.intersection(known.lanes):  # one that is down forgets nothing
                 self._remove(name)
 
-    async def _listed(self) -> tuple[dict[str, dict[Kind, settings.Lane]], set[Kind]]:
+    async def _listed(self) -> tuple[dict[str, dict[Kind, settings.LaneSettings]], set[Kind]]:
         """The engines' models that are in no pair, and the engines that did not answer."""
         paired = {
             (kind, model) for lanes in self._settings.pair.values() for kind, model in lanes.items()
         }
-        found: dict[str, dict[Kind, settings.Lane]] = {}
+        found: dict[str, dict[Kind, settings.LaneSettings]] = {}
         silent: set[Kind] = set()
         for kind, urls in self._urls.items():
             try:
@@ -338,7 +334,7 @@ class Gateway:
                 continue
             for name in names:
                 if (kind, name) not in paired:
-                    lane = settings.Lane(model=name, slots=self._embedded_slots(kind))
+                    lane = settings.LaneSettings(model=name, slots=self._embedded_slots(kind))
                     found.setdefault(name, {})[kind] = lane
         return found, silent
 
@@ -362,7 +358,7 @@ class Gateway:
             )
         return known
 
-    def _add(self, name: str, model: settings.Model) -> None:
+    def _add(self, name: str, model: settings.ModelSettings) -> None:
         """Serve a model: its lanes, their replicas, and a prober for each."""
         lanes: list[Lane] = []
         servers: dict[Replica, Server] = {}
@@ -372,7 +368,7 @@ class Gateway:
             for url in lane.urls or self._urls[kind]:
                 engine = self._engine(kind, url)
                 replica = Replica(url, lane.slots or KINDS[kind].slots)
-                prober = Prober(engine, lane.model)
+                prober = Prober(engine, lane.model, self._timings)
                 servers[replica] = Server(engine, lane.model, Breaker(replica.slots), prober)
                 replicas.append(replica)
                 probers.append((replica, prober, kind))
@@ -402,10 +398,10 @@ class Gateway:
             for replica, prober, kind in probers
         ]
 
-    def _served(self, model: settings.Model) -> Served:
+    def _served(self, model: settings.ModelSettings) -> Served:
         return Served(tuple(model.lanes), self._profile(model))
 
-    def _profile(self, model: settings.Model) -> profile.Profile:
+    def _profile(self, model: settings.ModelSettings) -> profile.Profile:
         if model.profile is None:
             return profile.ASSUMED
         try:
@@ -413,7 +409,9 @@ class Gateway:
         except profile.ProfileError as exc:
             raise SettingsError(str(exc)) from exc
 
-    def _on_word(self, model: Model, replica: Replica, kind: Kind, lane: settings.Lane) -> Any:
+    def _on_word(
+        self, model: Model, replica: Replica, kind: Kind, lane: settings.LaneSettings
+    ) -> Any:
         """What to do with what a replica says of itself: ask what it can take, then use it."""
         server = model.admission.servers[replica]
         first = asyncio.Event()
@@ -438,13 +436,15 @@ class Gateway:
                 with contextlib.suppress(BackendError):
                     server.activity = await server.engine.activity(server.model)
                     server.loaded = server.activity.loaded
-                if time.monotonic() - identified > IDENTITY_S:
+                if time.monotonic() - identified > self._timings.identity_interval_s:
                     identified = time.monotonic()
                     await self._compare(model, replica, kind, lane)
 
         return heard
 
-    def _check_context(self, name: str, kind: Kind, lane: settings.Lane, can: Capabilities) -> None:
+    def _check_context(
+        self, name: str, kind: Kind, lane: settings.LaneSettings, can: Capabilities
+    ) -> None:
         """Take note of a context that is promised and not there."""
         if KINDS[kind].engine.fixed_context and (lane.context or 0) > (can.context or math.inf):
             self._misfits.append(
@@ -454,7 +454,7 @@ class Gateway:
             log.error(self._misfits[-1])
 
     async def _compare(
-        self, model: Model, replica: Replica, kind: Kind, lane: settings.Lane
+        self, model: Model, replica: Replica, kind: Kind, lane: settings.LaneSettings
     ) -> None:
         """Take note where an engine is not the one that the profile was measured on."""
         measured = model.profile.lanes.get(kind)
@@ -491,7 +491,9 @@ class Gateway:
         heard = [event.wait() for event in self._heard]
         with contextlib.suppress(TimeoutError):
             # Our own engine is there, however busy the machine: it is worth waiting for.
-            async with asyncio.timeout(EMBEDDED_START_S if self._embedded else FIRST_LOOK_S):
+            timings = self._timings
+            wait_s = timings.embedded_start_s if self._embedded else timings.first_probe_wait_s
+            async with asyncio.timeout(wait_s):
                 await asyncio.gather(*heard)
         if self._misfits:
             raise SettingsError("\n".join(self._misfits))
@@ -612,14 +614,14 @@ def _none_of_them() -> str:
     return f"{', '.join(others)} and {last}"
 
 
-def _supervised(kind: Kind, configured: settings.Engine) -> Supervised:
+def _supervised(kind: Kind, configured: settings.EngineSettings) -> Supervised:
     """An engine of the operator's command."""
     file = configured.log or Path(tempfile.mkdtemp(prefix="twolane-")) / f"{kind}.log"
     log.info("%s is ours to start and stop (log: %s)", kind, file)
     return Supervised(configured.command, file, configured.environment)
 
 
-def _stated(found: Capabilities, lane: settings.Lane) -> Capabilities:
+def _stated(found: Capabilities, lane: settings.LaneSettings) -> Capabilities:
     """What an engine said it can take, corrected by what the operator knows better."""
     stated: Mapping[str, Any] = {
         name: value

@@ -16,9 +16,7 @@ from __future__ import annotations
 import itertools
 import random
 import signal
-import statistics
 import time
-from argparse import Namespace
 from collections.abc import Generator
 from typing import Any, ClassVar, TypeAlias
 
@@ -26,13 +24,12 @@ import gevent
 import gevent.pool
 from locust import LoadTestShape, User, events, task
 from locust.env import Environment
-from locust.runners import MasterRunner, Runner, WorkerRunner
+from locust.runners import MasterRunner, Runner
 
-from loadtests.measure import samples, stopwatch
+from loadtests.measure import samples
+from loadtests.measure.crowd import BEAT_S, Crowd
 from loadtests.measure.load import BadOptions, Cell, Load, add_options, preflight, read_options
 from loadtests.measure.people import (
-    SEATS,
-    Notes,
     as_program,
     begun,
     complain,
@@ -43,16 +40,11 @@ from loadtests.measure.people import (
     stop_writing,
 )
 from loadtests.measure.samples import SamplesError, Writer
-from loadtests.measure.stopwatch import Timing
 
 #: Seconds a person waits after a request that failed: who is down need not be beaten.
 AFTER_A_FAILURE_S = 0.5
-#: A target is given up when so many requests have failed, and none was answered.
-HOPELESS = 5
 #: Arrivals within so many seconds of an open loop do not count.
 OPEN_WARM_UP_S = 5.0
-#: How often the generator looks whether it is on time, seconds.
-BEAT_S = 0.01
 #: How long workers may take to tell how they fared, seconds.
 METERS_S = 5.0
 
@@ -60,137 +52,6 @@ Ticks: TypeAlias = Generator[tuple[int, float], None, None]
 
 
 # In every process that has users
-
-
-class Crowd:
-    """The users of this process: what they are to do now, and how this process fares.
-
-    Args:
-        environment: Locust's.
-    """
-
-    def __init__(self, environment: Environment) -> None:
-        self._environment = environment
-        self._runner = runner(environment)
-        self._asked: dict[str, Any] = {}
-        self._notes: Notes | None = None
-        self._load: Load | None = None
-        self.cell: Cell | None = None
-        self.workers = 1
-        self._seats = itertools.count()
-        self._first = self._last = 0.0
-        self._answered = self._failed = 0
-        self._meter = Meter()
-        self._runner.register_message("cell", self._begin)
-        self._runner.register_message("over", self._end)
-
-    @property
-    def load(self) -> Load:
-        assert self._load is not None  # noqa: S101 - there from the first cell on
-        return self._load
-
-    def seat(self) -> int:
-        """A number for a user, that no other has in this cell."""
-        index = self._runner.worker_index if isinstance(self._runner, WorkerRunner) else 0
-        return SEATS * max(0, index) + next(self._seats)
-
-    def _begin(self, environment: Environment, msg: Any, **_: Any) -> None:
-        said = msg.data
-        if said["options"] != self._asked:
-            try:
-                self._load = read_options(Namespace(**said["options"]), said["users"])
-                self._notes = Notes(environment, Writer(self._load.raw))
-            except (BadOptions, SamplesError) as exc:
-                self._runner.send_message("broken", {"why": str(exc)})
-                return
-            self._asked = said["options"]
-        target = self.load.targets[said["target"]]
-        self.cell = Cell(said["number"], target, said["loop"], said["level"], said["repetition"])
-        self.workers = said["workers"]
-        self._seats = itertools.count()
-        self._first = self._last = 0.0
-        self._answered = self._failed = 0
-        self._meter.start()
-
-    def _end(self, environment: Environment, msg: Any, **_: Any) -> None:
-        cpu, lag_p50_s, lag_p99_s = self._meter.stop()
-        self._tell(
-            "metered", msg.data["number"], cpu=cpu, lag_p50_s=lag_p50_s, lag_p99_s=lag_p99_s,
-            began=self._first, ended=self._last,
-        )  # fmt: skip
-
-    def ask(self, cell: Cell, user: int, number: int, phase: samples.Phase) -> bool:
-        """One request, written down however it ends; whether it was answered."""
-        where = cell.target.label, cell.repetition, cell.level, user, number
-        question = {"role": "user", "content": self.load.prompts.prompt(*where)}
-        asked = stopwatch.body(cell.target, [question], self.load.tokens_out)
-        timing = Timing()
-        try:
-            stopwatch.ask(cell.target, asked, timing)
-        except gevent.GreenletExit:
-            timing.failed("cut")
-            raise
-        finally:
-            self._note(cell, user, number, phase, timing)
-        return timing.error is None
-
-    def _note(
-        self, cell: Cell, user: int, number: int, phase: samples.Phase, timing: Timing
-    ) -> None:
-        assert self._notes is not None  # noqa: S101 - there from the first cell on
-        self._notes.add(
-            timing, target=cell.target.label, loop=cell.loop, level=cell.level,
-            repetition=cell.repetition, user=user, number=number, phase=phase,
-        )  # fmt: skip
-        if phase == "measured":
-            self._first = min(self._first or timing.start, timing.start)
-            self._last = max(self._last, timing.start + timing.e2e_s)
-        if timing.error is None:
-            self._answered += 1
-        elif timing.error != "cut":
-            self._failed += 1
-            if not self._answered and self._failed >= max(HOPELESS, cell.users / self.workers):
-                self._tell("hopeless", cell.number, why=timing.error)
-
-    def finished(self, cell: Cell) -> None:
-        """A user has all the answers that count."""
-        self._tell("finished", cell.number)
-
-    def _tell(self, what: str, number: int, **more: Any) -> None:
-        self._runner.send_message(what, {"number": number, **more})
-
-
-class Meter:
-    """How much of a processor this process uses, and how late it is for what it wants to do."""
-
-    def __init__(self) -> None:
-        self._beating: gevent.Greenlet | None = None
-        self._lags: list[float] = []
-        self._began = self._cpu = 0.0
-
-    def start(self) -> None:
-        """From now on."""
-        self.stop()
-        self._lags = []
-        self._began, self._cpu = time.perf_counter(), time.process_time()
-        self._beating = gevent.spawn(self._beat)
-
-    def stop(self) -> tuple[float, float, float]:
-        """CPU seconds a second, and the lag's median and 99th percentile, seconds."""
-        if self._beating is not None:
-            self._beating.kill()
-            self._beating = None
-        if len(self._lags) < 2:
-            return 0.0, 0.0, 0.0
-        cuts = statistics.quantiles(self._lags, n=100, method="inclusive")
-        passed = time.perf_counter() - self._began
-        return (time.process_time() - self._cpu) / passed, cuts[49], cuts[98]
-
-    def _beat(self) -> None:
-        while True:
-            wanted = time.perf_counter() + BEAT_S
-            gevent.sleep(BEAT_S)
-            self._lags.append(time.perf_counter() - wanted)
 
 
 class Person(User):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from gateway import settings
-from gateway.settings import Cost, Settings, SettingsError
+from gateway.settings import Prices, Settings, SettingsError
 
 ROOT = Path(__file__).parents[1]
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
@@ -93,7 +93,7 @@ def test_what_may_be_changed_arrives(text: str, tmp_path: Path) -> None:
     assert chat.placement == "shared"
     assert chat.lanes["ollama"].slots == 8
     assert chat.lanes["vllm"].context == 4096
-    assert read.cost == Cost(currency="USD", rent_per_hour=0.7)
+    assert read.cost == Prices(currency="USD", rent_per_hour=0.7)
 
 
 def test_published_to_others_it_wants_a_key(text: str, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import TypeVar
 
-from backends.base import Identity, Loaded
 from backends.kinds import Kind
+from backends.reports import Identity, Loaded
 from gateway.gpu.lease import Owner
 from gateway.gpu.memory import Driver
 from gateway.routing.profile import Profile
-from gateway.settings import Engine, Lane, Settings
+from gateway.settings import EngineSettings, LaneSettings, Settings
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ class ExpectedLane:
     """A lane that the settings want of an engine."""
 
     model: str
-    lane: Lane
+    lane: LaneSettings
     exclusive: bool
 
 
@@ -181,7 +181,7 @@ class ObservedEngine:
     port: int
     answers: Kind | Unknown | None
     wanted: tuple[ExpectedLane, ...] = ()
-    configured: Engine | None = None
+    configured: EngineSettings | None = None
     version: str | Unknown = Unknown("it was not asked")
     models: tuple[str, ...] | Unknown = Unknown("it was not asked")
     loaded: tuple[Loaded, ...] | Unknown = Unknown("it was not asked")

@@ -6,16 +6,19 @@ has answered before a request comes this far.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+import functools
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
-from backends import base
+from backends import calls
 from backends.kinds import KINDS
 from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
 from gateway.http import metrics_page as scrape
@@ -35,6 +38,10 @@ says in `X-Gateway-Lane` which engine gave it and in `X-Gateway-Reason` why.
 
 Name a lane with `model@vllm` or the header `X-Gateway-Lane` to choose it yourself.
 """
+
+Endpoint: TypeAlias = Callable[..., Awaitable[Response]]
+#: Of pages that are no JSON.
+RESPONSES: dict[str, type[Response]] = {scrape.PATH: PlainTextResponse}
 
 
 class ChatBody(BaseModel):
@@ -97,28 +104,44 @@ class Envelope(BaseModel):
     error: Problem
 
 
-def build(  # noqa: C901 - a table of routes
-    catalogue: Catalogue,
-    loader: Loader,
-    *,
-    ready: Callable[[], dict[str, Any]],
-    status: Callable[[], dict[str, Any]],
-    pin: Callable[[str | None], None],
-    release: Callable[[], None],
-    version: str,
-    metrics: scrape.Exposition,
-) -> FastAPI:
-    """The pages as an ASGI application.
+@dataclass(frozen=True)
+class Pages:
+    """The pages of one gateway, as an ASGI application.
 
     Args:
         catalogue: The models to list.
-        loader: Brings them into memory, and knows whether they are there.
+        loader: Loads and unloads them, and knows which are in memory.
         ready: What each model waits for; `{"ready": bool, ...}`.
-        status: What the gateway knows of itself.
+        status: The gateway's state as `/status` shows it.
         pin: Keep the work at a lane, or (None) leave it to the policy; raises GatewayError.
         release: Give the GPU's memory back until the next pin; raises GatewayError.
         version: Shown in the documentation.
-        metrics: What `/metrics` says, for what the asker reads; raises GatewayError.
+        metrics: What `/metrics` answers, in the format that the client accepts; raises
+            GatewayError.
+    """
+
+    catalogue: Catalogue
+    loader: Loader
+    ready: Callable[[], dict[str, Any]]
+    status: Callable[[], dict[str, Any]]
+    pin: Callable[[str | None], None]
+    release: Callable[[], None]
+    version: str
+    metrics: scrape.Exposition
+
+    def __post_init__(self) -> None:
+        _application(self.version)  # 35 ms that the first reader of a page need not wait
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = {**scope.get("state", {}), "pages": self}
+        await _application(self.version)({**scope, "state": state}, receive, send)
+
+
+@functools.cache
+def _application(version: str) -> FastAPI:
+    """FastAPI over the routes, which are the same for every gateway of a process.
+
+    A route finds its gateway in the request (`Here`), so that the routes' schemas are made once.
     """
     failures: dict[int | str, dict[str, Any]] = {
         "4XX": {"model": Envelope, "description": "The request is at fault, or came too often."},
@@ -128,106 +151,154 @@ def build(  # noqa: C901 - a table of routes
         title="twolane", description=DESCRIPTION, version=version, redoc_url=None,
         responses=failures, redirect_slashes=False,  # to the address that a Host header names
     )  # fmt: skip
-
-    @app.get("/models", include_in_schema=False)  # llama.cpp's, where Open WebUI loads them
-    @app.get("/v1/models", tags=["models"])
-    async def models() -> JSONResponse:
-        """All models, from memory: it answers while an engine hangs."""
-        data = [_listed(model, loader.residence(model)) for model in catalogue.models.values()]
-        return JSONResponse({"object": "list", "data": data})
-
-    @app.get("/v1/models/{name:path}", tags=["models"])
-    async def one_model(name: str) -> JSONResponse:
-        """One model."""
-        model, _ = catalogue.find(name)
-        return JSONResponse(_listed(model, loader.residence(model)))
-
-    @app.post("/models/load", tags=["models"])
-    async def load(body: Wish) -> JSONResponse:
-        """Bring a model into memory. 202: it is on its way there."""
-        return moved(body.model, done=await loader.load(body.model))
-
-    @app.post("/models/unload", tags=["models"])
-    async def unload(body: Wish) -> JSONResponse:
-        """Put a model out of memory until somebody asks for it. 202: who runs ends first."""
-        return moved(body.model, done=await loader.unload(body.model))
-
-    def moved(name: str, *, done: bool) -> JSONResponse:
-        status = {"value": loader.residence(catalogue.find(name)[0])}
-        return JSONResponse({"success": True, "status": status}, 200 if done else 202)
-
-    @app.get("/health", tags=["operating"])
-    async def health() -> JSONResponse:
-        """200 as long as the gateway itself lives."""
-        return JSONResponse({"status": "ok"})
-
-    @app.get("/ready", tags=["operating"])
-    async def readiness() -> JSONResponse:
-        """200 when at least one model can be answered, else 503 and what it waits for."""
-        said = ready()
-        return JSONResponse(
-            said, 200 if said["ready"] else 503, {} if said["ready"] else {"Retry-After": "5"}
-        )
-
-    @app.get("/status", tags=["operating"])
-    async def state() -> JSONResponse:
-        """Lanes, demand, queues, health and the last decisions."""
-        return JSONResponse(status())
-
-    app.add_api_route(
-        scrape.PATH, scrape.page(metrics), tags=["operating"], response_class=PlainTextResponse
-    )
-
-    @app.post("/admin/pin", tags=["operating"])
-    async def pinned(body: Pin) -> JSONResponse:
-        """Keep the work (and in an exclusive placement the GPU) at one engine, or `auto`."""
-        pin(None if body.lane == "auto" else body.lane)
-        return JSONResponse(status())
-
-    @app.post("/admin/release", tags=["operating"])
-    async def released() -> JSONResponse:
-        """Give the GPU's memory to others, a training job perhaps, until the next pin."""
-        release()
-        return JSONResponse(status())
-
-    @app.get("/", include_in_schema=False)
-    async def root() -> JSONResponse:
-        return JSONResponse({"name": "twolane", "api": "/v1", "docs": "/docs"})
-
-    # Answered at the edge; here for the documentation.
-
-    @app.post(base.CHAT, tags=["generate"])
-    async def chat(body: ChatBody) -> Response:
-        """Chat, streamed or not."""
-        raise NotImplementedError
-
-    @app.post(base.COMPLETIONS, tags=["generate"])
-    async def completions(body: CompletionBody) -> Response:
-        """Complete a text, streamed or not."""
-        raise NotImplementedError
-
-    @app.post(base.EMBEDDINGS, tags=["generate"])
-    async def embeddings(body: EmbeddingBody) -> Response:
-        """Embed texts."""
-        raise NotImplementedError
-
-    # Every failure in one shape
-
-    @app.exception_handler(GatewayError)
-    async def told(_: Request, error: GatewayError) -> Response:
-        return _answer(error)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        if error.status_code == MethodNotAllowed.status:
-            return _answer(MethodNotAllowed(f"{request.method} is not for this path."))
-        return _answer(NotFound("There is nothing at this path. The API is at /v1, see /docs."))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return _answer(BadRequest("The request does not fit this path; see /docs."))
-
+    for method, path, endpoint, tag in _routes():
+        app.add_api_route(
+            path, endpoint, methods=[method], tags=[tag] if tag else None,
+            include_in_schema=bool(tag), response_class=RESPONSES.get(path, JSONResponse),
+        )  # fmt: skip
+    app.add_exception_handler(GatewayError, _gateway_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
     return app
+
+
+def _routes() -> Iterator[tuple[str, str, Endpoint, str]]:
+    """Method, path, what answers, and its heading in the documentation (none: not in it)."""
+    yield "GET", "/v1/models", models, "models"
+    yield "GET", "/models", models, ""  # llama.cpp's, where Open WebUI loads them
+    yield "GET", "/v1/models/{name:path}", one_model, "models"
+    yield "POST", "/models/load", load, "models"
+    yield "POST", "/models/unload", unload, "models"
+    yield "GET", "/health", health, "operating"
+    yield "GET", "/ready", readiness, "operating"
+    yield "GET", "/status", state, "operating"
+    yield "GET", scrape.PATH, metrics, "operating"
+    yield "POST", "/admin/pin", pin, "operating"
+    yield "POST", "/admin/release", release, "operating"
+    yield "GET", "/", root, ""
+    yield "POST", calls.CHAT, chat, "generate"
+    yield "POST", calls.COMPLETIONS, completions, "generate"
+    yield "POST", calls.EMBEDDINGS, embeddings, "generate"
+
+
+async def _gateway_of(request: Request) -> Pages:
+    """Whose pages a request is for. No `def`: FastAPI would run that in a thread."""
+    pages: Pages = request.state.pages
+    return pages
+
+
+Here: TypeAlias = Annotated[Pages, Depends(_gateway_of)]
+
+
+# Models
+
+
+async def models(here: Here) -> JSONResponse:
+    """All models, from memory: it answers while an engine hangs."""
+    entries = here.catalogue.models.values()
+    data = [_listed(model, here.loader.residence(model)) for model in entries]
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def one_model(name: str, here: Here) -> JSONResponse:
+    """One model."""
+    model, _ = here.catalogue.find(name)
+    return JSONResponse(_listed(model, here.loader.residence(model)))
+
+
+async def load(body: Wish, here: Here) -> JSONResponse:
+    """Bring a model into memory. 202: it is on its way there."""
+    return _residence(here, body.model, done=await here.loader.load(body.model))
+
+
+async def unload(body: Wish, here: Here) -> JSONResponse:
+    """Put a model out of memory until somebody asks for it. 202: who runs ends first."""
+    return _residence(here, body.model, done=await here.loader.unload(body.model))
+
+
+def _residence(here: Pages, name: str, *, done: bool) -> JSONResponse:
+    status = {"value": here.loader.residence(here.catalogue.find(name)[0])}
+    return JSONResponse({"success": True, "status": status}, 200 if done else 202)
+
+
+# Operating
+
+
+async def health() -> JSONResponse:
+    """200 as long as the gateway itself lives."""
+    return JSONResponse({"status": "ok"})
+
+
+async def readiness(here: Here) -> JSONResponse:
+    """200 when at least one model can be answered, else 503 and what it waits for."""
+    report = here.ready()
+    if report["ready"]:
+        return JSONResponse(report)
+    return JSONResponse(report, 503, {"Retry-After": "5"})
+
+
+async def state(here: Here) -> JSONResponse:
+    """Lanes, demand, queues, health and the last decisions."""
+    return JSONResponse(here.status())
+
+
+async def metrics(request: Request, here: Here) -> Response:
+    """Everything that Prometheus may want to know."""
+    return await scrape.page(here.metrics)(request)
+
+
+async def pin(body: Pin, here: Here) -> JSONResponse:
+    """Keep the work (and in an exclusive placement the GPU) at one engine, or `auto`."""
+    here.pin(None if body.lane == "auto" else body.lane)
+    return JSONResponse(here.status())
+
+
+async def release(here: Here) -> JSONResponse:
+    """Give the GPU's memory to others, a training job perhaps, until the next pin."""
+    here.release()
+    return JSONResponse(here.status())
+
+
+async def root() -> JSONResponse:
+    """The name of the service and where its API and documentation are."""
+    return JSONResponse({"name": "twolane", "api": "/v1", "docs": "/docs"})
+
+
+# Generating: answered at the edge; here for the documentation.
+
+
+async def chat(body: ChatBody) -> Response:
+    """Chat, streamed or not."""
+    raise NotImplementedError
+
+
+async def completions(body: CompletionBody) -> Response:
+    """Complete a text, streamed or not."""
+    raise NotImplementedError
+
+
+async def embeddings(body: EmbeddingBody) -> Response:
+    """Embed texts."""
+    raise NotImplementedError
+
+
+# Every failure in one shape
+
+
+async def _gateway_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)  # noqa: S101 - it is called for no other
+    return _answer(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - it is called for no other
+    if error.status_code == MethodNotAllowed.status:
+        return _answer(MethodNotAllowed(f"{request.method} is not for this path."))
+    return _answer(NotFound("There is nothing at this path. The API is at /v1, see /docs."))
+
+
+async def _invalid_request(_: Request, error: Exception) -> Response:
+    return _answer(BadRequest("The request does not fit this path; see /docs."))
 
 
 def _answer(error: GatewayError) -> Response:

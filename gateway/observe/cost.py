@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from gateway.settings import Cost
+from gateway.settings import Prices
 
 JOULES_PER_KWH = 3.6e6
 SECONDS_PER_HOUR = 3600.0
@@ -62,7 +62,7 @@ class Bill:
     api: float | None
 
 
-def bill(use: Use, prices: Cost) -> Bill:
+def bill(use: Use, prices: Prices) -> Bill:
     """What a million tokens of this use cost."""
     electricity = rent = None
     if prices.per_kwh is not None and (per_joule := use.tokens_per_joule):
@@ -128,7 +128,7 @@ class Meter:
         }
 
 
-def statement(meter: Meter, prices: Cost) -> dict[str, object] | None:
+def statement(meter: Meter, prices: Prices) -> dict[str, object] | None:
     """What was used and what it has cost, as JSON; None where nothing is known of that."""
     whole = meter.whole()
     priced = (prices.per_kwh, prices.rent_per_hour, prices.api_per_million)
@@ -144,7 +144,7 @@ def statement(meter: Meter, prices: Cost) -> dict[str, object] | None:
     }
 
 
-def _account(use: Use, prices: Cost) -> dict[str, object]:
+def _account(use: Use, prices: Prices) -> dict[str, object]:
     return {
         "seconds": use.seconds,
         "joules": use.joules or None,

@@ -20,7 +20,7 @@ import msgspec
 import psutil
 import uvloop
 
-from loadtests.bench.fast_engine import (
+from loadtests.bench.script import (
     WORDS,
     Answer,
     BrokenAnswer,

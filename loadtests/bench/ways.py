@@ -24,17 +24,8 @@ from typing import Any, Self
 import msgspec
 
 from loadtests.bench.fast_client import Failed, Job, Result
-from loadtests.bench.fast_engine import (
-    API_KEY,
-    MODEL,
-    SEEN,
-    BenchError,
-    BrokenAnswer,
-    Note,
-    Script,
-    Seen,
-    chat_request,
-)
+from loadtests.bench.fast_engine import SEEN, Note, Seen
+from loadtests.bench.script import API_KEY, MODEL, BenchError, BrokenAnswer, Script, chat_request
 
 DIRECT, NGINX, GATEWAY = "direct", "nginx", "gateway"
 WAYS = (DIRECT, NGINX, GATEWAY)

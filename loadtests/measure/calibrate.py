@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from loadtests.analysis import crossover, rows
 from loadtests.measure import samples
-from loadtests.measure.matrix import Session, Visit
-from loadtests.report import analysis
-from loadtests.report.experiment import RAW
+from loadtests.measure.experiment import RAW
+from loadtests.measure.itinerary import Visit
+from loadtests.measure.matrix import Session
 
 #: Repetitions of what lies around the crossover; a spread needs three.
 REPETITIONS = 3
@@ -70,11 +71,11 @@ def around(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, ...]:
     return tuple(below[-AROUND:] + above[:AROUND])
 
 
-def mean_seconds(cells: analysis.Cells, label: str) -> dict[int, float]:
+def mean_seconds(cells: rows.Cells, label: str) -> dict[int, float]:
     """Mean seconds a request, by level; every repetition counts the same."""
     return {
         level: sum(sum(one) / len(one) for one in by_repetition) / len(by_repetition)
-        for level, by_repetition in analysis.seconds(cells, label).items()
+        for level, by_repetition in crossover.seconds_by_level(cells, label).items()
     }
 
 
@@ -109,6 +110,6 @@ async def measure(session: Session, levels: Sequence[int], minutes: float) -> No
 
 def seen(raw: Path, labels: Sequence[str]) -> tuple[dict[int, float], dict[int, float]]:
     """Mean seconds by level of the first two, as the raw file has them."""
-    cells = analysis.closed_cells(samples.read(raw))
+    cells = rows.closed_cells(samples.read(raw))
     first, second = (mean_seconds(cells, label) for label in labels[:2])
     return first, second

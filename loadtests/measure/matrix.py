@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import sys
 import time
 from collections.abc import (
     AsyncIterator,
@@ -26,45 +24,40 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self, TypeAlias
+from typing import Self, TypeAlias
 from urllib.parse import urlsplit
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from loadtests.measure import samples
-from loadtests.measure.stopwatch import Target
-from loadtests.report import analysis
-from loadtests.report.experiment import (
+from loadtests.measure.experiment import (
     RAW,
     Experiment,
     ExperimentError,
-    Limits,
     Machine,
     Plan,
     Subject,
 )
+from loadtests.measure.generator import (
+    LOG,
+    LOOK_S,
+    VisitFailed,
+    _end,
+    _last_words,
+    _Tail,
+    locust_command,
+)
+from loadtests.measure.itinerary import Visit, itinerary, search
+from loadtests.measure.progress import Progressing, View
+from loadtests.measure.stopwatch import Target
 
-LOCUSTFILE = Path(__file__).parents[1] / "concurrency.py"
-#: What Locust says goes here, beside the raw file.
-LOG = "locust.log"
-#: How often the raw file is looked at for progress, seconds.
-LOOK_S = 0.5
 #: How often the cards are asked what they draw, seconds.
 METER_S = 1.0
-#: How long Locust may take to write down what it has when it is told to end, seconds.
-LAST_WORD_S = 15.0
-#: How much of what Locust said last is shown when it fails, characters.
-TOLD = 600
 
 
 #: Tells what the cards of this machine draw together; None where they do not say it now.
 Watts: TypeAlias = Callable[[], Awaitable[float | None]]
-
-
-class VisitFailed(Exception):
-    """A target could not be measured; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -97,77 +90,6 @@ class Entrant:
 async def as_it_is(subject: Subject) -> AsyncIterator[Subject]:
     """For an entrant that runs already, and that nobody here starts or stops."""
     yield subject
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One target, once, at some levels."""
-
-    label: str
-    repetition: int
-    levels: tuple[int, ...]
-
-
-def itinerary(plan: Plan, labels: Sequence[str], done: Iterable[samples.Cell]) -> list[Visit]:
-    """What is still to be measured, in order: forth in odd repetitions, back in even ones."""
-    complete = {
-        (cell.target, cell.repetition, cell.level) for cell in done if cell.outcome == "complete"
-    }
-    visits = []
-    for repetition in range(1, plan.repetitions + 1):
-        for label in labels if repetition % 2 else reversed(labels):
-            levels = tuple(n for n in plan.levels if (label, repetition, n) not in complete)
-            if levels:
-                visits.append(Visit(label, repetition, levels))
-    return visits
-
-
-def search(plan: Plan, limits: Limits, label: str, lines: Sequence[samples.Line]) -> list[Visit]:
-    """What to measure next to learn how many at once this target answers within the limits.
-
-    Halves what lies between the highest level that keeps them and the lowest that does not.
-    Nothing where that is known, or where no limit is stated.
-    """
-    cells = [(cell, of) for cell, of in analysis.closed_cells(lines) if cell.target == label]
-    added = {int(cell.level) for cell, _ in cells} - {*plan.levels}  # perhaps interrupted
-    if limits != Limits():
-        table = analysis.rows(cells, tokens_out=plan.tokens_out, limits=limits)
-        added |= {one.between for one in analysis.kept(table) if one.between}
-    wanted = msgspec.structs.replace(plan, levels=tuple(sorted(added)))
-    return itinerary(wanted, [label], [cell for cell, _ in cells])
-
-
-def seconds_left(
-    todo: Mapping[tuple[str, int], int], took: Mapping[tuple[str, int], float]
-) -> float | None:
-    """How long the cells that are left will take, by those that are done; None: no idea yet.
-
-    A cell that was never done takes as long as the nearest level of its target, in
-    proportion to the level, or else as the nearest of any target.
-
-    Args:
-        todo: How many cells, by target and level.
-        took: Seconds of a cell, by target and level.
-    """
-    if not took:
-        return None
-    total = 0.0
-    for (label, level), cells in todo.items():
-        known = {n: s for (of, n), s in took.items() if of == label}
-        known = known or {n: s for (_, n), s in took.items()}
-        nearest = min(known, key=lambda n: abs(n - level))
-        total += cells * known[nearest] * max(1.0, level / nearest)
-    return total
-
-
-class View(Protocol):
-    """Who is told how far it is."""
-
-    def begun(self, visit: Visit) -> None:
-        """A target is made to serve, and asked as soon as it does."""
-
-    def seen(self, line: samples.Line) -> None:
-        """A request or a cell is over."""
 
 
 @dataclass
@@ -274,160 +196,6 @@ class Session:
             self.view.seen(line)
         if locust.returncode:
             raise VisitFailed(_last_words(log, told_from))
-
-
-def locust_command(
-    target: Target, plan: Plan, visit: Visit, raw: Path, *, processes: int = 1
-) -> list[str]:
-    """What measures this visit; the key is not in it."""
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless"]
-    command += ["--only-summary", "--loglevel", "WARNING", "--exit-code-on-error", "0"]
-    command += ["--raw", str(raw)]
-    command += ["--target", str(target), "--levels", ",".join(map(str, visit.levels))]
-    command += ["--first-repetition", str(visit.repetition), "--repetitions", "1"]
-    command += ["--rounds", str(plan.rounds), "--warm-up", str(plan.warm_up)]
-    command += ["--at-least", str(plan.at_least)]
-    command += ["--tokens-in", str(plan.tokens_in), "--tokens-out", str(plan.tokens_out)]
-    command += ["--cell-s", f"{plan.cell_s:g}", "--cooldown-s", f"{plan.cooldown_s:g}"]
-    if plan.prompts:
-        command += ["--prompts", plan.prompts]
-    if processes > 1:
-        command += ["--processes", str(processes)]
-    return command
-
-
-async def _end(locust: asyncio.subprocess.Process) -> None:
-    """Have it write down what it has, and end."""
-    if locust.returncode is not None:
-        return
-    with suppress(ProcessLookupError):
-        os.killpg(locust.pid, signal.SIGTERM)
-    try:
-        async with asyncio.timeout(LAST_WORD_S):
-            await locust.wait()
-    except TimeoutError:
-        with suppress(ProcessLookupError):
-            os.killpg(locust.pid, signal.SIGKILL)
-        await locust.wait()
-
-
-def _last_words(log: Path, since: int) -> str:
-    """What Locust said of its failure: the lines that speak to people, or the last ones."""
-    with log.open("rb") as file:
-        file.seek(since)
-        said = file.read().decode(errors="replace")
-    lines = [line for line in said.splitlines() if line.startswith("twolane: ")]
-    if lines:
-        return "; ".join(line.removeprefix("twolane: ") for line in lines)
-    return f"the load generator failed, {log} ends with:\n{said[-TOLD:].strip()}"
-
-
-class _Tail:
-    """The lines that are added to a raw file, as they come."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-
-    def read(self) -> list[samples.Line]:
-        """What is new and whole."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
-        whole = text.rfind(b"\n") + 1
-        self._offset += whole
-        lines = []
-        for line in text[:whole].splitlines():
-            with suppress(msgspec.DecodeError):
-                lines.append(samples.decode(line))
-        return lines
-
-
-class Progressing:
-    """Shows on a terminal what is measured, and how long it will still take."""
-
-    def __init__(self, console: Console, plan: Plan, visits: Sequence[Visit]) -> None:
-        self._console = console
-        self._plan = plan
-        self._todo: dict[tuple[str, int], int] = {}
-        for visit in visits:
-            for level in visit.levels:
-                key = visit.label, level
-                self._todo[key] = self._todo.get(key, 0) + 1
-        self._took: dict[tuple[str, int], float] = {}
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:g}/{task.total:g}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-        )
-        self._total = sum(self._todo.values())
-        self._all = self._bar.add_task("cells", total=self._total, left="")
-        self._cell: TaskID | None = None
-        self._since = time.monotonic()
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-    def begun(self, visit: Visit) -> None:
-        """As `View`; a visit that was not foreseen makes it longer."""
-        for level in visit.levels:
-            key = visit.label, level
-            if not self._todo.get(key):
-                self._todo[key] = 1
-                self._total += 1
-        self._bar.update(self._all, total=self._total)
-        self._show(f"{visit.label}: getting ready", 1)
-
-    def seen(self, line: samples.Line) -> None:
-        """As `View`."""
-        if isinstance(line, samples.Request):
-            self._look(line)
-        elif isinstance(line, samples.Cell):
-            self._close(line)
-
-    def _look(self, one: samples.Request) -> None:
-        level = int(one.level)
-        name = f"{one.target}, {level} at once, repetition {one.repetition}"
-        if self._cell is None or self._bar.tasks[-1].description != name:
-            self._show(name, max(level * self._plan.rounds, self._plan.at_least))
-        if one.phase == "measured" and self._cell is not None:
-            self._bar.advance(self._cell)
-
-    def _close(self, cell: samples.Cell) -> None:
-        now = time.monotonic()
-        key = cell.target, int(cell.level)
-        self._took[key] = now - self._since
-        self._since = now
-        self._todo[key] = max(0, self._todo.get(key, 1) - 1)
-        left = seconds_left(self._todo, self._took)
-        self._bar.update(self._all, advance=1, left="" if left is None else f"about {_clock(left)}")
-        if cell.outcome != "complete":
-            self._console.print(f"  {cell.target}, {cell.level:g} at once: {cell.outcome}")
-        self._show("pause", 1)
-
-    def _show(self, name: str, total: float) -> None:
-        if self._cell is not None:
-            self._bar.remove_task(self._cell)
-        else:
-            self._since = time.monotonic()
-        self._cell = self._bar.add_task(name, total=total, left="")
-
-
-def _clock(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return "a minute left"
-    return f"{minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f"{minutes} min left"
 
 
 async def run(

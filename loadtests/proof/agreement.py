@@ -26,10 +26,10 @@ from pathlib import Path
 
 import msgspec
 
+from loadtests.analysis.spread import Spread
+from loadtests.measure import experiment
+from loadtests.measure.experiment import Machine
 from loadtests.proof.known import QUANTITIES, Times
-from loadtests.report import experiment
-from loadtests.report.analysis import Spread
-from loadtests.report.experiment import Machine
 
 VERSION = 1
 AGREEMENT = "agreement.json"

@@ -24,13 +24,14 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from loadtests.measure import samples
-from loadtests.measure.matrix import Visit, locust_command
+from loadtests.analysis import rows
+from loadtests.measure import experiment, samples
+from loadtests.measure.experiment import RAW, SELFCHECK, ExperimentError, Plan
+from loadtests.measure.generator import locust_command
+from loadtests.measure.itinerary import Visit
 from loadtests.measure.stopwatch import Target
 from loadtests.proof import known
 from loadtests.proof.known import Lateness, Times
-from loadtests.report import analysis, experiment
-from loadtests.report.experiment import RAW, SELFCHECK, ExperimentError, Plan
 
 VERSION = 1
 
@@ -242,7 +243,7 @@ def medians(cell: samples.Cell, requests: Sequence[samples.Request]) -> dict[str
         ttft: _median(one.ttft_s for one in good),
         tpot: _median(one.tpot_s for one in good),
         e2e: _median(one.e2e_s for one in good),
-        rate: analysis.tokens_per_s(cell, requests),
+        rate: rows.tokens_per_s(cell, requests),
     }
 
 
@@ -268,7 +269,7 @@ def complaints(seen: SelfCheck) -> list[str]:
         if one.is_off
     ]
     engine_late = _late(seen.engine.p50, seen.engine.p99, seen.times)
-    saturated = seen.cpu > analysis.CPU_MOST or _late(seen.lag_p50_s, seen.lag_p99_s, seen.times)
+    saturated = seen.cpu > rows.CPU_MOST or _late(seen.lag_p50_s, seen.lag_p99_s, seen.times)
     if engine_late:
         said.append(
             "the engine of known times was late itself, by "

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from loadtests.analysis.rows import Row
+from loadtests.analysis.spread import Spread
+from loadtests.measure.experiment import Subject
 from loadtests.measure.samples import Request
-from loadtests.report.analysis import Row, Spread
-from loadtests.report.experiment import Subject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

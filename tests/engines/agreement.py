@@ -29,11 +29,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from loadtests.measure.experiment import ExperimentError, Plan, this_machine
 from loadtests.measure.stopwatch import Target
 from loadtests.proof import known, selfcheck
 from loadtests.proof.agreement import KNOWN, OURS, VERSION, Agreement, Reading, Row
 from loadtests.proof.known import QUANTITIES, Times
-from loadtests.report.experiment import ExperimentError, Plan, this_machine
 from tests.engines import rig
 
 GUIDELLM = "guidellm"

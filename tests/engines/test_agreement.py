@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
+from loadtests.measure.experiment import Plan
 from loadtests.proof.known import QUANTITIES
-from loadtests.report.experiment import Plan
 from tests.engines.agreement import Run, levels_of, read_bench, read_guidellm
 
 RUN = Run("known", "http://127.0.0.1:1", "known", 8, 1, Plan(), 80)

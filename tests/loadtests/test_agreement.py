@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from loadtests.measure.experiment import ExperimentError, Machine
 from loadtests.proof import agreement
 from loadtests.proof.agreement import KNOWN, OURS, VERSION, Agreement, Reading
 from loadtests.proof.known import Times
-from loadtests.report.experiment import ExperimentError, Machine
 
 GUIDELLM = "guidellm"
 BENCH = "vllm bench serve"

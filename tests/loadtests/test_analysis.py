@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.routing.profile import Lane
+from loadtests.analysis import energy, gateway_cost, rows, slo
+from loadtests.analysis.crossover import Seconds, find_crossover, seconds_by_level
+from loadtests.analysis.rows import Row
+from loadtests.analysis.spread import Spread, Summary, percentile
+from loadtests.measure.experiment import Cost, Limits
 from loadtests.measure.samples import Cell, Line, Power, Request, Run
-from loadtests.report import analysis
-from loadtests.report.analysis import Row, Seconds, Spread, Summary, crossover, percentile
-from loadtests.report.experiment import Cost, Limits
 
 ANY = Limits()
 #: Ten rounds are enough for a median.
@@ -43,7 +45,7 @@ def row(
     requests: Sequence[Request], *, limits: Limits = ANY, tokens_out: int = 5, **more: Any
 ) -> Row:
     """The row of one cell."""
-    (only,) = analysis.rows([(cell(**more), [*requests])], tokens_out=tokens_out, limits=limits)
+    (only,) = rows.make_rows([(cell(**more), [*requests])], tokens_out=tokens_out, limits=limits)
     return only
 
 
@@ -66,7 +68,7 @@ def busy() -> Row:
 
 
 def test_tokens_a_joule_and_their_price_are_those_of_the_window() -> None:
-    [one] = analysis.energy([busy()], steady(100), Cost(per_kwh=0.36, rent_per_hour=1.8))
+    [one] = energy.energy_by_row([busy()], steady(100), Cost(per_kwh=0.36, rent_per_hour=1.8))
 
     assert one.watts == Spread(100, 100, 100)
     assert one.tokens_per_joule is not None
@@ -81,26 +83,26 @@ def test_tokens_a_joule_and_their_price_are_those_of_the_window() -> None:
 def test_watts_before_and_after_the_window_do_not_count() -> None:
     looks = [Power(one.at, 100 if 0 <= one.at <= 10 else 900) for one in steady(0)]
 
-    assert analysis.mean_watts(busy().repetitions[0], looks) == 100
+    assert energy.mean_watts(busy().repetitions[0], looks) == 100
 
 
 def test_given_watts_stand_for_the_cards() -> None:
-    [one] = analysis.energy([busy()], steady(100), Cost(watts=500))
+    [one] = energy.energy_by_row([busy()], steady(100), Cost(watts=500))
 
     assert one.watts == Spread(500, 500, 500)
 
 
 @pytest.mark.parametrize("gone", [range(-5, 16), range(3, 9), range(6), range(5, 16)])
 def test_watts_that_were_not_looked_at_for_long_are_not_known(gone: range) -> None:
-    assert analysis.energy([busy()], steady(100, without=gone), Cost(per_kwh=0.3)) == []
+    assert energy.energy_by_row([busy()], steady(100, without=gone), Cost(per_kwh=0.3)) == []
 
 
 def test_a_short_silence_of_the_driver_is_none() -> None:
-    assert analysis.mean_watts(busy().repetitions[0], steady(100, without=range(3, 7))) == 100
+    assert energy.mean_watts(busy().repetitions[0], steady(100, without=range(3, 7))) == 100
 
 
 def test_rent_needs_no_watts_and_electricity_does() -> None:
-    [one] = analysis.energy([busy()], [], Cost(per_kwh=0.3, rent_per_hour=1.8))
+    [one] = energy.energy_by_row([busy()], [], Cost(per_kwh=0.3, rent_per_hour=1.8))
 
     assert (one.watts, one.tokens_per_joule, one.electricity) == (None, None, None)
     assert one.rent is not None
@@ -108,7 +110,7 @@ def test_rent_needs_no_watts_and_electricity_does() -> None:
 
 def test_what_made_no_token_has_watts_and_no_price() -> None:
     idle = row([request(error="500", ttft_s=None, gaps_s=[], tokens_out=None)])
-    [one] = analysis.energy([idle], steady(100), Cost(per_kwh=0.3, rent_per_hour=1.8))
+    [one] = energy.energy_by_row([idle], steady(100), Cost(per_kwh=0.3, rent_per_hour=1.8))
 
     assert one.watts is not None
     assert (one.tokens_per_joule, one.electricity, one.rent) == (None, None, None)
@@ -253,7 +255,7 @@ def test_requests_a_second_are_those_answered_in_the_window() -> None:
 
 def test_rates_are_by_repetition_with_their_spread() -> None:
     cells = [(cell(ended=10.0 * n, repetition=n), [request(repetition=n)]) for n in (1, 2, 4)]
-    (found,) = analysis.rows(cells, tokens_out=5, limits=Limits())
+    (found,) = rows.make_rows(cells, tokens_out=5, limits=Limits())
 
     spread = found.tokens_per_s
     assert (spread.low, spread.value, spread.high) == pytest.approx((0.125, 0.25, 0.5))
@@ -289,7 +291,7 @@ def level_by_level(*e2e_s: float) -> list[Row]:
     cells = [
         (cell(level=2**n), [request(e2e_s=seconds, level=2**n)]) for n, seconds in enumerate(e2e_s)
     ]
-    return analysis.rows(cells, tokens_out=5, limits=Limits(e2e_s=3.0))
+    return rows.make_rows(cells, tokens_out=5, limits=Limits(e2e_s=3.0))
 
 
 @pytest.mark.parametrize(
@@ -303,7 +305,7 @@ def level_by_level(*e2e_s: float) -> list[Row]:
 def test_the_highest_level_that_keeps_the_limits_is_a_measured_one_with_all_below(
     e2e_s: tuple[float, ...], level: int | None, fails: int | None
 ) -> None:
-    (found,) = analysis.kept(level_by_level(*e2e_s))
+    (found,) = slo.kept(level_by_level(*e2e_s))
 
     assert (found.level, found.fails) == (level, fails)
 
@@ -317,21 +319,21 @@ def test_of_a_cell_that_was_begun_again_the_complete_one_counts() -> None:
         Run(1, 99.0, []), request(100.0, 2.0), cell(100.0, 110.0),
         Run(1, 199.0, []), request(200.0, 9.0), cell(200.0, 210.0, outcome="interrupted"),
     ]  # fmt: skip
-    found = analysis.closed_cells(lines)
+    found = rows.closed_cells(lines)
 
     assert [one.began for one, _ in found] == [100.0]
     assert [one.e2e_s for one in found[0][1]] == [2.0]
 
 
 def test_what_was_never_completed_is_shown_and_said_to_be_incomplete() -> None:
-    found = analysis.closed_cells([request(), cell(outcome="600 s were over")])
+    found = rows.closed_cells([request(), cell(outcome="600 s were over")])
 
-    (only,) = analysis.rows(found, tokens_out=5, limits=Limits())
+    (only,) = rows.make_rows(found, tokens_out=5, limits=Limits())
     assert only.unfinished == ["repetition 1: 600 s were over"]
 
 
 def test_an_open_loop_is_not_at_so_many_at_once() -> None:
-    assert analysis.closed_cells([cell(loop="open")]) == []
+    assert rows.closed_cells([cell(loop="open")]) == []
 
 
 # two targets
@@ -343,9 +345,9 @@ def test_a_ratio_has_the_spread_of_the_ratios_within_each_repetition() -> None:
             (cell(repetition=n), [request(e2e_s=e2e_s)] * ROUNDS)
             for n, e2e_s in enumerate(seconds, 1)
         ]
-        return analysis.rows(cells, tokens_out=5, limits=Limits())[0]
+        return rows.make_rows(cells, tokens_out=5, limits=Limits())[0]
 
-    found = analysis.ratio(at((4.0, 8.0)), at((2.0, 2.0)), "e2e")
+    found = rows.ratio(at((4.0, 8.0)), at((2.0, 2.0)), "e2e")
 
     assert found is not None
     assert (found.low, found.value, found.high) == (2.0, 3.0, 4.0)
@@ -359,8 +361,8 @@ def test_a_gateway_is_held_against_the_better_of_its_lanes() -> None:
             ("a", 8, 9.0), ("b", 8, 4.0), ("gateway", 8, 4.0),
         ]
     ]  # fmt: skip
-    table = analysis.rows(cells, tokens_out=5, limits=Limits())
-    low, high = analysis.costs(table, "gateway", ("a", "b"))
+    table = rows.make_rows(cells, tokens_out=5, limits=Limits())
+    low, high = gateway_cost.gateway_costs(table, "gateway", ("a", "b"))
 
     assert (low.level, low.lane, low.e2e_s, low.is_noise) == (1, "a", (2.2, 2.0), False)
     assert (high.level, high.lane, high.e2e_s, high.is_noise) == (8, "b", (4.0, 4.0), True)
@@ -404,7 +406,7 @@ TRUTH = 4.5  # where those two are equal
 
 
 def test_the_crossover_of_two_known_lines_is_found_with_its_interval() -> None:
-    found = crossover(measured(queue), measured(batch, seed=2))
+    found = find_crossover(measured(queue), measured(batch, seed=2))
 
     assert (found.verdict, found.faster) == ("crosses", "a")
     assert found.low is not None
@@ -415,7 +417,7 @@ def test_the_crossover_of_two_known_lines_is_found_with_its_interval() -> None:
 
 
 def test_it_is_the_same_from_the_other_side() -> None:
-    found = crossover(measured(batch, seed=2), measured(queue))
+    found = find_crossover(measured(batch, seed=2), measured(queue))
 
     assert (found.verdict, found.faster) == ("crosses", "b")
     assert found.told("vLLM", "Ollama").startswith("Ollama is faster below 4.")
@@ -424,7 +426,7 @@ def test_it_is_the_same_from_the_other_side() -> None:
 def test_the_interval_has_the_truth_in_it_about_as_often_as_it_says() -> None:
     inside = 0
     for seed in range(30):
-        found = crossover(measured(queue, seed=seed), measured(batch, seed=1000 + seed))
+        found = find_crossover(measured(queue, seed=seed), measured(batch, seed=1000 + seed))
         inside += (found.low or 0) <= TRUTH <= (found.high or 0)
 
     assert inside >= 24  # three repetitions make it rough
@@ -432,7 +434,7 @@ def test_the_interval_has_the_truth_in_it_about_as_often_as_it_says() -> None:
 
 def test_the_lines_are_those_the_gateway_decides_by() -> None:
     a, b = measured(queue), measured(batch, seed=2)
-    found = crossover(a, b)
+    found = find_crossover(a, b)
 
     lanes = [
         Lane(LEVELS, tuple(statistics.fmean(map(statistics.fmean, of[n])) for n in LEVELS))
@@ -445,11 +447,11 @@ def test_the_lines_are_those_the_gateway_decides_by() -> None:
 def test_the_same_samples_have_the_same_interval() -> None:
     a, b = measured(queue), measured(batch, seed=2)
 
-    assert crossover(a, b) == crossover(a, b)
+    assert find_crossover(a, b) == find_crossover(a, b)
 
 
 def test_who_is_faster_everywhere_never_crosses() -> None:
-    found = crossover(measured(lambda n: 2.0 * n + 4), measured(batch, seed=2))
+    found = find_crossover(measured(lambda n: 2.0 * n + 4), measured(batch, seed=2))
 
     assert (found.verdict, found.faster) == ("never", "b")
     assert found.told("a", "b") == "no crossover: b is faster at every level measured"
@@ -466,7 +468,7 @@ def test_who_is_faster_everywhere_never_crosses() -> None:
     ],
 )
 def test_too_little_is_not_enough_data(how: dict[str, Any], why: str) -> None:
-    found = crossover(measured(queue, **how), measured(batch, seed=2, **how))
+    found = find_crossover(measured(queue, **how), measured(batch, seed=2, **how))
 
     assert (found.verdict, found.level, found.why) == ("unknown", None, why)
     assert found.told("a", "b") == f"not enough data: {why}"
@@ -477,11 +479,11 @@ def test_levels_far_from_the_crossover_need_no_repetitions() -> None:
     for one in (a, b):
         one[32] = one[32][:1]
 
-    assert crossover(a, b).verdict == "crosses"
+    assert find_crossover(a, b).verdict == "crosses"
 
 
 def test_two_that_are_alike_have_no_crossover_that_anybody_could_name() -> None:
-    found = crossover(measured(batch), measured(batch, seed=2))
+    found = find_crossover(measured(batch), measured(batch, seed=2))
 
     assert found.verdict == "unknown"
 
@@ -489,7 +491,7 @@ def test_two_that_are_alike_have_no_crossover_that_anybody_could_name() -> None:
 def test_one_level_in_common_is_not_enough_data() -> None:
     a, b = measured(queue), measured(batch)
 
-    assert crossover({1: a[1], 4: a[4]}, {4: b[4], 8: b[8]}).verdict == "unknown"
+    assert find_crossover({1: a[1], 4: a[4]}, {4: b[4], 8: b[8]}).verdict == "unknown"
 
 
 def test_seconds_are_those_of_complete_cells() -> None:
@@ -499,4 +501,4 @@ def test_seconds_are_those_of_complete_cells() -> None:
         (cell(target="b"), [request(e2e_s=5.0)]),
     ]
 
-    assert analysis.seconds(cells, "a") == {1: [[2.0]]}
+    assert seconds_by_level(cells, "a") == {1: [[2.0]]}

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loadtests.analysis import rows
 from loadtests.measure import samples
 from loadtests.measure.calibrate import around, between, bracket, crossing, mean_seconds
 from loadtests.measure.samples import Request
-from loadtests.report import analysis
 
 COARSE = (1, 4, 16, 32)
 
@@ -83,7 +83,7 @@ def test_every_repetition_counts_the_same_and_failures_do_not() -> None:
         samples.Cell("a", "closed", 4, 3, 49.0, 60.0, outcome="interrupted"),
     ]  # fmt: skip
 
-    assert mean_seconds(analysis.closed_cells(lines), "a") == {4: pytest.approx(3.0)}
+    assert mean_seconds(rows.closed_cells(lines), "a") == {4: pytest.approx(3.0)}
 
 
 def test_lanes_cross_on_the_straight_line_between_two_levels() -> None:

@@ -11,18 +11,11 @@ import pytest
 
 from loadtests.measure import matrix as compare
 from loadtests.measure import samples
-from loadtests.measure.matrix import (
-    Entrant,
-    Session,
-    Visit,
-    as_it_is,
-    itinerary,
-    locust_command,
-    search,
-    seconds_left,
-)
+from loadtests.measure.experiment import Limits, Plan, Subject
+from loadtests.measure.generator import locust_command
+from loadtests.measure.itinerary import Visit, itinerary, search, seconds_left
+from loadtests.measure.matrix import Entrant, Session, as_it_is
 from loadtests.measure.stopwatch import Target
-from loadtests.report.experiment import Limits, Plan, Subject
 
 PLAN = Plan(levels=(1, 4), repetitions=3)
 

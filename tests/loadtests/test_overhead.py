@@ -15,10 +15,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from loadtests.bench import fast_client, fast_engine, overhead, ways
+from loadtests.bench import fast_client, fast_engine, floors, overhead, script, ways
 from loadtests.bench.fast_client import Meter, Streams
-from loadtests.bench.fast_engine import Answer, BrokenAnswer, Script
-from loadtests.bench.overhead import (
+from loadtests.bench.floors import (
     ADDED_TTFT,
     FLOORS,
     HANG_UP,
@@ -30,17 +29,18 @@ from loadtests.bench.overhead import (
     TTFT,
     Floor,
     Measures,
-    Settings,
 )
+from loadtests.bench.rounds import Settings
+from loadtests.bench.script import WORDS, Answer, BrokenAnswer, Script
 from loadtests.bench.ways import CASES, DIRECT, GATEWAY, NGINX, Caller, HangUps, Way
-from tests.conftest import unavailable
+from tests.support.requirements import unavailable
 
 
 @pytest.fixture(scope="module")
 def nginx() -> str:
     try:
         return ways.find_nginx()
-    except fast_engine.BenchError as exc:
+    except script.BenchError as exc:
         unavailable(str(exc))
 
 
@@ -72,7 +72,7 @@ def test_the_floors_are_the_ones_that_were_promised() -> None:
         STREAM_SHARE: ">= 0.25",
         JSON_SHARE: ">= 0.045",
         ADDED_TTFT: "<= 1.5",
-        overhead.RSS_PEAK: "<= 100",
+        floors.RSS_PEAK: "<= 100",
         **{HANG_UP[case]: "<= 50" for case in CASES},
     }
 
@@ -82,15 +82,15 @@ def test_the_floors_are_the_ones_that_were_promised() -> None:
 def test_the_median_of_the_rounds_is_judged_not_the_best_or_the_worst() -> None:
     measures = good()
     measures[ADDED_TTFT] = {GATEWAY: [0.1, 9.0, 1.4], NGINX: [9.0, 9.0, 9.0]}
-    assert not any(verdict.missed for verdict in overhead.judge(measures))
+    assert not any(verdict.missed for verdict in floors.judge(measures))
 
     measures[ADDED_TTFT][GATEWAY] = [0.1, 9.0, 1.6]
-    missed = [str(verdict) for verdict in overhead.judge(measures) if verdict.missed]
+    missed = [str(verdict) for verdict in floors.judge(measures) if verdict.missed]
     assert missed == [f"{ADDED_TTFT}: 1.6, the floor is <= 1.5"]
 
 
 def test_what_was_not_measured_is_neither_a_pass_nor_a_miss() -> None:
-    verdicts = overhead.judge({})
+    verdicts = floors.judge({})
 
     assert not any(verdict.missed for verdict in verdicts)
     assert all(str(verdict).endswith("not measured") for verdict in verdicts)
@@ -104,7 +104,7 @@ def test_shares_and_differences_are_formed_within_a_round() -> None:
         TTFT: {DIRECT: [0.25, 0.125], NGINX: [0.5, 0.25], GATEWAY: [1.25, 0.625]},
     }
 
-    overhead.compare(measures)
+    floors.compare(measures)
 
     assert measures[STREAM_SHARE] == {GATEWAY: [0.4, 0.4]}
     assert measures[JSON_SHARE] == {GATEWAY: [0.1, 0.1]}
@@ -114,7 +114,7 @@ def test_shares_and_differences_are_formed_within_a_round() -> None:
 def test_without_nginx_there_is_no_share() -> None:
     measures: Measures = {STREAM_COST: {GATEWAY: [20_000]}, TTFT: {NGINX: [1.0]}}
 
-    overhead.compare(measures)
+    floors.compare(measures)
 
     assert set(measures) == {STREAM_COST, TTFT}
 
@@ -155,7 +155,7 @@ def test_a_missed_floor_is_named_and_ends_the_command_with_1(
 def test_a_run_without_a_result_ends_the_command_with_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def broken(settings: Settings, say: Any) -> overhead.Measured:
+    def broken(settings: Settings, say: Any) -> floors.Measured:
         raise BrokenAnswer("gateway, streams: a word is missing")
 
     assert overhead.main([], broken) == 2
@@ -163,7 +163,7 @@ def test_a_run_without_a_result_ends_the_command_with_2(
 
 
 def test_without_nginx_it_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(fast_engine.BenchError, match="apt-get install nginx"):
+    with pytest.raises(script.BenchError, match="apt-get install nginx"):
         ways.find_nginx(str(tmp_path))
 
 
@@ -184,20 +184,20 @@ def whole(script: Script = SCRIPT) -> list[bytes]:
     """A good stream, event by event."""
     return [
         told({"role": "assistant", "content": ""}),
-        *(told({"content": word}) for word in fast_engine.WORDS[script.first :][: script.tokens]),
+        *(told({"content": word}) for word in WORDS[script.first :][: script.tokens]),
         told({}, "stop"),
         event({"choices": [], "usage": {"completion_tokens": script.tokens}}),
         b"data: [DONE]\n\n",
     ]
 
 
-def read(*events: bytes, status: int = 200) -> fast_engine.Stream:
+def read(*events: bytes, status: int = 200) -> script.Stream:
     pieces = [(float(at), piece) for at, piece in enumerate(events)]
-    return fast_engine.read_stream(Answer(0.0, status, pieces), SCRIPT)
+    return script.read_stream(Answer(0.0, status, pieces), SCRIPT)
 
 
 def test_a_whole_stream_counts_its_events_and_times_its_first_word() -> None:
-    assert read(*whole()) == fast_engine.Stream(events=9, first_word_at=1.0)
+    assert read(*whole()) == script.Stream(events=9, first_word_at=1.0)
 
 
 def test_a_stream_may_be_cut_anywhere_and_carry_heartbeats() -> None:
@@ -249,7 +249,7 @@ def test_a_stream_with_another_status_is_refused() -> None:
 )
 def test_a_spoilt_json_answer_is_refused(body: bytes) -> None:
     with pytest.raises(BrokenAnswer):
-        fast_engine.check_json(Answer(0.0, 200, [(0.0, body)]))
+        script.check_json(Answer(0.0, 200, [(0.0, body)]))
 
 
 # --- real sockets -------------------------------------------------------------------------
@@ -335,11 +335,11 @@ def test_a_proxy_that_does_not_pass_a_hang_up_on_misses_the_floor(engine: int) -
 
 
 def test_a_stream_that_goes_silent_is_not_waited_for_for_ever(engine: int) -> None:
-    with Caller(engine, fast_engine.chat_request(Script(tokens=1, hold=True))) as caller:
+    with Caller(engine, script.chat_request(Script(tokens=1, hold=True))) as caller:
         caller.hear(2)
 
         caller._socket.settimeout(0.1)
-        with pytest.raises(fast_engine.BenchError, match="went silent"):
+        with pytest.raises(script.BenchError, match="went silent"):
             caller.hear(3)
 
 
@@ -383,7 +383,7 @@ def test_a_short_run_of_direct_against_nginx(nginx: str, tmp_path: Path) -> None
     assert rounds[ADDED_TTFT][NGINX][0] > 0
     assert rounds[HANG_UP["before headers"]][NGINX][0] < 50
     # nginx keeps its connections to the engine; who does not is found out here.
-    assert rounds[overhead.JSON_CONNECTIONS][NGINX][0] < 0.1
+    assert rounds[floors.JSON_CONNECTIONS][NGINX][0] < 0.1
     assert all(floor["median"] is None for floor in said["floors"])
 
 

@@ -14,14 +14,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from loadtests.measure import samples
-from loadtests.proof.agreement import VERSION as AGREEMENT_VERSION
-from loadtests.proof.agreement import Agreement, Reading
-from loadtests.proof.known import Times
-from loadtests.proof.selfcheck import VERSION as SELFCHECK_VERSION
-from loadtests.proof.selfcheck import Quantity, SelfCheck
-from loadtests.report import analysis, experiment, findings, page, report
-from loadtests.report.experiment import (
+from loadtests.analysis import rows
+from loadtests.measure import experiment, samples
+from loadtests.measure.experiment import (
     SELFCHECK,
     VERSION,
     Cost,
@@ -31,7 +26,14 @@ from loadtests.report.experiment import (
     Plan,
     Subject,
 )
-from loadtests.report.findings import Findings, fairness
+from loadtests.proof.agreement import VERSION as AGREEMENT_VERSION
+from loadtests.proof.agreement import Agreement, Reading
+from loadtests.proof.known import Times
+from loadtests.proof.selfcheck import VERSION as SELFCHECK_VERSION
+from loadtests.proof.selfcheck import Quantity, SelfCheck
+from loadtests.report import findings, page, report
+from loadtests.report.fairness import fairness
+from loadtests.report.findings import Findings
 from loadtests.report.report import ReportError
 
 LEVELS = (1, 4, 16)
@@ -347,7 +349,7 @@ class Without:
     def find_spec(self, name, *rest):
         return None if name == "plotly" else self.finder.find_spec(name, *rest)
 sys.meta_path = [Without(finder) for finder in sys.meta_path]
-from loadtests.report import main
+from loadtests.report.report import main
 sys.exit(main(sys.argv[1:]))
 """
     done = subprocess.run(
@@ -409,8 +411,8 @@ def test_numbers_have_three_digits(value: float | None, told: str) -> None:
 
 
 def verdicts(*subjects: Subject, written: Path) -> dict[str, str]:
-    cells = analysis.closed_cells(samples.read(written / "raw.jsonl"))
-    table = analysis.rows(cells, tokens_out=TOKENS, limits=Limits())
+    cells = rows.closed_cells(samples.read(written / "raw.jsonl"))
+    table = rows.make_rows(cells, tokens_out=TOKENS, limits=Limits())
     return {one.what: one.verdict for one in fairness(subjects, table)}
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from loadtests.measure import samples
+from loadtests.measure.experiment import ExperimentError
 from loadtests.proof import known, selfcheck
 from loadtests.proof.known import Lateness, Times
 from loadtests.proof.selfcheck import SelfCheck, SelfCheckError
-from loadtests.report.experiment import ExperimentError
 
 TIMES = Times(ttft_s=0.3, gap_s=0.02, tokens=11)
 BEGAN = 1_800_000_000.0

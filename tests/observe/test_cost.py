@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.observe.cost import LONGEST_GAP_S, Meter, Use, bill, statement
-from gateway.settings import Cost
+from gateway.settings import Prices
 
 HOUR = 3600.0
 
@@ -25,32 +25,32 @@ def test_electricity_of_a_million_tokens() -> None:
     hour = Use(HOUR, 700 * HOUR, 3_600_000, 3_600_000)
 
     assert hour.tokens_per_joule == pytest.approx(1000 / 700)
-    assert bill(hour, Cost(per_kwh=0.30)).electricity == pytest.approx(0.21 / 3.6)
+    assert bill(hour, Prices(per_kwh=0.30)).electricity == pytest.approx(0.21 / 3.6)
 
 
 def test_rent_of_a_million_tokens() -> None:
     # Two euros for an hour in which 500,000 tokens came are four a million.
-    assert bill(Use(HOUR, tokens=500_000), Cost(rent_per_hour=2)).rent == pytest.approx(4)
+    assert bill(Use(HOUR, tokens=500_000), Prices(rent_per_hour=2)).rent == pytest.approx(4)
 
 
 def test_price_of_an_api_is_as_it_was_given() -> None:
-    assert bill(Use(), Cost(api_per_million=0.88)).api == 0.88
+    assert bill(Use(), Prices(api_per_million=0.88)).api == 0.88
 
 
 def test_what_is_not_given_is_not_known() -> None:
-    costs = bill(Use(HOUR, 700 * HOUR, 100, 100), Cost())
+    costs = bill(Use(HOUR, 700 * HOUR, 100, 100), Prices())
 
     assert (costs.electricity, costs.rent, costs.api) == (None, None, None)
 
 
 def test_without_tokens_nothing_is_known_of_a_token() -> None:
-    costs = bill(Use(HOUR, 700 * HOUR), Cost(per_kwh=0.3, rent_per_hour=2))
+    costs = bill(Use(HOUR, 700 * HOUR), Prices(per_kwh=0.3, rent_per_hour=2))
 
     assert (costs.electricity, costs.rent) == (None, None)
 
 
 def test_electricity_that_costs_nothing_costs_nothing() -> None:
-    assert bill(Use(HOUR, HOUR, 1, 1), Cost(per_kwh=0)).electricity == 0
+    assert bill(Use(HOUR, HOUR, 1, 1), Prices(per_kwh=0)).electricity == 0
 
 
 # What the machine uses, looked at
@@ -141,19 +141,19 @@ def test_nothing_is_told_where_nothing_is_known() -> None:
     meter = Meter()
     used(10, None, {"vllm": 1}, meter)
 
-    assert statement(meter, Cost()) is None
+    assert statement(meter, Prices()) is None
 
 
 @pytest.mark.parametrize("price", ["per_kwh", "rent_per_hour", "api_per_million"])
 def test_a_price_alone_is_worth_telling(price: str) -> None:
-    assert statement(Meter(), Cost.model_validate({price: 1})) is not None
+    assert statement(Meter(), Prices.model_validate({price: 1})) is not None
 
 
 def test_statement_says_whose_watts_they_are() -> None:
     meter = Meter()
     used(1, 350, {"vllm": 1}, meter)
-    given = statement(meter, Cost(watts=350, currency="USD"))
-    measured = statement(meter, Cost())
+    given = statement(meter, Prices(watts=350, currency="USD"))
+    measured = statement(meter, Prices())
 
     assert given is not None
     assert measured is not None

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import httpx
 import pytest
 
-from backends.base import Identity, Loaded
 from backends.fake import GIB, FakeEngine
+from backends.reports import Identity, Loaded
 from gateway import settings
 from gateway.cli import main
 from gateway.doctor.checks.check import Check, Finding, Level, Verdict
@@ -46,9 +45,10 @@ from gateway.gpu.memory import Brake, Card, Driver, Nvml
 from gateway.routing import profile
 from gateway.serving import discovery
 from gateway.settings import Settings
-from tests.conftest import StartGateway
-from tests.faults.conftest import alone
 from tests.gpu.test_memory import two_4090
+from tests.support.gateways import StartGateway
+from tests.support.models import alone
+from tests.support.plain_http import async_client
 
 MIB = 1024**2
 DAY_S = 86_400.0
@@ -143,7 +143,7 @@ def vllm(*words: str, environment: Mapping[str, str] | None = None, **parts: Any
 
 
 def wanted(model: str = "Big", *, exclusive: bool = False, **lane: Any) -> tuple[ExpectedLane, ...]:
-    return (ExpectedLane("chat", settings.Lane(model=model, **lane), exclusive),)
+    return (ExpectedLane("chat", settings.LaneSettings(model=model, **lane), exclusive),)
 
 
 def exclusive(**more: Any) -> Settings:
@@ -581,7 +581,7 @@ def test_whether_an_engine_serves(parts: dict[str, Any], level: Level, said: str
 
 
 def test_an_engine_that_the_gateway_starts_need_not_run() -> None:
-    configured = settings.Engine(urls=(FINE,), command=("ollama", "serve"))
+    configured = settings.EngineSettings(urls=(FINE,), command=("ollama", "serve"))
     server = ollama(answers=Unknown("refused"), configured=configured)
 
     assert only("engine", box(servers=(server,))).level is Level.NOTE
@@ -757,7 +757,7 @@ def test_who_reaches_the_dev_endpoints(parts: dict[str, Any], level: Level) -> N
 
 def test_whether_a_vllm_can_give_its_memory_back() -> None:
     lane = wanted(exclusive=True)
-    ours = settings.Engine(urls=("http://127.0.0.1:8001",), command=("vllm",))
+    ours = settings.EngineSettings(urls=("http://127.0.0.1:8001",), command=("vllm",))
 
     def level(server: ObservedEngine, **parts: Any) -> Level:
         return only("sleep", box(**parts, servers=(server,))).level
@@ -784,7 +784,7 @@ def test_whether_a_vllm_can_give_its_memory_back() -> None:
     ],
 )
 def test_options_that_vllm_no_longer_has(words: tuple[str, ...], level: Level) -> None:
-    configured = settings.Engine(urls=("http://127.0.0.1:8001",), command=words)
+    configured = settings.EngineSettings(urls=("http://127.0.0.1:8001",), command=words)
 
     assert only("flags", box(servers=(vllm(configured=configured),))).level is level
 
@@ -862,7 +862,7 @@ async def test_a_vllm_whose_dev_endpoints_others_reach_is_a_problem(tmp_path: Pa
 
 
 async def loaded_engine(engine: FakeEngine) -> None:
-    async with httpx.AsyncClient(base_url=engine.url, trust_env=False) as client:
+    async with async_client(engine.url) as client:
         await client.post("/api/generate", json={"model": "small:1b", "keep_alive": -1})
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from backends.base import Loaded
 from backends.ollama import full
+from backends.reports import Loaded
 from gateway.doctor.checks.check import GIB, Level, Verdict, cards, format_bytes, guarded
 from gateway.doctor.observations import (
     NotObserved,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from backends import base, errors
+from backends import base, errors, reports
 from backends.base import Timeouts
 from backends.errors import BackendError, Unreachable
 from backends.kinds import KINDS, Kind
@@ -224,7 +224,7 @@ class EngineCollector:
         return isinstance(said, dict) and {"ready", "waiting_for"} <= said.keys()
 
 
-async def _loaded(engine: base.Engine) -> tuple[base.Loaded, ...]:
+async def _loaded(engine: base.Engine) -> tuple[reports.Loaded, ...]:
     return tuple(await engine.loaded())
 
 

@@ -1,0 +1,121 @@
+"""What the benchmark measures, the floors it must hold, and the arithmetic."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from loadtests.bench.ways import (
+    CASES,
+    DIRECT,
+    GATEWAY,
+    NGINX,
+)
+
+STREAM_COST = "streams, chunks per CPU second"
+STREAM_SHARE = "streams, share of nginx's"
+STREAM_RATE = "streams, chunks per second"
+STREAM_READS = "streams, chunks per read"
+STREAM_WAKES = "streams, wake-ups per chunk"
+JSON_COST = "JSON, requests per CPU second"
+JSON_SHARE = "JSON, share of nginx's"
+JSON_RATE = "JSON, requests per second"
+JSON_CONNECTIONS = "JSON, engine connections per request"
+TTFT = "TTFT p50, ms"
+ADDED_TTFT = "TTFT p50 added to direct, ms"
+RSS_IDLE = "RSS idle, MB"
+RSS_PEAK = "RSS peak in the streams, MB"
+HANG_UP = {case: f"hang-up {case}, ms" for case in CASES}
+MEASURES = (
+    STREAM_COST, STREAM_SHARE, STREAM_RATE, STREAM_READS, STREAM_WAKES, JSON_COST, JSON_SHARE,
+    JSON_RATE, JSON_CONNECTIONS, TTFT, ADDED_TTFT, RSS_IDLE, RSS_PEAK, *HANG_UP.values(),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A line that the gateway's median must not cross, and the one it is on its way to."""
+
+    measure: str
+    limit: float
+    goal: float
+    at_least: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a median is on the right side; the line itself is."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self.limit:g}"
+
+
+# Below a floor a release does not go out; the goals are where this project wants to be.
+FLOORS = (
+    Floor(STREAM_SHARE, 0.25, goal=0.4, at_least=True),
+    Floor(JSON_SHARE, 0.045, goal=0.13, at_least=True),
+    Floor(ADDED_TTFT, 1.5, goal=1.5),
+    Floor(RSS_PEAK, 100, goal=80),
+    *(Floor(HANG_UP[case], 50, goal=50) for case in CASES),
+)
+Measures: TypeAlias = dict[str, dict[str, list[float]]]
+Measured: TypeAlias = tuple[Measures, list[str]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What the rounds came to."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value."""
+        return cls(min(values), statistics.median(values), max(values))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A floor and what was measured; None where it was not, which is not a pass."""
+
+    floor: Floor
+    median: float | None
+
+    @property
+    def missed(self) -> bool:
+        return self.median is not None and not self.floor.holds(self.median)
+
+    def __str__(self) -> str:
+        if self.median is None:
+            return f"{self.floor.measure}: not measured"
+        return f"{self.floor.measure}: {self.median:.3g}, the floor is {self.floor}"
+
+
+def compare(measures: Measures) -> None:
+    """Add the ratios and differences, each formed within its round."""
+
+    def per_round(
+        measure: str, way: str, base: str, form: Callable[[float, float], float]
+    ) -> list[float]:
+        values = measures.get(measure, {})
+        pairs = zip(values.get(way, ()), values.get(base, ()), strict=False)
+        return [form(value, against) for value, against in pairs]
+
+    for share, cost in ((STREAM_SHARE, STREAM_COST), (JSON_SHARE, JSON_COST)):
+        if values := per_round(cost, GATEWAY, NGINX, lambda ours, theirs: ours / theirs):
+            measures[share] = {GATEWAY: values}
+    for way in (NGINX, GATEWAY):
+        if values := per_round(TTFT, way, DIRECT, lambda proxied, direct: proxied - direct):
+            measures.setdefault(ADDED_TTFT, {})[way] = values
+
+
+def judge(measures: Measures) -> list[Verdict]:
+    """Every floor beside the median of its rounds."""
+    verdicts = []
+    for floor in FLOORS:
+        values = measures.get(floor.measure, {}).get(GATEWAY)
+        verdicts.append(Verdict(floor, Spread.of(values).median if values else None))
+    return verdicts

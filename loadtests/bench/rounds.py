@@ -1,0 +1,212 @@
+"""The rounds of the benchmark: every way in turn, every measurement."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from loadtests.bench.fast_client import (
+    Answered,
+    FirstTokens,
+    Job,
+    Jsons,
+    Meter,
+    Result,
+    Started,
+    Streamed,
+    Streams,
+    rotated,
+)
+from loadtests.bench.floors import (
+    HANG_UP,
+    JSON_CONNECTIONS,
+    JSON_COST,
+    JSON_RATE,
+    RSS_IDLE,
+    RSS_PEAK,
+    STREAM_COST,
+    STREAM_RATE,
+    STREAM_READS,
+    STREAM_WAKES,
+    TTFT,
+    Measured,
+    Measures,
+    compare,
+)
+from loadtests.bench.script import BenchError
+from loadtests.bench.ways import (
+    CASES,
+    DIRECT,
+    GATEWAY,
+    NGINX,
+    WAYS,
+    HangUps,
+    Way,
+    client_running,
+    engine_running,
+    gateway_running,
+    nginx_running,
+    seen,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run; the defaults are what the floors are meant for."""
+
+    ways: tuple[str, ...] = WAYS
+    rounds: int = 5
+    seconds: float = 5.0
+    streams: int = 256
+    rate: int = 10_240
+    spread: bool = False
+    json_connections: int = 64
+    ttft_requests: int = 100
+    hang_ups: int = 10
+
+    @property
+    def period_ms(self) -> int:
+        """Between two tokens of a stream."""
+        return max(1, round(self.streams / self.rate * 1000))
+
+    @property
+    def offered(self) -> float:
+        """Tokens a second in all streams."""
+        return self.streams * 1000 / self.period_ms
+
+    @property
+    def tokens(self) -> int:
+        """Of each stream."""
+        return max(3, round(self.seconds * 1000 / self.period_ms))
+
+
+@dataclass
+class Bench:
+    """Runs the rounds and collects what they measure."""
+
+    settings: Settings
+    ways: Mapping[str, Way]
+    engine: Way
+    load: Callable[[Job], Result]
+    say: Callable[[str], None]
+    measures: Measures = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, measure: str, way: str, value: float) -> None:
+        self.measures.setdefault(measure, {}).setdefault(way, []).append(value)
+
+    def remark(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def run(self) -> None:
+        """All rounds; raises `BenchError` where one has no result."""
+        for way in self.ways.values():
+            if way.proxy is not None:
+                self.note(RSS_IDLE, way.name, Meter(way.proxy).rss_mb())
+        for turn in range(self.settings.rounds):
+            order = [self.ways[name] for name in rotated(tuple(self.ways), turn)]
+            self.say(
+                f"round {turn + 1} of {self.settings.rounds}: {', '.join(w.name for w in order)}"
+            )
+            for way in order:
+                self._streams(way)
+            for way in order:
+                self._jsons(way)
+            self._first_tokens(turn)
+            for way in order:
+                self._hang_ups(way)
+        compare(self.measures)
+
+    def _streams(self, way: Way) -> None:
+        wanted = self.settings
+        job = Streams(
+            way.port, way.proxy, wanted.streams, wanted.tokens, wanted.period_ms, wanted.spread
+        )
+        with self._naming(way, "streams"):
+            got = cast("Streamed", self.load(job))
+        self.note(STREAM_RATE, way.name, got.events / got.elapsed_s)
+        self.note(STREAM_READS, way.name, got.events / got.reads)
+        if way.proxy is not None:
+            self.note(STREAM_COST, way.name, got.events / self._enough(way, got.cpu_s))
+            self.note(STREAM_WAKES, way.name, got.wakes / got.events)
+            self.note(RSS_PEAK, way.name, got.peak_rss_mb)
+        kept_up = wanted.tokens * wanted.period_ms / 1000 / got.elapsed_s
+        if kept_up < 0.9:
+            slow = f"{way.name} took {1 / kept_up:.2f} times as long as the tokens were spread over"
+            if way.name == DIRECT and kept_up < 0.5:
+                raise BenchError(f"{slow}: this machine is too slow for the load, lower --rate")
+            self.remark(f"{slow}: it fell behind, or the machine had other things to do")
+
+    def _jsons(self, way: Way) -> None:
+        wanted = self.settings
+        job = Jsons(way.port, way.proxy, wanted.json_connections, wanted.seconds)
+        before = seen(self.engine.port).connections
+        with self._naming(way, "JSON"):
+            got = cast("Answered", self.load(job))
+        made = seen(self.engine.port).connections - before
+        self.note(JSON_RATE, way.name, got.requests / got.elapsed_s)
+        if way.proxy is not None:
+            self.note(JSON_COST, way.name, got.requests / self._enough(way, got.cpu_s))
+            self.note(JSON_CONNECTIONS, way.name, made / got.asked)
+
+    def _first_tokens(self, turn: int) -> None:
+        ports = {name: self.ways[name].port for name in rotated(tuple(self.ways), turn)}
+        got = cast("Started", self.load(FirstTokens(ports, self.settings.ttft_requests)))
+        for name, values in got.ttft_ms.items():
+            self.note(TTFT, name, statistics.median(values))
+
+    def _hang_ups(self, way: Way) -> None:
+        hang_ups = HangUps(way, self.engine.port)
+        for case in CASES:
+            if case == "queued" and way.name != GATEWAY:
+                continue  # only the gateway has a queue
+            with self._naming(way, f"hang-up, {case}"):
+                times = [hang_ups.time_ms(case) for _ in range(self.settings.hang_ups)]
+            self.note(HANG_UP[case], way.name, max(times))
+
+    def _enough(self, way: Way, cpu_s: float) -> float:
+        # The kernel tells CPU time in ticks of 10 ms.
+        if cpu_s < 0.2:
+            self.remark(
+                f"{way.name} used {cpu_s:.2f} CPU seconds: too few to divide by, run longer"
+            )
+        return max(0.01, cpu_s)
+
+    @contextmanager
+    def _naming(self, way: Way, what: str) -> Iterator[None]:
+        try:
+            yield
+        except BenchError as exc:
+            raise type(exc)(f"{way.name}, {what}: {exc}") from exc
+
+
+BUSY = 0.25  # load average a core from which on a report says so
+
+
+def measure(settings: Settings, say: Callable[[str], None]) -> Measured:
+    """Start everything, run all rounds, stop everything; raises `BenchError`."""
+    with tempfile.TemporaryDirectory(prefix="overhead-") as made, ExitStack() as stack:
+        scratch = Path(made)
+        port, pid = stack.enter_context(engine_running())
+        ways = {}
+        if DIRECT in settings.ways:
+            ways[DIRECT] = Way(DIRECT, port)
+        if NGINX in settings.ways:
+            ways[NGINX] = stack.enter_context(nginx_running(port, scratch))
+        if GATEWAY in settings.ways:
+            ways[GATEWAY] = stack.enter_context(gateway_running(port, scratch))
+        load = stack.enter_context(client_running())
+        # What others do here is in the caches and in the times, if less so in the ratios.
+        busy = os.getloadavg()[0]
+        bench = Bench(settings, ways, Way("engine", port, pid), load, say)
+        if busy > BUSY * (os.cpu_count() or 1):
+            bench.remark(f"the machine was not idle before the start: load average {busy:.1f}")
+        bench.run()
+        return bench.measures, bench.notes

@@ -1,0 +1,196 @@
+"""What the fake engine is asked to say, and the check that it arrived whole."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+
+class BenchError(Exception):
+    """There is no result; the message says why, and what to do where that is known."""
+
+
+class BrokenAnswer(BenchError):
+    """An answer was not what the engine said: a fast proxy that breaks answers is not fast."""
+
+
+MODEL = "bench"
+API_KEY = "bench-key-0123456789"
+CHAT = "/v1/chat/completions"
+# No two neighbours are alike, and each stream begins at another one: a token that is lost,
+# doubled, swapped or taken from the stream next door shows in the text.
+WORDS = tuple(f" w{n:02d}" for n in range(97))
+JSON_TEXT = "It is done: " + "".join(WORDS[:12])
+
+
+class Script(msgspec.Struct, omit_defaults=True):
+    """What the fake engine is to do; it travels as the user's message, which no proxy touches.
+
+    `spread`: the streams of this period take turns within it; else they all step at once.
+    `hold`: after `tokens` tokens say nothing more until the client is gone; with none of
+    them not even the head. `marker`: keep a note of when this came and when it was cut.
+    """
+
+    tokens: int = 0
+    period_ms: int = 1
+    spread: bool = False
+    first: int = 0
+    hold: bool = False
+    marker: str = ""
+
+    def text(self) -> str:
+        """All that a whole answer says."""
+        words = itertools.islice(itertools.cycle(WORDS), self.first, self.first + self.tokens)
+        return "".join(words)
+
+
+# About what a chat page sends in front of a first question.
+SYSTEM = (
+    "You are a helpful assistant. Answer in the language of the question, briefly and "
+    "to the point. Where you are not certain, say so. Use lists only where they help, and "
+    "put code into fenced blocks that name the language. Do not repeat the question. "
+)
+
+
+def chat_request(script: Script, *, stream: bool = True, model: str = MODEL) -> bytes:
+    """A whole HTTP request for a chat, head and body, as an OpenAI client writes it."""
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": msgspec.json.encode(script).decode()},
+        ],
+        "max_tokens": script.tokens or 16,
+        "temperature": 0.7,
+    }
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    content = msgspec.json.encode(body)
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\n"
+        f"content-type: application/json\r\nuser-agent: overhead\r\n"
+        f"authorization: Bearer {API_KEY}\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Said(msgspec.Struct):
+    delta: _Delta = msgspec.field(default_factory=_Delta)
+    message: _Delta = msgspec.field(default_factory=_Delta)
+    finish_reason: str | None = None
+
+
+class _Tokens(msgspec.Struct):
+    completion_tokens: int = 0
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Said] = []
+    usage: _Tokens | None = None
+    error: msgspec.Raw = msgspec.Raw()
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer as it came: when it was asked for, and each piece of its body with its time."""
+
+    asked_at: float
+    status: int
+    pieces: Sequence[tuple[float, bytes]]
+
+    def body(self) -> bytes:
+        """The whole body."""
+        return b"".join(piece for _, piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A whole stream: how many events it had, and when the first word was there."""
+
+    events: int
+    first_word_at: float
+
+
+def read_stream(answer: Answer, script: Script) -> Stream:
+    """Check a stream from its first byte to its last.
+
+    Raises:
+        BrokenAnswer: A word is missing, doubled or foreign, or the finish reason, the
+            token count or [DONE] is not where it must be.
+    """
+    if answer.status != 200:
+        raise BrokenAnswer(f"status {answer.status}: {answer.body()[:300]!r}")
+    events = 0
+    first_word_at = 0.0
+    words: list[str] = []
+    finish: str | None = None
+    usage: _Tokens | None = None
+    done = False
+    for at, data in _events(answer.pieces):
+        if done:
+            raise BrokenAnswer(f"an event after [DONE]: {data[:200]!r}")
+        events += 1
+        if data == b"[DONE]":
+            done = True
+            continue
+        chunk = _read_chunk(data)
+        usage = chunk.usage or usage
+        for said in chunk.choices:
+            finish = said.finish_reason or finish
+            if said.delta.content:
+                words.append(said.delta.content)
+                first_word_at = first_word_at or at
+    if not done:
+        raise BrokenAnswer(f"a stream ended without [DONE], after {events} events")
+    if "".join(words) != script.text():
+        raise BrokenAnswer(
+            f"a stream of {script.tokens} tokens said something else, in {len(words)} of them"
+        )
+    if finish != "stop" or usage is None or usage.completion_tokens != script.tokens:
+        raise BrokenAnswer(f"a stream ended with finish reason {finish!r} and usage {usage}")
+    return Stream(events, first_word_at)
+
+
+def _events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """The data of each event, and when the last of it came."""
+    rest = b""
+    for at, piece in pieces:
+        *whole, rest = (rest + piece).split(b"\n\n")
+        for event in whole:
+            if event.startswith(b"data: "):
+                yield at, event[6:]
+            elif not event.startswith(b":"):  # a comment is a heartbeat: allowed, but no chunk
+                raise BrokenAnswer(f"not an event that belongs here: {event[:200]!r}")
+    if rest:
+        raise BrokenAnswer(f"a stream ended within an event: {rest[:200]!r}")
+
+
+def _read_chunk(data: bytes) -> _Chunk:
+    try:
+        chunk = _decode_chunk(data)
+    except msgspec.DecodeError as exc:
+        raise BrokenAnswer(f"not a chunk ({exc}): {data[:200]!r}") from exc
+    if chunk.error:
+        raise BrokenAnswer(f"an error: {data[:300]!r}")
+    return chunk
+
+
+def check_json(answer: Answer) -> None:
+    """Check an answer that was not streamed; raises `BrokenAnswer`."""
+    body = answer.body()
+    if answer.status != 200:
+        raise BrokenAnswer(f"status {answer.status}: {body[:300]!r}")
+    chat = _read_chunk(body)
+    if [said.message.content for said in chat.choices] != [JSON_TEXT] or chat.usage is None:
+        raise BrokenAnswer(f"an answer that says something else: {body[:300]!r}")

@@ -1,0 +1,102 @@
+"""Locust in a process of its own, for one visit to one target."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from loadtests.measure import samples
+from loadtests.measure.experiment import (
+    Plan,
+)
+from loadtests.measure.itinerary import Visit
+from loadtests.measure.stopwatch import Target
+
+LOCUSTFILE = Path(__file__).parents[1] / "concurrency.py"
+#: What Locust says goes here, beside the raw file.
+LOG = "locust.log"
+#: How often the raw file is looked at for progress, seconds.
+LOOK_S = 0.5
+#: How long Locust may take to write down what it has when it is told to end, seconds.
+LAST_WORD_S = 15.0
+#: How much of what Locust said last is shown when it fails, characters.
+TOLD = 600
+
+
+class VisitFailed(Exception):
+    """A target could not be measured; the text says why and what to do."""
+
+
+def locust_command(
+    target: Target, plan: Plan, visit: Visit, raw: Path, *, processes: int = 1
+) -> list[str]:
+    """What measures this visit; the key is not in it."""
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless"]
+    command += ["--only-summary", "--loglevel", "WARNING", "--exit-code-on-error", "0"]
+    command += ["--raw", str(raw)]
+    command += ["--target", str(target), "--levels", ",".join(map(str, visit.levels))]
+    command += ["--first-repetition", str(visit.repetition), "--repetitions", "1"]
+    command += ["--rounds", str(plan.rounds), "--warm-up", str(plan.warm_up)]
+    command += ["--at-least", str(plan.at_least)]
+    command += ["--tokens-in", str(plan.tokens_in), "--tokens-out", str(plan.tokens_out)]
+    command += ["--cell-s", f"{plan.cell_s:g}", "--cooldown-s", f"{plan.cooldown_s:g}"]
+    if plan.prompts:
+        command += ["--prompts", plan.prompts]
+    if processes > 1:
+        command += ["--processes", str(processes)]
+    return command
+
+
+async def _end(locust: asyncio.subprocess.Process) -> None:
+    """Have it write down what it has, and end."""
+    if locust.returncode is not None:
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(locust.pid, signal.SIGTERM)
+    try:
+        async with asyncio.timeout(LAST_WORD_S):
+            await locust.wait()
+    except TimeoutError:
+        with suppress(ProcessLookupError):
+            os.killpg(locust.pid, signal.SIGKILL)
+        await locust.wait()
+
+
+def _last_words(log: Path, since: int) -> str:
+    """What Locust said of its failure: the lines that speak to people, or the last ones."""
+    with log.open("rb") as file:
+        file.seek(since)
+        said = file.read().decode(errors="replace")
+    lines = [line for line in said.splitlines() if line.startswith("twolane: ")]
+    if lines:
+        return "; ".join(line.removeprefix("twolane: ") for line in lines)
+    return f"the load generator failed, {log} ends with:\n{said[-TOLD:].strip()}"
+
+
+class _Tail:
+    """The lines that are added to a raw file, as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[samples.Line]:
+        """What is new and whole."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        whole = text.rfind(b"\n") + 1
+        self._offset += whole
+        lines = []
+        for line in text[:whole].splitlines():
+            with suppress(msgspec.DecodeError):
+                lines.append(samples.decode(line))
+        return lines

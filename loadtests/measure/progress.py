@@ -1,0 +1,113 @@
+"""How far a measurement is, on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import (
+    Sequence,
+)
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from loadtests.measure import samples
+from loadtests.measure.experiment import (
+    Plan,
+)
+from loadtests.measure.itinerary import Visit, seconds_left
+
+
+class View(Protocol):
+    """Who is told how far it is."""
+
+    def begun(self, visit: Visit) -> None:
+        """A target is made to serve, and asked as soon as it does."""
+
+    def seen(self, line: samples.Line) -> None:
+        """A request or a cell is over."""
+
+
+class Progressing:
+    """Shows on a terminal what is measured, and how long it will still take."""
+
+    def __init__(self, console: Console, plan: Plan, visits: Sequence[Visit]) -> None:
+        self._console = console
+        self._plan = plan
+        self._todo: dict[tuple[str, int], int] = {}
+        for visit in visits:
+            for level in visit.levels:
+                key = visit.label, level
+                self._todo[key] = self._todo.get(key, 0) + 1
+        self._took: dict[tuple[str, int], float] = {}
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:g}/{task.total:g}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+        )
+        self._total = sum(self._todo.values())
+        self._all = self._bar.add_task("cells", total=self._total, left="")
+        self._cell: TaskID | None = None
+        self._since = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def begun(self, visit: Visit) -> None:
+        """As `View`; a visit that was not foreseen makes it longer."""
+        for level in visit.levels:
+            key = visit.label, level
+            if not self._todo.get(key):
+                self._todo[key] = 1
+                self._total += 1
+        self._bar.update(self._all, total=self._total)
+        self._show(f"{visit.label}: getting ready", 1)
+
+    def seen(self, line: samples.Line) -> None:
+        """As `View`."""
+        if isinstance(line, samples.Request):
+            self._look(line)
+        elif isinstance(line, samples.Cell):
+            self._close(line)
+
+    def _look(self, one: samples.Request) -> None:
+        level = int(one.level)
+        name = f"{one.target}, {level} at once, repetition {one.repetition}"
+        if self._cell is None or self._bar.tasks[-1].description != name:
+            self._show(name, max(level * self._plan.rounds, self._plan.at_least))
+        if one.phase == "measured" and self._cell is not None:
+            self._bar.advance(self._cell)
+
+    def _close(self, cell: samples.Cell) -> None:
+        now = time.monotonic()
+        key = cell.target, int(cell.level)
+        self._took[key] = now - self._since
+        self._since = now
+        self._todo[key] = max(0, self._todo.get(key, 1) - 1)
+        left = seconds_left(self._todo, self._took)
+        self._bar.update(self._all, advance=1, left="" if left is None else f"about {_clock(left)}")
+        if cell.outcome != "complete":
+            self._console.print(f"  {cell.target}, {cell.level:g} at once: {cell.outcome}")
+        self._show("pause", 1)
+
+    def _show(self, name: str, total: float) -> None:
+        if self._cell is not None:
+            self._bar.remove_task(self._cell)
+        else:
+            self._since = time.monotonic()
+        self._cell = self._bar.add_task(name, total=total, left="")
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "a minute left"
+    return f"{minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f"{minutes} min left"
