@@ -17,10 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from backends.base import Capabilities, Engine, Readiness, Timeouts
+from backends.base import Engine, Timeouts
 from backends.errors import BackendError
 from backends.kinds import EMBEDDED, KINDS, Kind
 from backends.processes.supervised import Supervised
+from backends.reports import Capabilities, Readiness
 from backends.transport import http
 from gateway import settings
 from gateway.errors import BadRequest, NotFound
