@@ -135,7 +135,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         from gateway import installation  # noqa: PLC0415
 
-        parser.exit(message=f"twolane {installation.version()}\n")
+        print(f"twolane {installation.version()}")  # noqa: T201 - a command's way to speak
+        parser.exit()
 
 
 def _add_command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:

@@ -80,9 +80,7 @@ def init(args: argparse.Namespace) -> None:
     written = ", ".join(sorted({path.split("/")[0] for path in [*_paths(), *SECRETS]}))
     if wheel is not None:
         written += f", {wheel.name}"
-    sys.stdout.write(
-        REPORT.format(folder=folder, written=written, program=installation.program())
-    )
+    sys.stdout.write(REPORT.format(folder=folder, written=written, program=installation.program()))
 
 
 def _paths() -> Iterator[str]:
