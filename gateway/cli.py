@@ -278,7 +278,7 @@ Try it:
 Open WebUI: OPENAI_API_BASE_URL={url}/v1 OPENAI_API_KEY={"YOUR_KEY" if keyed else "none"}
 API docs:   {url}/docs
 Status:     twolane status --watch{"" if url.endswith(":8000") else f" --url {url}"}
-Metrics:    {gateway.scraped.url if gateway.scraped else f"{url}{scrape.PATH}"}
+Metrics:    {gateway.metrics_server.url if gateway.metrics_server else f"{url}{scrape.PATH}"}
 """,
         flush=True,
     )
