@@ -10,7 +10,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 RUN := .venv/bin/python -m
 PYTEST := $(RUN) pytest
 
-.PHONY: serve test engines test-engines test-compose test-browser bench day switch compare calibrate agreement check clean
+.PHONY: serve test engines test-engines test-compose test-browser bench day switch compare calibrate agreement check docs clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -79,6 +79,9 @@ check: .venv/dev
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+docs: .venv/dev
+	$(UV) run --frozen --inexact --group docs zensical build --strict --clean
 
 clean:
 	rm -rf .venv .cache .engines tests/clients/node_modules

@@ -19,8 +19,8 @@ from gateway import settings
 from gateway.app import Gateway
 from gateway.serving import discovery
 from gateway.settings import SettingsError
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat
 
 
 async def ask(running: Running, **fields: object) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 
-from backends.base import Loaded
 from backends.kinds import KINDS, Kind
 from backends.ollama import full
+from backends.reports import Loaded
 from gateway.doctor.seen import (
     NO_SETTINGS,
     NotSeen,

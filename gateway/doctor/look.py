@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import msgspec
 
-from backends import base, errors
+from backends import base, errors, reports
 from backends.base import Timeouts
 from backends.errors import BackendError, Unreachable
 from backends.kinds import KINDS, Kind
@@ -558,7 +558,7 @@ def _collide(address: str, own: tuple[str, ...]) -> bool:
     return address in anywhere or address in own or not anywhere.isdisjoint(own)
 
 
-async def _loaded(engine: base.Engine) -> tuple[base.Loaded, ...]:
+async def _loaded(engine: base.Engine) -> tuple[reports.Loaded, ...]:
     return tuple(await engine.loaded())
 
 

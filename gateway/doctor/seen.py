@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import TypeVar
 
-from backends.base import Identity, Loaded
 from backends.kinds import Kind
+from backends.reports import Identity, Loaded
 from gateway.gpu.lease import Owner
 from gateway.gpu.memory import Driver
 from gateway.routing.profile import Profile

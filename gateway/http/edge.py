@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from backends import base
+from backends import calls
 from gateway.errors import (
     ClientGone,
     Draining,
@@ -29,7 +29,7 @@ from gateway.relay.reply import Reply, told
 
 log = logging.getLogger("gateway")
 
-GENERATING = frozenset((base.CHAT, base.COMPLETIONS, base.EMBEDDINGS))
+GENERATING = frozenset((calls.CHAT, calls.COMPLETIONS, calls.EMBEDDINGS))
 #: What changes the gateway, or what its engines have in memory, is below these.
 ADMIN = ("/admin", "/models/")
 #: What anybody may see: whether it lives, and how to use it.

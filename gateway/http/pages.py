@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from backends import base
+from backends import calls
 from backends.kinds import KINDS
 from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
 from gateway.http import metrics_page as scrape
@@ -217,9 +217,9 @@ def _routes() -> Iterator[tuple[str, str, Endpoint, str]]:
     yield "POST", "/admin/pin", pin, "operating"
     yield "POST", "/admin/release", release, "operating"
     yield "GET", "/", root, ""
-    yield "POST", base.CHAT, chat, "generate"
-    yield "POST", base.COMPLETIONS, completions, "generate"
-    yield "POST", base.EMBEDDINGS, embeddings, "generate"
+    yield "POST", calls.CHAT, chat, "generate"
+    yield "POST", calls.COMPLETIONS, completions, "generate"
+    yield "POST", calls.EMBEDDINGS, embeddings, "generate"
 
 
 async def _gateway_of(request: Request) -> Pages:

@@ -30,7 +30,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from backends import base
+from backends import calls
 from gateway.errors import GatewayError
 from gateway.gpu.handover import Gpu, Passage, Step
 from gateway.gpu.memory import MemoryUnknown, Nvml, Reading, drawn
@@ -281,7 +281,7 @@ class Metrics(Collector):
             self._prompt_tokens.labels(model, lane, background).inc(usage.prompt_tokens)
             self._generation_tokens.labels(model, lane, background).inc(usage.completion_tokens)
             self.meter.add_tokens(lane, usage.completion_tokens)
-        if outcome == "ok" and not exchange.background and exchange.path != base.EMBEDDINGS:
+        if outcome == "ok" and not exchange.background and exchange.path != calls.EMBEDDINGS:
             self._time(exchange, model, lane)
 
     def _time(self, exchange: Exchange, model: str, lane: str) -> None:

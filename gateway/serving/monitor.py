@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from backends.base import Capabilities, Readiness
 from backends.errors import BackendError
 from backends.kinds import KINDS, Kind
+from backends.reports import Capabilities, Readiness
 from gateway.routing import profile
 from gateway.routing.scheduler import Replica
 from gateway.serving.catalogue import Model

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from backends.base import Capabilities
 from backends.kinds import KINDS
+from backends.reports import Capabilities
 from gateway.gpu.handover import Gpu
 from gateway.routing import profile
 from gateway.routing.breaker import Breaker

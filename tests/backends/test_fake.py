@@ -41,6 +41,7 @@ from backends.fake import (
     usage_chunk,
 )
 from backends.fake.control import Control, read_answer
+from tests.support.plain_http import async_client
 
 CHAT = "/v1/chat/completions"
 KINDS: list[Name] = ["ollama", "vllm", "llamacpp"]
@@ -53,13 +54,7 @@ def body(**more: Any) -> dict[str, Any]:
 
 @asynccontextmanager
 async def client_of(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
-    # Reading the machine's certificates would take longer than the test.
-    async with httpx.AsyncClient(
-        base_url=engine.url,
-        trust_env=False,
-        timeout=10,
-        verify=False,  # noqa: S501 - plain HTTP
-    ) as client:
+    async with async_client(engine.url, timeout=10) as client:
         yield client
 
 
@@ -905,7 +900,7 @@ async def test_control_port_watches_and_scripts() -> None:
         FakeEngine("vllm") as engine,
         Control(engine) as control,
         client_of(engine) as client,
-        httpx.AsyncClient(base_url=control.url, trust_env=False) as remote,
+        async_client(control.url) as remote,
     ):
         await remote.post("/script", json=[{"status": 503, "retry_after": 2}])
         await remote.post("/script", json={"answer": {"status": 500}, "times": 2})
@@ -964,7 +959,7 @@ async def test_program_serves_until_it_is_told_to_stop() -> None:
     assert process.stdout is not None
     told = (await process.stdout.readline()).decode()
     kind, _, url, _, _, control = told.replace(",", "").split()
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with async_client() as client:
         listed = (await client.get(f"{url}/v1/models")).json()
         state = (await client.get(control)).json()
     process.send_signal(signal.SIGTERM)

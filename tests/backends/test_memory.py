@@ -11,12 +11,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 
-from backends import base
-from backends.base import Call, Readiness
+from backends import calls
+from backends.calls import Call
 from backends.errors import BackendError, Broken, BrokeOff, Sick, Unreachable, Unsupported
 from backends.fake import (
     GIB,
@@ -31,8 +30,10 @@ from backends.fake import (
 )
 from backends.fake.control import Control
 from backends.ollama import Ollama
+from backends.reports import Readiness
 from backends.transport import http
 from backends.vllm import VLLM
+from tests.support.plain_http import async_client
 
 #: How the fake Ollama calls the model `m`.
 M = "m:latest"
@@ -60,10 +61,10 @@ async def vllm_at(fake: FakeEngine) -> AsyncIterator[VLLM]:
 def chat(**fields: object) -> Call:
     asked = {"messages": [{"role": "user", "content": "Hi"}], **fields}
     raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in asked.items()}
-    return Call(base.CHAT, raw, stream=bool(fields.get("stream")))
+    return Call(calls.CHAT, raw, stream=bool(fields.get("stream")))
 
 
-async def rest_of(answer: base.Answer) -> None:
+async def rest_of(answer: calls.Answer) -> None:
     while await answer.read():
         pass
 
@@ -341,7 +342,7 @@ async def test_vllm_woken_before_it_slept_sleeps_later_and_dies_of_the_next_requ
     async with (
         FakeEngine("vllm", dev_mode=True, gap_s=60.0) as fake,
         vllm_at(fake) as vllm,
-        httpx.AsyncClient(base_url=fake.url, trust_env=False) as client,
+        async_client(fake.url) as client,
     ):
         answer = await vllm.open(chat(stream=True), "m")
         sleep = asyncio.create_task(client.post("/sleep?level=1&mode=wait"))
@@ -483,7 +484,7 @@ async def test_control_port_kills_and_starts_anew() -> None:
     async with (
         FakeEngine("vllm", gpu=gpu, size=22 * GIB) as fake,
         Control(fake) as control,
-        httpx.AsyncClient(base_url=control.url, trust_env=False) as remote,
+        async_client(control.url) as remote,
     ):
         before = (await remote.get("/")).json()
         await remote.post("/kill")

@@ -16,9 +16,7 @@ from gateway.app import Gateway
 from gateway.gpu.handover import Step
 from tests.browser.conftest import KEY, OpenPage, StartGateway, smollm2
 from tests.engines import rig
-from tests.support.exclusive import Box, Served, box
-
-__all__ = ["box"]  # the fixture is ours, too
+from tests.support.exclusive import Box, Served
 
 pytestmark = pytest.mark.timeout(150)
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests import compose
-from tests.conftest import unavailable
+from tests.support.requirements import unavailable
 
 
 @pytest.fixture(scope="session")

@@ -22,22 +22,19 @@ from backends.fake import DONE, GIB, Answer, FakeEngine, Kill, Serve, Silence, s
 from backends.fake.gpu import Taken
 from gateway.gpu.handover import Step
 from gateway.routing.policy import HandOver
-from tests.conftest import StartGateway
 from tests.support.exclusive import (
     NEEDS_GIB,
     PING,
     SHORT,
     Box,
     Served,
-    box,
     boxed,
     failed,
     gone,
     serving,
     stream_of,
 )
-
-__all__ = ["box"]  # the fixture is ours, too
+from tests.support.gateways import StartGateway
 
 #: How a load, a wake and the like are told apart in a script.
 LOAD = {"ollama": "load", "vllm": "/wake_up"}

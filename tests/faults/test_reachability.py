@@ -39,8 +39,8 @@ from gateway.routing.breaker import (
 )
 from gateway.routing.scheduler import Replica
 from gateway.serving.admission import failure_of
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat, pair
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat, pair
 
 CHAT = "/v1/chat/completions"
 How: TypeAlias = dict[str, bool]

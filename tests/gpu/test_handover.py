@@ -19,7 +19,6 @@ import pytest
 from backends.fake import DONE
 from gateway.gpu.handover import Step
 from gateway.routing.policy import HandOver
-from tests.conftest import StartGateway
 from tests.support.exclusive import (
     CHAT,
     PING,
@@ -27,15 +26,13 @@ from tests.support.exclusive import (
     SHORT,
     Box,
     Served,
-    box,
     boxed,
     failed,
     gone,
     serving,
     stream_of,
 )
-
-__all__ = ["box"]  # the fixture is ours, too
+from tests.support.gateways import StartGateway
 
 #: Ollama is much faster for one, vLLM for three and more.
 STEEP = {

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import httpx
 import pytest
 
-from backends.base import Identity, Loaded
 from backends.fake import GIB, FakeEngine
+from backends.reports import Identity, Loaded
 from gateway import settings
 from gateway.cli import main
 from gateway.doctor.command import as_json
@@ -43,9 +42,10 @@ from gateway.gpu.memory import Brake, Card, Driver, Nvml
 from gateway.routing import profile
 from gateway.serving import discovery
 from gateway.settings import Settings
-from tests.conftest import StartGateway
-from tests.faults.conftest import alone
 from tests.gpu.test_memory import two_4090
+from tests.support.gateways import StartGateway
+from tests.support.models import alone
+from tests.support.plain_http import async_client
 
 MIB = 1024**2
 DAY_S = 86_400.0
@@ -852,7 +852,7 @@ async def test_a_vllm_whose_dev_endpoints_others_reach_is_a_problem(tmp_path: Pa
 
 
 async def loaded_engine(engine: FakeEngine) -> None:
-    async with httpx.AsyncClient(base_url=engine.url, trust_env=False) as client:
+    async with async_client(engine.url) as client:
         await client.post("/api/generate", json={"model": "small:1b", "keep_alive": -1})
 
 
