@@ -818,7 +818,7 @@ async def test_09_with_all_down_they_are_looked_at_all_the_time(
             engine.script(then=status(500), path="/api/tags")
             engine.script(status(500))
         told(await ask(running), 502, "engine_failed")  # makes both be looked at again
-        await running.until(lambda gateway: not gateway.ready()["ready"])
+        await running.until(lambda gateway: not gateway.ready().ready)
 
         for engine in (ollama, vllm):
             often = looks(engine) + 2
