@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gateway.compare.arguments import add_commands as add_compare
-from gateway.doctor import add_command as add_doctor
+from gateway.doctor.arguments import add_command as add_doctor
 from gateway.errors import UsageError
 from gateway.plan.command import add_command as add_plan
-from gateway.simulate.command import add_command as add_simulate
+from gateway.simulate.arguments import add_command as add_simulate
 
 EXAMPLES = """\
 examples:

@@ -238,7 +238,7 @@ class Names:
 async def test_03_a_name_that_stops_resolving_fails_over_and_later_is_found_elsewhere(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    moved = FakeEngine("vllm", ["Small-1B"], port=vllm.port)
+    moved = FakeEngine("vllm", ["Small-1B"], own_port=vllm.port)
     moved._server.host = "127.0.0.2"
     other = FakeEngine("vllm", ["Small-1B"])
     names = Names(gpu="127.0.0.1")
