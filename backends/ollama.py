@@ -13,20 +13,12 @@ from typing import Any
 
 import msgspec
 
-from backends import base, errors
-from backends.base import (
-    Activity,
-    Body,
-    Bridged,
-    Call,
-    Capabilities,
-    Engine,
-    Identity,
-    Loaded,
-    Readiness,
-)
+from backends import calls, errors
+from backends.base import Engine
+from backends.calls import Body, Bridged, Call
 from backends.errors import Broken, Refused
 from backends.ollama_management import Management
+from backends.reports import Activity, Capabilities, Identity, Loaded, Readiness
 
 #: Characters of a digest that tell models apart, as `ollama list` shows them.
 DIGEST = 12
@@ -36,17 +28,17 @@ UNLOAD_POLL_S = 0.1
 #: What /v1 of Ollama reads. It ignores everything else without a word, so the rest is
 #: taken out here and named to the client instead.
 KNOWN = {
-    base.CHAT: frozenset((
+    calls.CHAT: frozenset((
         "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens",
         "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "stop",
         "response_format", "tools", "reasoning", "reasoning_effort", "logprobs", "top_logprobs",
         "n", "user",
     )),
-    base.COMPLETIONS: frozenset((
+    calls.COMPLETIONS: frozenset((
         "model", "prompt", "stream", "stream_options", "max_tokens", "temperature", "top_p",
         "frequency_penalty", "presence_penalty", "seed", "stop", "suffix", "n", "user",
     )),
-    base.EMBEDDINGS: frozenset(("model", "input", "dimensions", "encoding_format", "user")),
+    calls.EMBEDDINGS: frozenset(("model", "input", "dimensions", "encoding_format", "user")),
 }  # fmt: skip
 
 
@@ -160,9 +152,9 @@ class Ollama(Engine):
             changes["max_completion_tokens"] = None
             if bytes(limit) != b"null":
                 changes["max_tokens"] = limit
-        if call.path == base.COMPLETIONS:
+        if call.path == calls.COMPLETIONS:
             changes["prompt"] = _one_prompt(call.body)
-        return Bridged(base.renamed(call, model, **changes), dropped)
+        return Bridged(calls.renamed(call, model, **changes), dropped)
 
 
 def _context_of(parameters: str) -> int | None:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from backends.base import Loaded
 from backends.errors import Broken, Refused, Sick, Silent, Unreachable
+from backends.reports import Loaded
 from backends.transport import tls
 
 if TYPE_CHECKING:

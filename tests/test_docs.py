@@ -18,7 +18,7 @@ from gateway import settings
 from gateway.cli import main
 from gateway.errors import GatewayError
 from gateway.settings import Settings
-from tests.conftest import unavailable
+from tests.support.requirements import unavailable
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "twolane.example.yaml"

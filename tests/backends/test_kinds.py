@@ -24,9 +24,10 @@ ROOT = Path(__file__).parents[2]
 TOY = '''
 """An engine that is made up for a test."""
 
-from backends import base
-from backends.base import Activity, Bridged, Call, Capabilities, Engine, Identity, Readiness
+from backends.base import Engine
+from backends.calls import Bridged, Call, renamed
 from backends.errors import BackendError, Unsupported
+from backends.reports import Activity, Capabilities, Identity, Readiness
 
 
 class Toy(Engine):
@@ -61,7 +62,7 @@ class Toy(Engine):
         return Activity()
 
     def bridge(self, call: Call, model: str) -> Bridged:
-        return Bridged(base.renamed(call, model))
+        return Bridged(renamed(call, model))
 '''
 ENTRY = """
         EngineKind(
@@ -149,7 +150,7 @@ async def test_a_fourth_kind_is_known_to_settings_and_commands(with_toy: Path) -
         return ended.stdout.decode()
 
     assert "'llamacpp' or 'toy'" in await command("serve", "--config", str(config))
-    assert "toy" in await command("pin", "--help")
+    assert "llamacpp, toy" in await command("serve", "--pair", "m=nothing:m")
 
 
 async def test_no_variable_of_the_environment_stops_a_command_or_a_gateway(

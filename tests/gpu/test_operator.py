@@ -16,11 +16,9 @@ import pytest
 from backends.fake import GIB, FakeEngine, FakeGpu, Silence
 from gateway.gpu.handover import Step
 from gateway.settings import SettingsError
-from tests.conftest import StartGateway
-from tests.faults.conftest import alone, chat, ollama, pair, vllm
-from tests.support.exclusive import SHORT, Box, box, failed, serving
-
-__all__ = ["box", "ollama", "vllm"]  # the fixtures are ours, too
+from tests.support.exclusive import SHORT, Box, failed, serving
+from tests.support.gateways import StartGateway
+from tests.support.models import alone, chat, pair
 
 KEY = "sk-a-key-of-ours"
 ADMIN = "sk-the-operators"

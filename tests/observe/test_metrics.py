@@ -24,16 +24,16 @@ from backends.fake import GIB, FakeEngine, Silence, status
 from backends.transport import sse
 from gateway.errors import GatewayError
 from gateway.gpu.memory import Nvml, Reading
-from gateway.observe import metrics as told
+from gateway.observe.counters import ENDINGS, FAILED_OUTCOMES, error_codes
 from gateway.observe.metrics import Metrics
+from gateway.observe.samples import COUNTERS, GAUGES
 from gateway.relay.exchange import Exchange
 from gateway.settings import Prices, SettingsError, Timings
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat, ollama, pair, vllm
 from tests.gpu.test_memory import Info, NotSupported, Told, two_4090
-from tests.support.exclusive import SHORT, Box, box, serving
-
-__all__ = ["box", "ollama", "vllm"]  # the fixtures are ours, too
+from tests.support.exclusive import SHORT, Box, serving
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat, pair
+from tests.support.plain_http import async_client
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 CHAT = "/v1/chat/completions"
@@ -458,7 +458,7 @@ def test_what_cards_said_long_ago_is_not_told() -> None:
     metrics = Metrics({}, Prices())
     metrics._cards = [Reading(0, "A card", 24 * GIB, GIB, watts=350)]
     metrics._cards_at = time.monotonic() - Timings().readings_valid_s
-    metrics.looked(time.monotonic())
+    metrics.sample(time.monotonic())
 
     assert lines(metrics).all("twolane_gpu_info") == []
     assert metrics.meter.watts is None
@@ -559,14 +559,14 @@ async def test_no_prompt_no_key_and_no_address_is_in_it(
 
 def test_every_way_to_fail_is_a_label_of_its_own() -> None:
     metrics = Metrics({}, Prices())
-    codes = set(told._codes(GatewayError))
+    codes = set(error_codes(GatewayError))
     for code in codes:
         metrics.write(exchange(outcome=code, usage=None))
 
     counted = [s for s in lines(metrics).samples if s.name == "twolane_requests_total"]
     assert {"queue_full", "waited_too_long", "no_engine", "draining", "engine_silent"} <= codes
     assert {sample.labels["outcome"] for sample in counted} == codes
-    assert not told.FAILURES - codes - told.ENDINGS
+    assert not FAILED_OUTCOMES - codes - ENDINGS
 
 
 # The text
@@ -609,7 +609,7 @@ def documented() -> str:
 
 def labels_of(name: str) -> tuple[str, ...]:
     """The labels of what is looked up, or else of what prometheus_client counts."""
-    looked_up = {**told.GAUGES, **told.COUNTERS}
+    looked_up = {**GAUGES, **COUNTERS}
     if name in looked_up:
         return looked_up[name][1]
     counted = Metrics({}, Prices())._registry._names_to_collectors[name]
@@ -630,9 +630,9 @@ async def apart(start_gateway: StartGateway, **settings: Any) -> AsyncIterator[A
     async with FakeEngine("vllm", ["Small-1B"]) as vllm:
         settings = {**alone(vllm), "metrics": {"port": 0}, "api_keys": [KEY], **settings}
         async with start_gateway(**settings) as running:
-            server = running.gateway.scraped
+            server = running.gateway.metrics_server
             assert server is not None
-            async with httpx.AsyncClient(trust_env=False) as client:
+            async with async_client() as client:
                 yield running, server, client
 
 
@@ -748,7 +748,7 @@ async def test_serve_says_where_metrics_are_and_ends_with_them(
             while b"Metrics:" not in (line := await serving.stdout.readline()):
                 assert line, "it ended"
         url = line.decode().split()[1]
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with async_client() as client:
             answer = await client.get(url)
     finally:
         serving.terminate()
