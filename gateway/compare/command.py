@@ -46,9 +46,9 @@ from loadtests.measure import matrix as compare
 from loadtests.measure.experiment import Experiment, ExperimentError, Plan, Subject
 from loadtests.measure.generator import VisitFailed
 from loadtests.measure.itinerary import Visit
-from loadtests.measure.load import for_others
 from loadtests.measure.matrix import Entrant, Session
-from loadtests.measure.progress import Progressing
+from loadtests.measure.options import shareable_command
+from loadtests.measure.progress import ProgressBar
 from loadtests.measure.samples import SamplesError
 from loadtests.measure.stopwatch import BadTarget, Target
 from loadtests.proof import selfcheck
@@ -299,7 +299,7 @@ class Lanes:
             engine=kind,
             slots=slots or lane.slots or KINDS[kind].slots,
             context=lane.context,
-            command=shlex.join(for_others(own.command)),
+            command=shlex.join(shareable_command(own.command)),
         )
         target = Target(subject.label, url, lane.model, key)
         return Entrant(subject, target, partial(self._serving, occupant, subject))
@@ -354,7 +354,7 @@ def in_front(
         model=name,
         engine=GATEWAY,
         version=metadata.version("twolane"),
-        command=shlex.join(for_others(["twolane", "serve", *arguments])),
+        command=shlex.join(shareable_command(["twolane", "serve", *arguments])),
         before=tuple(before),
     )
     key = next(iter(read.keys()), None)
@@ -505,7 +505,9 @@ def _begun(args: argparse.Namespace) -> tuple[argparse.Namespace, Path, Experime
         args.levels, args.repetitions, args.rounds, args.warm_up, args.tokens_in, args.tokens_out,
         args.cell_s, prompts=args.prompts or "",
     )  # fmt: skip
-    begun = Experiment(experiment.VERSION, time.time(), machine, plan, (), limits, _said(args.key))
+    begun = Experiment(
+        experiment.EXPERIMENT_VERSION, time.time(), machine, plan, (), limits, _said(args.key)
+    )
     folder = args.out or Path(time.strftime("compare-%Y%m%d-%H%M"))
     if (folder / experiment.EXPERIMENT).exists():
         raise ExperimentError(f"{folder} holds an experiment: go on with --resume {folder}")
@@ -514,7 +516,7 @@ def _begun(args: argparse.Namespace) -> tuple[argparse.Namespace, Path, Experime
 
 def _said(key: str | None = None) -> str:
     """What this was called with."""
-    return shlex.join(["twolane", *for_others(sys.argv[1:], key)])
+    return shlex.join(["twolane", *shareable_command(sys.argv[1:], key)])
 
 
 def _packages() -> dict[str, str]:
@@ -548,7 +550,7 @@ async def _compared(asked: argparse.Namespace, console: Console) -> int:
         begun = msgspec.structs.replace(
             begun,
             subjects=tuple(one.subject for one in entrants),
-            cost=experiment.Cost(**cost.model_dump()),
+            cost=experiment.Prices(**cost.model_dump()),
         )
         checked = await _checked(args, folder, begun, console)
         console.print(f"measuring {', '.join(labels)} into [bold]{folder}[/]")
@@ -613,7 +615,7 @@ async def _calibrated(args: argparse.Namespace, console: Console) -> None:
             lanes = Lanes(read, model, client, folder)
             entrants = {one.label: one for one in lanes.entrants()}
             visits = [Visit(label, 1, plan.levels) for label in entrants]
-            with Progressing(console, plan, visits) as view:
+            with ProgressBar(console, plan, visits) as view:
                 async with Session(folder, plan, entrants, view) as session:
                     await calibrate.measure(session, plan.levels, args.minutes)
                     subjects = session.subjects
@@ -669,7 +671,7 @@ def _crossover(labels: Sequence[str], cells: rows.Cells) -> profile.Crossover | 
     )
     if known.level is not None:
         return profile.Crossover(known.level, known.low, known.high)
-    level = calibrate.crossing(*(calibrate.mean_seconds(cells, label) for label in labels))
+    level = calibrate.crossing_level(*(calibrate.mean_seconds(cells, label) for label in labels))
     return profile.Crossover(level) if level is not None else None
 
 

@@ -135,12 +135,12 @@ class Quiet(Session):
             await asyncio.sleep(0.005)
 
 
-class Nobody:
+class SilentView:
     """Looks at nothing."""
 
-    def begun(self, visit: Visit) -> None: ...
+    def visit_started(self, visit: Visit) -> None: ...
 
-    def seen(self, line: samples.Line) -> None: ...
+    def line_written(self, line: samples.Line) -> None: ...
 
 
 @pytest.mark.parametrize(("label", "is_here"), [
@@ -149,14 +149,14 @@ class Nobody:
 async def test_watts_are_noted_while_a_target_of_this_machine_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str, *, is_here: bool
 ) -> None:
-    monkeypatch.setattr(compare, "METER_S", 0.001)
+    monkeypatch.setattr(compare, "POWER_INTERVAL_S", 0.001)
     entrants = [
         entrant("near", "http://127.0.0.1:1"),
         entrant("far", "http://gpu-2:1"),
         entrant("before_near", "http://localhost:2", "near"),
         entrant("before_far", "http://localhost:2", "near", "far"),
     ]
-    session = Quiet(tmp_path, PLAN, {one.label: one for one in entrants}, Nobody())
+    session = Quiet(tmp_path, PLAN, {one.label: one for one in entrants}, SilentView())
     session.watts = session.drawn
     async with session:
         await session.visit(Visit(label, 1, (1,)))
