@@ -20,7 +20,7 @@
     ClientGone                   the caller hung up: there is nobody to tell
 
     UsageError                   a command cannot work with what it was given
-    └── SettingsError            (gateway.settings) the configuration cannot be used
+    └── SettingsError            the configuration cannot be used
 
 What is shown to a client is OpenAI's envelope, `{"error": {message, type, param, code}}`.
 The messages are public: no address, no key, nothing of a prompt.
@@ -43,6 +43,10 @@ class UsageError(Exception):
     The text says what is wrong and what to change. The command line prints it, without a
     traceback, and exits with 2.
     """
+
+
+class SettingsError(UsageError):
+    """The configuration cannot be used; the text says what to change."""
 
 
 class ClientGone(Exception):

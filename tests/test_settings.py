@@ -154,7 +154,7 @@ def test_variables_of_others_are_none_of_ours(place: Place) -> None:
         ("limits: {max_wait_s: soon}", "limits.max_wait_s: Input should be a valid number"),
         ("log: loud", "log: Input should be 'json' or 'off'"),
         ("- port", "the top level must be `name: value` lines"),
-        ("port: [", "is no YAML"),
+        ("port: [", "is not valid YAML"),
         ("engines: {vlm: {urls: [http://a]}}", "engines.vlm: Input should be 'ollama', 'vllm'"),
         ("models: {m: {lanes: {}}}", "models.m.lanes: Dictionary should have at least 1 item"),
     ],

@@ -30,23 +30,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from backends import base
+from backends import calls
 from gateway.errors import GatewayError
 from gateway.gpu.handover import Gpu, Passage, Step
 from gateway.gpu.memory import MemoryUnknown, Nvml, Reading, drawn
-from gateway.observe.cost import Bill, Meter, bill
+from gateway.observe.cost import Meter, bill
+from gateway.observe.status import Bill
 from gateway.relay.exchange import Exchange
 from gateway.routing.breaker import ReplicaState
 from gateway.routing.scheduler import Lane
 from gateway.serving.catalogue import Model
-from gateway.settings import Cost
-
-#: How often the machine is looked at: who runs, what the cards draw.
-LOOK_S = 1.0
-#: How long the driver is not asked again after it could not answer: there may be none.
-NO_DRIVER_S = 60.0
-#: What the cards have said is worth so long, if the driver hangs.
-STALE_S = 10.0
+from gateway.settings import Prices, Timings
 
 #: Upper bounds of the histograms' buckets, seconds.
 TTFT_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
@@ -167,11 +161,14 @@ class Metrics(Collector):
         meter: What the machine has used.
     """
 
-    def __init__(self, models: Mapping[str, Model], prices: Cost) -> None:
+    def __init__(
+        self, models: Mapping[str, Model], prices: Prices, timings: Timings | None = None
+    ) -> None:
         self.gpu: Gpu | None = None
         self.meter = Meter()
         self._models = models
         self._prices = prices
+        self._timings = timings or Timings()
         self._version = importlib.metadata.version("twolane")
         self._outcomes = ENDINGS | set(_codes(GatewayError))
         self._cards: Sequence[Reading] = ()
@@ -283,8 +280,8 @@ class Metrics(Collector):
         if (usage := exchange.usage) is not None:
             self._prompt_tokens.labels(model, lane, background).inc(usage.prompt_tokens)
             self._generation_tokens.labels(model, lane, background).inc(usage.completion_tokens)
-            self.meter.came(lane, usage.completion_tokens)
-        if outcome == "ok" and not exchange.background and exchange.path != base.EMBEDDINGS:
+            self.meter.add_tokens(lane, usage.completion_tokens)
+        if outcome == "ok" and not exchange.background and exchange.path != calls.EMBEDDINGS:
             self._time(exchange, model, lane)
 
     def _time(self, exchange: Exchange, model: str, lane: str) -> None:
@@ -319,25 +316,26 @@ class Metrics(Collector):
             except MemoryUnknown:
                 self._cards = ()
             self._cards_at = time.monotonic()
-            await asyncio.sleep(LOOK_S if self._cards else NO_DRIVER_S)
+            timings = self._timings
+            await asyncio.sleep(timings.meter_interval_s if self._cards else timings.driver_retry_s)
 
     async def _look(self) -> None:
         while True:
-            self.looked(time.monotonic())
-            await asyncio.sleep(LOOK_S)
+            self.sample(time.monotonic())
+            await asyncio.sleep(self._timings.meter_interval_s)
 
-    def looked(self, now: float) -> None:
+    def sample(self, now: float) -> None:
         """At this moment, by the steady clock, somebody looks at what the machine uses."""
         running: dict[str, int] = {}
         for model in self._models.values():
             self._failures.labels(model.name)  # to be there before the first, as in `follow`
             for name, lane in model.admission.scheduler.lanes.items():
                 running[name] = running.get(name, 0) + lane.running
-        self.meter.looked(now, self._prices.watts or drawn(self._known(now)), running)
+        self.meter.sample(now, self._prices.watts or drawn(self._known(now)), running)
 
     def _known(self, now: float) -> Sequence[Reading]:
         """What the cards have said, as long as that is worth something."""
-        return self._cards if now - self._cards_at < STALE_S else ()
+        return self._cards if now - self._cards_at < self._timings.readings_valid_s else ()
 
     # Telling
 
@@ -377,7 +375,7 @@ class Metrics(Collector):
         yield "twolane_power_watts", (), meter.watts
         for price in ("per_kwh", "rent_per_hour", "api_per_million"):
             yield "twolane_price", (price, prices.currency), getattr(prices, price)
-        for lane, use in {"all": meter.whole(), **meter.shares()}.items():
+        for lane, use in {"all": meter.total(), **meter.shares()}.items():
             yield "twolane_tokens_per_joule", (lane,), use.tokens_per_joule
             costs = bill(use, prices)
             for part in fields(Bill):

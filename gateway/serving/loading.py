@@ -18,14 +18,9 @@ from gateway.errors import BadRequest, EngineFailed, InUse
 from gateway.routing.scheduler import Ticket
 from gateway.serving.admission import Admission, Residence, Server
 from gateway.serving.catalogue import Catalogue, Model
+from gateway.settings import Timings
 
 log = logging.getLogger("gateway.loading")
-
-#: Open WebUI gives an eject half a minute; what takes longer is said to be under way.
-ANSWER_S = 20.0
-#: How long an engine that others use, too, may take to let a model go.
-UNLOAD_S = 60.0
-
 
 #: What is under way, by model and lane.
 Work: TypeAlias = dict[tuple[str, str | None], asyncio.Task[None]]
@@ -34,8 +29,9 @@ Work: TypeAlias = dict[tuple[str, str | None], asyncio.Task[None]]
 class Loader:
     """Loads and unloads the models of a catalogue."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Catalogue, timings: Timings) -> None:
         self._catalogue = catalogue
+        self._timings = timings
         self._loads: Work = {}
         self._unloads: Work = {}
 
@@ -49,7 +45,7 @@ class Loader:
         """Bring a model into memory; `name@lane` chooses the lane.
 
         Returns:
-            Whether it is there; after `ANSWER_S` it may still be under way.
+            Whether it is there; after `load_answer_s` it may still be under way.
 
         Raises:
             ModelNotFound: There is none of this name.
@@ -67,7 +63,7 @@ class Loader:
         when they are asked let the model go; the others have it for as long as they run.
 
         Returns:
-            Whether it is gone; after `ANSWER_S` it may still be under way.
+            Whether it is gone; after `load_answer_s` it may still be under way.
 
         Raises:
             ModelNotFound: There is none of this name.
@@ -75,7 +71,10 @@ class Loader:
             GatewayError: It is in use, or an engine failed.
         """
         model, pin = self._catalogue.find(name)
-        return await self._done(self._unloads, (model.name, pin), lambda: _unload(model, pin))
+        deadline_s = self._timings.shared_unload_s
+        return await self._done(
+            self._unloads, (model.name, pin), lambda: _unload(model, pin, deadline_s)
+        )
 
     async def close(self) -> None:
         """End what is under way."""
@@ -95,7 +94,7 @@ class Loader:
         if task is None:
             task = under_way[what] = asyncio.create_task(work())
             task.add_done_callback(partial(_over, under_way, what))
-        done, _ = await asyncio.wait((task,), timeout=ANSWER_S)
+        done, _ = await asyncio.wait((task,), timeout=self._timings.load_answer_s)
         if done:
             task.result()
         return bool(done)
@@ -119,7 +118,7 @@ async def _load(model: Model, pin: str | None) -> None:
         server.loaded = True
 
 
-async def _unload(model: Model, pin: str | None) -> None:
+async def _unload(model: Model, pin: str | None, deadline_s: float) -> None:
     admission = model.admission
     if admission.gpu is not None:
         if admission.residence(pin) is Residence.UNLOADED:
@@ -135,7 +134,7 @@ async def _unload(model: Model, pin: str | None) -> None:
         )
     for server in servers:
         try:
-            async with asyncio.timeout(UNLOAD_S):
+            async with asyncio.timeout(deadline_s):
                 await server.engine.unload(server.model)
         except TimeoutError:
             raise InUse("This model is in use. It stays in memory.") from None

@@ -7,11 +7,11 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
-from backends.base import Engine, Readiness
+from backends.base import Engine
+from backends.reports import Readiness
+from gateway.settings import Timings
 
 log = logging.getLogger("gateway.health")
-PROBE_WELL_S = 5.0
-PROBE_ILL_S = 0.5
 
 
 class Prober:
@@ -20,11 +20,13 @@ class Prober:
     Args:
         engine: The replica.
         model: The engine's own name of the model.
+        timings: How often it is asked.
     """
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    def __init__(self, engine: Engine, model: str, timings: Timings) -> None:
         self._engine = engine
         self._model = model
+        self._timings = timings
         self._doubt = asyncio.Event()
         self._asked = 0
 
@@ -50,7 +52,10 @@ class Prober:
                 log.info("%s for %s: %s", self._engine, self._model, readiness)
                 last = readiness
             await tell(readiness)
-            pause = PROBE_WELL_S if readiness is Readiness.READY else PROBE_ILL_S
+            if readiness is Readiness.READY:
+                pause = self._timings.probe_interval_healthy_s
+            else:
+                pause = self._timings.probe_interval_unhealthy_s
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._doubt.wait()

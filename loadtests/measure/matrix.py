@@ -80,14 +80,14 @@ class Entrant:
         return self.target.label
 
     @property
-    def is_here(self) -> bool:
+    def is_local(self) -> bool:
         """Whether what it draws is drawn by this machine's cards, for all its address tells."""
         name = urlsplit(self.target.url).hostname or ""
         return name in ("localhost", "::1") or name.startswith("127.")
 
 
 @asynccontextmanager
-async def as_it_is(subject: Subject) -> AsyncIterator[Subject]:
+async def already_running(subject: Subject) -> AsyncIterator[Subject]:
     """For an entrant that runs already, and that nobody here starts or stops."""
     yield subject
 
@@ -135,7 +135,7 @@ class Session:
             self.subjects[visit.label] = await self._stack.enter_async_context(entrant.running())
             self._up = visit.label
         whom = [entrant, *(self.entrants[label] for label in entrant.subject.before)]
-        async with self._metering(self.watts if all(one.is_here for one in whom) else None):
+        async with self._metering(self.watts if all(one.is_local for one in whom) else None):
             await self._generate(entrant.target, visit)
 
     @asynccontextmanager
@@ -256,7 +256,7 @@ def _with_searches(
             yield visit
 
 
-def resumed(folder: Path, found: Experiment, machine: Machine) -> Experiment:
+def check_same_machine(folder: Path, found: Experiment, machine: Machine) -> Experiment:
     """An experiment that may be gone on with; raises `ExperimentError` on another machine."""
     if (found.machine.cpu, found.machine.gpus) != (machine.cpu, machine.gpus):
         raise ExperimentError(

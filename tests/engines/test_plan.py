@@ -11,8 +11,8 @@ import pytest
 from gateway.serving import discovery
 from gateway.sizing import fit, weights
 from gateway.sizing.fit import Cards, Lane, Wish
-from tests.conftest import unavailable
 from tests.engines import rig
+from tests.support.requirements import unavailable
 
 #: vLLM's own reading of its command line; nothing is loaded.
 PARSE = """

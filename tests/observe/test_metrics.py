@@ -27,14 +27,12 @@ from gateway.gpu.memory import Nvml, Reading
 from gateway.observe import metrics as told
 from gateway.observe.metrics import Metrics
 from gateway.relay.exchange import Exchange
-from gateway.routing import breaker as health
-from gateway.settings import Cost, SettingsError
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat, ollama, pair, vllm
+from gateway.settings import Prices, SettingsError, Timings
 from tests.gpu.test_memory import Info, NotSupported, Told, two_4090
-from tests.support.exclusive import SHORT, Box, box, serving
-
-__all__ = ["box", "ollama", "vllm"]  # the fixtures are ours, too
+from tests.support.exclusive import SHORT, Box, serving
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat, pair
+from tests.support.plain_http import async_client
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 CHAT = "/v1/chat/completions"
@@ -95,11 +93,8 @@ async def ask(running: Running, **fields: Any) -> httpx.Response:
     return await running.http.post(CHAT, json=chat(**fields), headers=headers)
 
 
-@pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine and the engines are looked at again and again."""
-    monkeypatch.setattr(told, "LOOK_S", 0.01)
-    monkeypatch.setattr(health, "PROBE_WELL_S", 0.05)
+#: The machine and the engines are looked at again and again.
+OFTEN = Timings(meter_interval_s=0.01, probe_interval_healthy_s=0.05)
 
 
 def cards(**says: Any) -> Nvml:
@@ -238,13 +233,12 @@ async def test_who_gives_up_in_the_queue_has_waited_there(
 # Why a lane was chosen
 
 
-@pytest.mark.usefixtures("often")
 async def test_reasons_are_words_that_can_be_counted_by(start_gateway: StartGateway) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     async with (
         FakeEngine("ollama", ["small:1b"]) as ollama,
         FakeEngine("vllm", ["Small-1B"], tools=True) as vllm,
-        start_gateway(**pair(ollama, vllm)) as running,
+        start_gateway(**pair(ollama, vllm), timings=OFTEN) as running,
     ):
         await ask(running)
         await ask(running, model="m@vllm")
@@ -306,11 +300,10 @@ async def test_regret_and_price_of_a_shared_pair_are_told(
 # Engines
 
 
-@pytest.mark.usefixtures("often")
 async def test_an_engine_that_is_down_is_down_and_what_it_said_is_over(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    async with start_gateway(**pair(ollama, vllm)) as running:
+    async with start_gateway(**pair(ollama, vllm), timings=OFTEN) as running:
         name = "twolane_engine_num_requests_running"
         before = await scraped(running, name, lane="vllm", replica="0")
         vllm.down()
@@ -323,12 +316,11 @@ async def test_an_engine_that_is_down_is_down_and_what_it_said_is_over(
     assert after.one(name, lane="vllm") is None
 
 
-@pytest.mark.usefixtures("often")
 async def test_what_ollama_does_not_export_is_asked_of_it(start_gateway: StartGateway) -> None:
     loaded, part = "twolane_engine_model_loaded", "twolane_engine_model_on_gpu_ratio"
     async with (
         FakeEngine("ollama", ["small:1b"], on_gpu=0.75) as ollama,
-        start_gateway(**alone(ollama, "small:1b")) as running,
+        start_gateway(**alone(ollama, "small:1b"), timings=OFTEN) as running,
     ):
         before = await scraped(running, loaded)
         await ask(running)
@@ -384,11 +376,10 @@ async def test_a_hand_over_that_failed_is_counted_as_failed_whatever_it_said(
     assert "words of an engine" not in page.text
 
 
-@pytest.mark.usefixtures("often")
 async def test_meters_of_the_cards_are_told_in_base_units(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    async with start_gateway(**alone(vllm), nvml=cards()) as running:
+    async with start_gateway(**alone(vllm), nvml=cards(), timings=OFTEN) as running:
         page = await scraped(running, "twolane_power_watts")
 
     first = {
@@ -444,13 +435,14 @@ class Hanging(Told):
         return super().nvmlDeviceGetCount()
 
 
-@pytest.mark.usefixtures("often")
 async def test_a_driver_that_hangs_holds_up_no_scrape_and_not_the_meter(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     driver = Hanging()
     given = {"cost": {"watts": 500}}
-    async with start_gateway(**alone(vllm), **given, nvml=Nvml(library=driver)) as running:
+    async with start_gateway(
+        **alone(vllm), **given, nvml=Nvml(library=driver), timings=OFTEN
+    ) as running:
         try:
             await running.until(lambda _: driver.asked.is_set())
             page = await scraped(running, "twolane_energy_joules_total", lane="idle")
@@ -462,25 +454,24 @@ async def test_a_driver_that_hangs_holds_up_no_scrape_and_not_the_meter(
 
 
 def test_what_cards_said_long_ago_is_not_told() -> None:
-    metrics = Metrics({}, Cost())
+    metrics = Metrics({}, Prices())
     metrics._cards = [Reading(0, "A card", 24 * GIB, GIB, watts=350)]
-    metrics._cards_at = time.monotonic() - told.STALE_S
-    metrics.looked(time.monotonic())
+    metrics._cards_at = time.monotonic() - Timings().readings_valid_s
+    metrics.sample(time.monotonic())
 
     assert lines(metrics).all("twolane_gpu_info") == []
     assert metrics.meter.watts is None
 
 
-# Cost
+# Prices
 
 
-@pytest.mark.usefixtures("often")
 async def test_tokens_have_their_price_in_the_metrics_and_in_the_status(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     vllm.gap_s = 0.03
     prices = {"per_kwh": 0.3, "rent_per_hour": 1.8, "api_per_million": 0.9, "currency": "USD"}
-    async with start_gateway(**alone(vllm), cost=prices, nvml=cards()) as running:
+    async with start_gateway(**alone(vllm), cost=prices, nvml=cards(), timings=OFTEN) as running:
         await scraped(running, "twolane_power_watts")
         await ask(running)
         page = await scraped(
@@ -521,7 +512,7 @@ def lines(metrics: Metrics) -> Page:
 
 
 def test_names_and_codes_of_others_make_no_series() -> None:
-    metrics = Metrics({}, Cost())
+    metrics = Metrics({}, Prices())
     metrics.write(exchange(model="unknown", outcome="model_not_found", usage=None))
     metrics.write(exchange(model="unknown", outcome="engine_refused", usage=None))
     before = len(lines(metrics).samples)
@@ -566,7 +557,7 @@ async def test_no_prompt_no_key_and_no_address_is_in_it(
 
 
 def test_every_way_to_fail_is_a_label_of_its_own() -> None:
-    metrics = Metrics({}, Cost())
+    metrics = Metrics({}, Prices())
     codes = set(told._codes(GatewayError))
     for code in codes:
         metrics.write(exchange(outcome=code, usage=None))
@@ -607,7 +598,7 @@ def documented() -> str:
     """The table that the document should have."""
     rows = [
         f"| `{name}` | {family.type} | {', '.join(names) or '-'} | {family.documentation} |"
-        for family in Metrics({}, Cost())._registry.collect()
+        for family in Metrics({}, Prices())._registry.collect()
         if family.name.startswith("twolane_")
         for name in [family.name + ("_total" if family.type == "counter" else "")]
         for names in [labels_of(name)]
@@ -620,7 +611,7 @@ def labels_of(name: str) -> tuple[str, ...]:
     looked_up = {**told.GAUGES, **told.COUNTERS}
     if name in looked_up:
         return looked_up[name][1]
-    counted = Metrics({}, Cost())._registry._names_to_collectors[name]
+    counted = Metrics({}, Prices())._registry._names_to_collectors[name]
     labels: tuple[str, ...] = getattr(counted, "_labelnames", ())
     return labels
 
@@ -638,9 +629,9 @@ async def apart(start_gateway: StartGateway, **settings: Any) -> AsyncIterator[A
     async with FakeEngine("vllm", ["Small-1B"]) as vllm:
         settings = {**alone(vllm), "metrics": {"port": 0}, "api_keys": [KEY], **settings}
         async with start_gateway(**settings) as running:
-            server = running.gateway.scraped
+            server = running.gateway.metrics_server
             assert server is not None
-            async with httpx.AsyncClient(trust_env=False) as client:
+            async with async_client() as client:
                 yield running, server, client
 
 
@@ -756,7 +747,7 @@ async def test_serve_says_where_metrics_are_and_ends_with_them(
             while b"Metrics:" not in (line := await serving.stdout.readline()):
                 assert line, "it ended"
         url = line.decode().split()[1]
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with async_client() as client:
             answer = await client.get(url)
     finally:
         serving.terminate()

@@ -9,11 +9,10 @@ import pytest
 
 from backends.fake import FakeEngine, Silence, status
 from gateway.gpu.handover import Step
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat, ollama, pair, vllm
-from tests.support.exclusive import Box, box, failed, serving, stream_of
-
-__all__ = ["box", "ollama", "vllm"]  # the fixtures are ours, too
+from gateway.settings import Timings
+from tests.support.exclusive import Box, failed, serving, stream_of
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat, pair
 
 CHAT = "/v1/chat/completions"
 KEY = "sk-a-key-of-ours"
@@ -82,10 +81,11 @@ async def test_a_model_that_somebody_has_asked_is_loaded(
 
 
 async def test_what_ollama_loads_or_lets_go_by_itself_is_seen(
-    ollama: FakeEngine, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+    ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    monkeypatch.setattr("gateway.serving.prober.PROBE_WELL_S", 0.02)
-    async with start_gateway(**alone(ollama, "small:1b")) as running:
+    async with start_gateway(
+        **alone(ollama, "small:1b"), timings=Timings(probe_interval_healthy_s=0.02)
+    ) as running:
         await ollama.load("small:1b")
         await until_listed(running, "loaded")
         ollama.unload("small:1b")
@@ -120,11 +120,12 @@ async def test_a_load_goes_on_when_who_asked_hangs_up_and_is_not_begun_twice(
 
 
 async def test_what_takes_long_is_said_to_be_under_way(
-    ollama: FakeEngine, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+    ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    monkeypatch.setattr("gateway.serving.loading.ANSWER_S", 0.05)
     ollama.load_s = 0.3
-    async with start_gateway(**alone(ollama, "small:1b")) as running:
+    async with start_gateway(
+        **alone(ollama, "small:1b"), timings=Timings(load_answer_s=0.05)
+    ) as running:
         answer = await load(running)
         await until_listed(running, "loaded")
 
@@ -150,10 +151,11 @@ async def test_who_is_being_answered_is_answered_to_the_end_before_ollama_unload
 
 
 async def test_a_model_that_stays_in_use_stays_in_memory_and_that_is_said(
-    ollama: FakeEngine, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+    ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    monkeypatch.setattr("gateway.serving.loading.UNLOAD_S", 0.2)
-    async with start_gateway(**alone(ollama, "small:1b")) as running:
+    async with start_gateway(
+        **alone(ollama, "small:1b"), timings=Timings(shared_unload_s=0.2)
+    ) as running:
         await load(running)
         ollama.unload_s = 60.0
         answer = await unload(running)
@@ -227,10 +229,11 @@ async def test_an_engine_that_is_down_loads_nothing(
 
 
 async def test_the_model_list_is_there_while_a_load_hangs(
-    ollama: FakeEngine, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+    ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    monkeypatch.setattr("gateway.serving.loading.ANSWER_S", 0.3)
-    async with start_gateway(**alone(ollama, "small:1b")) as running:
+    async with start_gateway(
+        **alone(ollama, "small:1b"), timings=Timings(load_answer_s=0.3)
+    ) as running:
         ollama.script(Silence(), path="load")
         loading = asyncio.create_task(load(running))
         await until_listed(running, "loading")

@@ -20,6 +20,7 @@ import pytest
 
 from gateway import settings
 from gateway.compare import command as trial
+from gateway.compare import front
 from gateway.gpu.memory import Nvml
 from gateway.routing import profile
 from loadtests.measure import samples
@@ -212,7 +213,7 @@ async def test_a_gateway_is_asked_when_all_of_its_lanes_serve(tmp_path: Path) ->
         config.write_text(two_lanes(ollama, f"http://127.0.0.1:{port}"))
         read = settings.load(config, {}, {})
         arguments = ["--config", str(config)]
-        entrant = trial.in_front(arguments, read, "chat", ("ollama", "vllm"), tmp_path)
+        entrant = front.in_front(arguments, read, "chat", ("ollama", "vllm"), tmp_path)
 
         async def entered() -> None:
             await serving.enter_async_context(entrant.running())
