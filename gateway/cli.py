@@ -33,7 +33,7 @@ from gateway.compare.arguments import add_commands as add_trials
 from gateway.doctor import add_command as add_doctor
 from gateway.errors import UsageError
 from gateway.http import metrics_page as scrape
-from gateway.plan.command import add_command as add_plan
+from gateway.plan.arguments import add_command as add_plan
 from gateway.settings import Settings, SettingsError
 from gateway.simulate.command import add_command as add_simulate
 

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from gateway.serving import discovery
-from gateway.sizing import fit, weights
-from gateway.sizing.fit import Cards, Lane, Wish
+from gateway.sizing.cards import Cards
+from gateway.sizing.figures import LanePlan, Requirements
+from gateway.sizing.files import read_weights
+from gateway.sizing.fit import make_plan
+from gateway.sizing.known import weights_by_name
+from gateway.sizing.shapes import PlannedEngine
 from tests.conftest import unavailable
 from tests.engines import rig
 
@@ -30,9 +34,9 @@ print(*(sum(int(n) for n in of) for of in zip(*(
 """
 
 
-def lane(engine: weights.Engine, name: str) -> Lane:
-    ollama, vllm = weights.named(name, "ollama"), weights.named(name, "vllm")
-    return fit.plan(ollama, vllm, Cards(2, 23.5, "2x24"), Wish()).lanes[engine]
+def lane(engine: PlannedEngine, name: str) -> LanePlan:
+    ollama, vllm = weights_by_name(name, "ollama"), weights_by_name(name, "vllm")
+    return make_plan(ollama, vllm, Cards(2, 23.5, "2x24"), Requirements()).lanes[engine]
 
 
 def needs(there: object, what: str) -> None:
@@ -70,6 +74,6 @@ def test_ollama_knows_every_variable() -> None:
 def test_a_gguf_is_read_as_its_own_package_reads_it() -> None:
     path = discovery.packaged_model()
     needs(path, "no extra `embedded`")
-    read = weights.read(Path(str(path)))
+    read = read_weights(Path(str(path)))
 
     assert vllm_python(MEASURE, str(path)) == f"{read.total} {read.parameters}"
