@@ -7,19 +7,17 @@ OpenAI's shape or one of the errors of `backends.errors`.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import ClassVar, NoReturn, TypeVar
 
 import msgspec
 
+from backends.calls import Answer, Body, Bridged, Call, Whole, decode_whole
 from backends.errors import (
     BackendError,
     Broken,
-    BrokeOff,
     Busy,
     Refused,
     Sick,
@@ -27,88 +25,26 @@ from backends.errors import (
     Unreachable,
     Unsupported,
 )
+from backends.fault import Fault, read_fault
+from backends.reports import (
+    Activity,
+    Capabilities,
+    Identity,
+    Listed,
+    Listing,
+    Loaded,
+    Readiness,
+    Version,
+)
 from backends.transport import http, sse
 
-Body = dict[str, msgspec.Raw]
 T = TypeVar("T")
 
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-EMBEDDINGS = "/v1/embeddings"
 
 #: The largest answer that is not streamed, bytes. Embeddings of a long batch reach a few MB.
 MAX_ANSWER = 64 * 1024 * 1024
 #: The largest error body worth reading, bytes.
 MAX_ERROR = 256 * 1024
-
-TRUE = msgspec.Raw(b"true")
-FALSE = msgspec.Raw(b"false")
-
-
-class Readiness(StrEnum):
-    """Whether an engine would answer for one model now."""
-
-    READY = "ready"
-    LOADING = "loading"
-    ABSENT = "no such model"
-    ASLEEP = "asleep"
-    DOWN = "down"
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a model on an engine can take. None: not known, so let it try.
-
-    `context` is in tokens, prompt and answer together.
-    """
-
-    context: int | None = None
-    chat: bool | None = None
-    tools: bool | None = None
-    images: bool | None = None
-    embeddings: bool | None = None
-    many: bool | None = None  # n > 1
-
-
-@dataclass(frozen=True, slots=True)
-class Activity:
-    """What an engine says of itself now. None: it does not tell.
-
-    Attributes:
-        running: Requests inside the engine.
-        waiting: Requests that it lets wait.
-        loaded: Whether a model that it is ready for is in memory already.
-        on_gpu: Which part of a loaded model is in GPU memory, from 0.0 to 1.0.
-    """
-
-    running: int | None = None
-    waiting: int | None = None
-    loaded: bool = True  # or it would not be ready
-    on_gpu: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What an engine says that it is; where that changes, so may its speed.
-
-    Empty or None: it does not tell. `weights` is their precision, `digest` what its name of
-    the model stands for: a checksum, a repository, a file.
-    """
-
-    version: str = ""
-    weights: str = ""
-    digest: str = ""
-    slots: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model in memory: bytes in all, bytes of them on a GPU, tokens of context a slot."""
-
-    model: str
-    size: int
-    on_gpu: int
-    context: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,138 +55,6 @@ class Timeouts:
     first_token_s: float = 300.0
     idle_s: float = 60.0
     answer_s: float = 600.0
-
-
-@dataclass(slots=True)
-class Call:
-    """One request to generate, as the gateway read it.
-
-    `body` holds the top level only; its values are the client's own bytes.
-    `wants_usage`: the client asked for a usage event in its stream.
-    `continues`: the last message is the assistant's, to be gone on with.
-    """
-
-    path: str
-    body: Body
-    stream: bool = False
-    wants_usage: bool = False
-    continues: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Bridged:
-    """A request as one engine wants it, and the fields it could not be given."""
-
-    body: Body
-    dropped: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class Answer:
-    """A good answer, open from its first event on.
-
-    `dropped` names the fields of the request the engine was not given. Always
-    `close()` it; the connection is used again only if all was read.
-    """
-
-    response: http.Response
-    watch: sse.Watch
-    dropped: tuple[str, ...] = ()
-    reusable: bool = True
-    _pending: bytes = b""
-    _ended: bool = False
-
-    async def read(self) -> bytes:
-        """The next whole events, as they came; empty at the end of a good stream.
-
-        Raises:
-            BrokeOff: The stream broke, went silent, or ended before its end.
-        """
-        if self._pending:
-            data, self._pending = self._pending, b""
-            return data
-        while not self._ended:
-            if self.watch.fault is not None:
-                raise BrokeOff(self.watch.fault)
-            try:
-                raw = await self.response.read()
-            except http.HttpError as exc:
-                raise BrokeOff(str(exc)) from exc
-            if raw:
-                if data := self.watch.feed(raw):
-                    return data
-            else:
-                self._ended = True
-                if not self.watch.complete:
-                    raise BrokeOff("the stream ended before its end")
-                return self.watch.ending()
-        return b""
-
-    def close(self) -> None:
-        """Give the connection back, or end it where the answer was not read to its end."""
-        self.response.close(reuse=self.reusable)
-
-
-@dataclass(slots=True)
-class Whole:
-    """A good answer that came in one piece."""
-
-    body: bytes
-    usage: sse.Usage | None
-    finish: str | None
-    dropped: tuple[str, ...] = ()
-
-
-class _Choice(msgspec.Struct):
-    finish_reason: str | None = None
-
-
-class _Whole(msgspec.Struct):
-    usage: sse.Usage | None = None
-    choices: list[_Choice] = []
-    error: msgspec.Raw = msgspec.Raw()
-
-
-_decode_whole = msgspec.json.Decoder(_Whole).decode
-_decode_body = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
-
-@dataclass(slots=True)
-class Fault:
-    """An error as an engine wrote it, in OpenAI's words."""
-
-    message: str
-    type: str = "invalid_request_error"
-    param: str | None = None
-    code: str | None = None
-    status: int | None = None
-
-
-def read_fault(body: bytes) -> Fault:
-    """Whatever an engine says of an error, whichever of four shapes it uses.
-
-    `{"error": {…}}` (all on /v1), `{"error": "text"}` (Ollama), `{"message": …}`
-    at the top (older vLLM), `{"detail": …}` (what FastAPI says by itself).
-    """
-    try:
-        said = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
-        return Fault("the engine answered with an error that is not JSON")
-    error = said.get("error", said) if isinstance(said, dict) else said
-    if isinstance(error, str):
-        return Fault(error)
-    if not isinstance(error, dict):
-        return Fault("the engine answered with an error of no known shape")
-    code = error.get("code")
-    message = error.get("message") or error.get("detail") or "the engine gave no reason"
-    kind, param = error.get("type"), error.get("param")
-    return Fault(
-        message=message if isinstance(message, str) else msgspec.json.encode(message).decode(),
-        type=kind if isinstance(kind, str) else "invalid_request_error",
-        param=param if isinstance(param, str) else None,
-        code=code if isinstance(code, str) else None,
-        status=code if isinstance(code, int) else None,
-    )
 
 
 class Engine(ABC):
@@ -454,7 +258,7 @@ class Engine(ABC):
             raise
         response.close(reuse=True)
         try:
-            read = _decode_whole(body)
+            read = decode_whole(body)
         except (msgspec.DecodeError, RecursionError) as exc:
             raise Broken(f"{self} answered with no valid JSON: {exc}") from exc
         if sse.truthy(read.error):
@@ -566,7 +370,7 @@ class Engine(ABC):
 
     async def listed(self) -> list[Listed]:
         """`GET /v1/models`, which all kinds have; raises `BackendError`."""
-        return (await self.told("/v1/models", _Listing)).data or []
+        return (await self.told("/v1/models", Listing)).data or []
 
     async def told(self, path: str, kind: type[T]) -> T:
         """What a small GET tells, as JSON of this shape; raises `BackendError`."""
@@ -575,78 +379,3 @@ class Engine(ABC):
             return msgspec.json.decode(body, type=kind)
         except msgspec.DecodeError as exc:
             raise Broken(f"{self}: what it says at {path} makes no sense: {exc}") from exc
-
-
-class Listed(msgspec.Struct):
-    """One entry of `/v1/models`."""
-
-    id: str
-    owned_by: str = ""
-    max_model_len: int | None = None
-    root: str | None = None
-
-
-class Version(msgspec.Struct):
-    """What Ollama and vLLM say of theirs."""
-
-    version: str = ""
-
-
-class _Listing(msgspec.Struct):
-    data: list[Listed] | None = None
-
-
-def renamed(call: Call, model: str, **changes: msgspec.Raw | None) -> Body:
-    """The body under the engine's name of the model, fields set, or removed where None."""
-    body = dict(call.body)
-    body["model"] = msgspec.Raw(msgspec.json.encode(model))
-    if call.stream:
-        body["stream_options"] = _with_usage(body.get("stream_options"))
-    for name, value in changes.items():
-        if value is None:
-            body.pop(name, None)
-        else:
-            body[name] = value
-    return body
-
-
-_ONLY_USAGE = msgspec.Raw(b'{"include_usage":true}')
-
-
-def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
-    if options is None or bytes(options) == b"null":
-        return _ONLY_USAGE
-    try:
-        given = _decode_body(options)
-    except msgspec.DecodeError:
-        return _ONLY_USAGE
-    given["include_usage"] = TRUE
-    return msgspec.Raw(msgspec.json.encode(given))
-
-
-@dataclass(frozen=True, slots=True)
-class Metrics:
-    """Prometheus text, as far as we need it: the sum of a gauge over its labels."""
-
-    values: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, text: str) -> Metrics:
-        """Read gauges; lines that are no samples are passed over."""
-        values: dict[str, float] = {}
-        for line in text.splitlines():
-            if line.startswith("#") or " " not in line:
-                continue
-            name, _, value = line.rpartition(" ")
-            try:
-                number = float(value)
-            except ValueError:
-                continue
-            name = name.partition("{")[0]
-            values[name] = values.get(name, 0.0) + number
-        return cls(values)
-
-    def count(self, name: str) -> int | None:
-        """A gauge as a whole number, or None where the engine has no such gauge."""
-        value = self.values.get(name)
-        return None if value is None or not math.isfinite(value) else int(value)

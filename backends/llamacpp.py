@@ -16,18 +16,11 @@ from typing import Any
 
 import msgspec
 
-from backends import base, errors
-from backends.base import (
-    Activity,
-    Bridged,
-    Call,
-    Capabilities,
-    Engine,
-    Identity,
-    Metrics,
-    Readiness,
-)
+from backends import calls, errors
+from backends.base import Engine
+from backends.calls import Bridged, Call
 from backends.errors import Unsupported
+from backends.reports import Activity, Capabilities, Identity, Metrics, Readiness
 
 
 class _Generation(msgspec.Struct):
@@ -89,7 +82,7 @@ class LlamaCpp(Engine):
     async def _embeds(self, model: str) -> bool:
         """Whether it was started with --embeddings: only asking tells."""
         try:
-            await self.post(base.EMBEDDINGS, {"model": model, "input": "a"}, timeout_s=60.0)
+            await self.post(calls.EMBEDDINGS, {"model": model, "input": "a"}, timeout_s=60.0)
         except errors.BackendError:
             return False
         return True
@@ -112,7 +105,7 @@ class LlamaCpp(Engine):
         )
 
     def bridge(self, call: Call, model: str) -> Bridged:
-        return Bridged(base.renamed(call, model))
+        return Bridged(calls.renamed(call, model))
 
 
 def serve(gguf: Path, name: str, slots: int, context: int) -> None:

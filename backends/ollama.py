@@ -8,48 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
-import httpx
 import msgspec
-import ollama
 
-from backends import base, errors
-from backends.base import (
-    Activity,
-    Body,
-    Bridged,
-    Call,
-    Capabilities,
-    Engine,
-    Identity,
-    Loaded,
-    Readiness,
-)
-from backends.errors import Broken, Refused, Sick, Silent, Unreachable
-
-T = TypeVar("T")
+from backends import calls, errors
+from backends.base import Engine
+from backends.calls import Body, Bridged, Call
+from backends.errors import Broken, Refused
+from backends.ollama_management import Management
+from backends.reports import Activity, Capabilities, Identity, Loaded, Readiness
 
 #: Characters of a digest that tell models apart, as `ollama list` shows them.
 DIGEST = 12
-#: How often it is looked at while it lets a model go.
-GONE_LOOK_S = 0.1
+#: Seconds between two looks at a model that is to leave memory.
+UNLOAD_POLL_S = 0.1
 
 #: What /v1 of Ollama reads. It ignores everything else without a word, so the rest is
 #: taken out here and named to the client instead.
 KNOWN = {
-    base.CHAT: frozenset((
+    calls.CHAT: frozenset((
         "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens",
         "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "stop",
         "response_format", "tools", "reasoning", "reasoning_effort", "logprobs", "top_logprobs",
         "n", "user",
     )),
-    base.COMPLETIONS: frozenset((
+    calls.COMPLETIONS: frozenset((
         "model", "prompt", "stream", "stream_options", "max_tokens", "temperature", "top_p",
         "frequency_penalty", "presence_penalty", "seed", "stop", "suffix", "n", "user",
     )),
-    base.EMBEDDINGS: frozenset(("model", "input", "dimensions", "encoding_format", "user")),
+    calls.EMBEDDINGS: frozenset(("model", "input", "dimensions", "encoding_format", "user")),
 }  # fmt: skip
 
 
@@ -69,29 +58,25 @@ class Ollama(Engine):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._manage = ollama.AsyncClient(host=self.url, timeout=5.0, trust_env=False)
-        # A load lasts as long as the disk needs, and ends if its client hangs up.
-        self._patient = ollama.AsyncClient(host=self.url, timeout=600.0, trust_env=False)
+        self._management = Management(self.url, str(self))
 
     async def models(self) -> list[str]:
-        listed = await self._asked(self._manage.list())
-        return [model.model for model in listed.models if model.model]
+        return [stored.name for stored in await self._management.stored()]
 
     async def ready(self, model: str) -> Readiness:
-        # A model on disk is ready: Ollama loads it when it is first asked for.
+        # A model on disk is ready: Ollama loads it when a request asks for it.
         try:
             return Readiness.READY if full(model) in await self.models() else Readiness.ABSENT
         except errors.BackendError:
             return Readiness.DOWN
 
     async def capabilities(self, model: str) -> Capabilities:
-        shown = await self._asked(self._manage.show(model))
-        can = set(shown.capabilities or ())
+        file = await self._management.model_file(model)
         return Capabilities(
-            context=await self._context(model, shown.parameters or ""),
-            chat="completion" in can,
-            tools="tools" in can,
-            images="vision" in can,
+            context=await self._context(model, file.parameters),
+            chat="completion" in file.capabilities,
+            tools="tools" in file.capabilities,
+            images="vision" in file.capabilities,
             # Any model embeds; one made for it does nothing else.
             embeddings=True,
             many=False,
@@ -99,65 +84,58 @@ class Ollama(Engine):
 
     async def identity(self, model: str) -> Identity:
         version = await self.version()
-        for known in (await self._asked(self._manage.list())).models:
-            if known.model == full(model):
-                weights = known.details.quantization_level if known.details else None
-                return Identity(version, weights or "", (known.digest or "")[:DIGEST])
+        for stored in await self._management.stored():
+            if stored.name == full(model):
+                return Identity(version, stored.quantization, stored.digest[:DIGEST])
         return Identity(version)
 
     async def contexts(self, models: Iterable[str]) -> dict[str, int | None]:
         # None: the model file sets none, so what Ollama was started with counts.
         contexts = {}
         for model in models:
-            with contextlib.suppress(Refused):  # it does not have it
-                shown = await self._asked(self._manage.show(model))
-                contexts[model] = _named_context(shown.parameters or "")
+            with contextlib.suppress(Refused):  # it does not have the model
+                file = await self._management.model_file(model)
+                contexts[model] = _context_of(file.parameters)
         return contexts
 
     async def _context(self, model: str, parameters: str) -> int | None:
-        """Tokens of context: the model file's own, else as loaded, else not known."""
-        if named := _named_context(parameters):
-            return named
+        """Tokens of context: the model file's own, else as loaded, else unknown."""
+        if context := _context_of(parameters):
+            return context
         for loaded in await self.loaded():
             if loaded.model == full(model):
                 return loaded.context
         return None
 
     async def load(self, model: str) -> None:
-        await self._asked(self._patient.generate(model=model, keep_alive=-1))
+        await self._management.load(model)
         if full(model) not in await self.resident():
             raise Broken(f"{self} said that it has loaded {model}, and does not have it")
 
     async def unload(self, model: str) -> None:
-        # The answer comes at once, the memory later: only /api/ps tells when.
-        await self._asked(self._manage.generate(model=model, keep_alive=0))
+        # The answer comes at once, the memory later: only /api/ps shows when.
+        await self._management.unload(model)
         while full(model) in await self.resident():  # noqa: ASYNC110 - Ollama has no event for it
-            await asyncio.sleep(GONE_LOOK_S)
+            await asyncio.sleep(UNLOAD_POLL_S)
 
     async def close(self) -> None:
-        for client in (self._manage, self._patient):
-            await client.close()  # type: ignore[no-untyped-call]  # ollama has no types there
+        await self._management.close()
 
     async def resident(self) -> list[str]:
         return [loaded.model for loaded in await self.loaded()]
 
     async def on_gpu(self, model: str) -> float | None:
-        # Where memory was short when it was loaded the rest is on the CPU, and slow.
+        # Where memory was short at the load, the rest is on the CPU, and slow.
         for loaded in await self.loaded():
             if loaded.model == full(model):
                 return loaded.on_gpu / loaded.size if loaded.size else 0.0
         return None
 
     async def loaded(self) -> list[Loaded]:
-        running = await self._asked(self._manage.ps())
-        return [
-            Loaded(known.model, known.size or 0, known.size_vram or 0, known.context_length)
-            for known in running.models
-            if known.model
-        ]
+        return await self._management.loaded()
 
     async def activity(self, model: str) -> Activity:
-        # It has no metrics: of what runs nobody but us knows.
+        # Ollama has no metrics: what runs inside it is unknown.
         part = await self.on_gpu(model)
         return Activity(loaded=part is not None, on_gpu=part)
 
@@ -174,28 +152,12 @@ class Ollama(Engine):
             changes["max_completion_tokens"] = None
             if bytes(limit) != b"null":
                 changes["max_tokens"] = limit
-        if call.path == base.COMPLETIONS:
+        if call.path == calls.COMPLETIONS:
             changes["prompt"] = _one_prompt(call.body)
-        return Bridged(base.renamed(call, model, **changes), dropped)
-
-    async def _asked(self, question: Awaitable[T]) -> T:
-        """The answer of the management client, its errors as ours."""
-        try:
-            return await question
-        except ollama.ResponseError as exc:
-            said = f"{self} said {exc.status_code}: {exc.error}"
-            if 400 <= exc.status_code < 500:
-                raise Refused(exc.error, status=exc.status_code) from exc
-            raise Sick(said) from exc
-        except (ConnectionError, httpx.ConnectTimeout) as exc:
-            raise Unreachable(f"{self}: {str(exc) or 'no connection in time'}") from exc
-        except httpx.TimeoutException as exc:
-            raise Silent(f"{self}: {str(exc) or 'no answer in time'}") from exc
-        except (httpx.HTTPError, ValueError) as exc:
-            raise Broken(f"{self}: {str(exc) or type(exc).__name__}") from exc
+        return Bridged(calls.renamed(call, model, **changes), dropped)
 
 
-def _named_context(parameters: str) -> int | None:
+def _context_of(parameters: str) -> int | None:
     """The `num_ctx` among a model file's parameters."""
     for line in parameters.splitlines():
         name, _, value = line.partition(" ")

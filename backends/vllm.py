@@ -12,18 +12,11 @@ from pathlib import Path
 
 import msgspec
 
-from backends import base, errors
-from backends.base import (
-    Activity,
-    Bridged,
-    Call,
-    Capabilities,
-    Engine,
-    Identity,
-    Metrics,
-    Readiness,
-)
+from backends import calls, errors
+from backends.base import Engine
+from backends.calls import Bridged, Call
 from backends.errors import Broken, Refused, Unsupported
+from backends.reports import Activity, Capabilities, Identity, Metrics, Readiness
 
 #: First sleep of a 70B is about 8 s, a wake 2-4 s; these are the deadlines.
 SLEEP_S = 120.0
@@ -71,13 +64,13 @@ class VLLM(Engine):
     async def capabilities(self, model: str) -> Capabilities:
         listed = {entry.id: entry for entry in await self.listed()}
         routes = (await self.told("/openapi.json", _Routes)).paths
-        chat = base.CHAT in routes
+        chat = calls.CHAT in routes
         return Capabilities(
             context=listed[model].max_model_len if model in listed else None,
             chat=chat,
             tools=await self._takes_tools(model) if chat else False,
             images=None,
-            embeddings=base.EMBEDDINGS in routes,
+            embeddings=calls.EMBEDDINGS in routes,
             many=True,
         )
 
@@ -98,7 +91,7 @@ class VLLM(Engine):
             "max_tokens": 1,
         }
         try:
-            await self.post(base.CHAT, question, timeout_s=self.timeouts.first_token_s)
+            await self.post(calls.CHAT, question, timeout_s=self.timeouts.first_token_s)
         except Refused:
             return False
         return True
@@ -158,6 +151,6 @@ class VLLM(Engine):
     def bridge(self, call: Call, model: str) -> Bridged:
         changes: dict[str, msgspec.Raw | None] = {}
         if call.continues and "continue_final_message" not in call.body:
-            changes["continue_final_message"] = base.TRUE
-            changes["add_generation_prompt"] = base.FALSE
-        return Bridged(base.renamed(call, model, **changes))
+            changes["continue_final_message"] = calls.TRUE
+            changes["add_generation_prompt"] = calls.FALSE
+        return Bridged(calls.renamed(call, model, **changes))

@@ -13,8 +13,8 @@ import anyio
 import pytest
 
 from backends.fake import FakeEngine
-from tests.conftest import StartGateway
-from tests.faults.conftest import alone, chat
+from tests.support.gateways import StartGateway
+from tests.support.models import alone, chat
 
 KEY = "a-long-secret"
 

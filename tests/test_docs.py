@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -13,10 +16,26 @@ from pydantic import BaseModel
 from backends.kinds import KINDS
 from gateway import settings
 from gateway.cli import main
+from gateway.errors import GatewayError
 from gateway.settings import Settings
+from tests.support.requirements import unavailable
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "twolane.example.yaml"
+#: What people read, the generated report left out.
+DOCUMENTS = sorted(
+    path
+    for folder in (".", "docs", "deploy", "gateway", "backends", "loadtests")
+    for path in ROOT.glob(f"{folder}/*.md" if folder in {".", "docs"} else f"{folder}/**/*.md")
+)
+
+
+def code(document: Path) -> str:
+    """What a document shows as shell commands."""
+    text = document.read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", text)
+    return "\n".join([*blocks, *spans])
 
 
 def fields(kind: Any) -> Iterator[str]:
@@ -52,14 +71,85 @@ def test_the_example_file_names_every_setting() -> None:
     assert {name for name in fields(Settings) if not re.search(rf"\b{name}:", shown)} == set()
 
 
-@pytest.mark.parametrize("document", ["README.md", ".ci/run"])
-def test_every_make_target_that_is_named_is_there(document: str) -> None:
+def test_every_make_target_that_is_named_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    named = re.findall(r"\bmake ((?:[a-z-]+ ?)+)", (ROOT / document).read_text())
-    targets = {target for line in named for target in line.split() if target != "are"}
+    there = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    targets = {
+        target
+        for document in DOCUMENTS
+        for line in re.findall(
+            r"^(?:[^#\n]*&& )?make ([a-z][a-z -]*)", code(document), re.MULTILINE
+        )
+        for target in line.split()
+    }
 
-    assert {"test", "engines", "test-engines"} <= targets
-    assert {t for t in targets if not re.search(rf"^{t}:", makefile, re.MULTILINE)} == set()
+    assert {"serve", "unit", "test", "engines", "test-engines", "bench", "docs"} <= targets
+    assert targets - there == set()
+
+
+def test_every_command_that_is_named_exists() -> None:
+    named = {
+        command
+        for document in DOCUMENTS
+        for command in re.findall(r"^(?:\S*/)?twolane ([a-z]+)\b", code(document), re.MULTILINE)
+    }
+
+    assert {"serve", "status", "plan", "doctor", "compare"} <= named
+    for command in sorted(named):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0, command
+
+
+def test_the_configuration_reference_is_the_settings() -> None:
+    written = runpy.run_path(str(ROOT / "docs" / "configuration.py"))["page"]()
+
+    assert (ROOT / "docs" / "configuration.md").read_text() == written
+
+
+def test_every_error_code_is_explained() -> None:
+    explained = (ROOT / "docs" / "http-api.md").read_text()
+    codes = {(kind.status, kind.code) for kind in every_kind(GatewayError) if kind.code}
+    rows = {
+        (int(status), code)
+        for status, code in re.findall(r"^\| (\d+) \| `(\w+)`", explained, re.MULTILINE)
+    }
+
+    assert codes == rows
+
+
+def every_kind(kind: type[GatewayError]) -> Iterator[type[GatewayError]]:
+    """All errors below this one."""
+    for inner in kind.__subclasses__():
+        yield inner
+        yield from every_kind(inner)
+
+
+def test_every_file_that_is_linked_exists() -> None:
+    broken = [
+        f"{document.relative_to(ROOT)}: {target}"
+        for document in DOCUMENTS
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", document.read_text())
+        if not (document.parent / target).exists()
+    ]
+
+    assert broken == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_workflows_are_valid() -> None:
+    program = shutil.which("actionlint")
+    if program is None:
+        unavailable("no actionlint: go install github.com/rhysd/actionlint/cmd/actionlint@v1.7.12")
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    checked = subprocess.run(
+        [program, "-shellcheck=", *workflows], capture_output=True, text=True, check=False
+    )
+
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

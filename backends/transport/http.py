@@ -9,7 +9,6 @@ already. The parser is httptools (llhttp, Node's); connections are plain asyncio
 from __future__ import annotations
 
 import asyncio
-import ssl
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -18,6 +17,8 @@ from typing import Self, cast
 from urllib.parse import urlsplit
 
 import httptools
+
+from backends.transport import tls
 
 #: Bytes that may wait here for a slow reader before the engine is made to wait.
 HIGH_WATER = 256 * 1024
@@ -350,7 +351,6 @@ class Client:
     def __init__(self, resolve: Callable[[str], str] = str) -> None:
         self._resolve = resolve
         self._pools: dict[Origin, _Pool] = {}
-        self._tls = ssl.create_default_context()
 
     async def __aenter__(self) -> Self:
         return self
@@ -422,7 +422,7 @@ class Client:
                     lambda: _Connection(loop),
                     self._resolve(origin.host),
                     origin.port,
-                    ssl=self._tls if origin.tls else None,
+                    ssl=tls.context() if origin.tls else None,
                     server_hostname=origin.host if origin.tls else None,
                 )
         except TimeoutError as exc:

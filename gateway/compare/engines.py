@@ -12,10 +12,11 @@ from pathlib import Path
 
 import msgspec
 
-from backends.base import Engine, Identity
+from backends.base import Engine
 from backends.errors import BackendError
 from backends.kinds import KINDS, Kind
 from backends.processes.supervised import Supervised
+from backends.reports import Identity
 from backends.transport import http
 from gateway import settings
 from gateway.gpu.handover import Occupant

@@ -28,10 +28,12 @@ from typing import Protocol
 
 import msgspec
 
-from backends.base import CHAT, Call, Engine, Readiness
+from backends.base import Engine
+from backends.calls import CHAT, Call
 from backends.errors import BackendError, Broken, Refused, Unreachable, Unsupported
 from backends.kinds import KINDS, Kind
 from backends.processes.supervised import Supervised
+from backends.reports import Readiness
 from gateway.gpu.memory import Memory, MemoryUnknown
 from gateway.routing.policy import Policy
 

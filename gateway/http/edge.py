@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from backends import base
+from backends import calls
 from gateway.errors import (
     ClientGone,
     Draining,
@@ -29,14 +29,14 @@ from gateway.relay.reply import Reply, told
 
 log = logging.getLogger("gateway")
 
-GENERATING = frozenset((base.CHAT, base.COMPLETIONS, base.EMBEDDINGS))
+GENERATING = frozenset((calls.CHAT, calls.COMPLETIONS, calls.EMBEDDINGS))
 #: What changes the gateway, or what its engines have in memory, is below these.
 ADMIN = ("/admin", "/models/")
 #: What anybody may see: whether it lives, and how to use it.
 OPEN = frozenset(("/", "/health", "/ready", "/docs", "/openapi.json"))
 
 
-class Log(Protocol):
+class ExchangeLog(Protocol):
     """Takes note of every exchange that is over."""
 
     def write(self, exchange: Exchange) -> None: ...
@@ -66,7 +66,7 @@ class Edge:
         pages: Callable[..., Any],
         keys: Keys,
         admins: Keys,
-        logs: Sequence[Log],
+        logs: Sequence[ExchangeLog],
         *,
         max_body: int,
     ) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from backends import base
-from backends.base import Body, Call
+from backends import calls
+from backends.calls import Body, Call
 from gateway.errors import BadRequest, ClientGone, TooLarge
 from gateway.relay.exchange import Request
 from gateway.routing.needs import Needs
@@ -144,7 +144,7 @@ def parse(path: str, body: bytes, headers: Mapping[bytes, bytes]) -> Request:
         raise BadRequest(f"`model` is over {MAX_NAME} characters.", param="model")
     numbers = _numbers(fields)
     _nothing_unsafe(fields)
-    stream = bool(_typed(fields, "stream", bool)) and path != base.EMBEDDINGS
+    stream = bool(_typed(fields, "stream", bool)) and path != calls.EMBEDDINGS
     options = _typed(fields, "stream_options", dict) or {}
     call = Call(path, fields, stream=stream, wants_usage=options.get("include_usage") is True)
     needs = Needs(
@@ -154,7 +154,7 @@ def parse(path: str, body: bytes, headers: Mapping[bytes, bytes]) -> Request:
     )
     # Open WebUI sends the header with every request, empty where it asks for no task.
     background = bool(headers.get(b"x-task", b"").strip())
-    if path == base.CHAT:
+    if path == calls.CHAT:
         messages = _messages(fields)
         needs.chat = True
         needs.images = _images(messages)
@@ -164,12 +164,12 @@ def parse(path: str, body: bytes, headers: Mapping[bytes, bytes]) -> Request:
         needs.forced_tools = needs.tools and _forced(fields.get("tool_choice"))
         call.continues = messages[-1].role == "assistant" and not needs.tools
         background = background or (not stream and not needs.tools and _is_task(messages))
-    elif path == base.COMPLETIONS:
+    elif path == calls.COMPLETIONS:
         if not _present(fields.get("prompt")):
             raise BadRequest("`prompt` is missing.", param="prompt")
     elif not _present(fields.get("input")):
         raise BadRequest("`input` is missing.", param="input")
-    needs.embeddings = path == base.EMBEDDINGS
+    needs.embeddings = path == calls.EMBEDDINGS
     return Request(model, call, needs, background)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
-from backends.base import Call
+from backends.calls import Call
 from backends.transport import sse
 from gateway.errors import (
     ClientGone,

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
 
-from backends.base import Activity, Engine, Readiness
+from backends.base import Engine
 from backends.errors import BackendError, Busy, Unreachable
+from backends.reports import Activity, Readiness
 from gateway.errors import WaitedTooLong
 from gateway.gpu.handover import Gpu
 from gateway.routing.breaker import DEFAULT_BUSY_S, Breaker, Failure, ReplicaState

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from backends.base import Capabilities
+from backends.reports import Capabilities
 from gateway.errors import BadRequest, ModelNotFound
 from gateway.routing.needs import Needs
 from gateway.routing.profile import ASSUMED, Profile

@@ -7,7 +7,8 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
-from backends.base import Engine, Readiness
+from backends.base import Engine
+from backends.reports import Readiness
 from gateway.settings import Timings
 
 log = logging.getLogger("gateway.health")

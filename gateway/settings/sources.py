@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
 from pydantic_settings import SettingsError as PydanticSettingsError
 
 from gateway.errors import SettingsError
@@ -34,9 +34,10 @@ def load(path: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, 
     misspelt = [problem for name in environ if (problem := misspelt_variable(Settings, name))]
     if misspelt:
         raise SettingsError("\n".join(misspelt))
-    configuration = _configuration_class(_file_values(path))
+    file_values = _file_values(path)
     try:
-        return configuration(**overrides)
+        values = _merged(file_values, EnvSettingsSource(Settings)())
+        return _Configuration(**_merged(values, overrides))
     except ValidationError as exc:
         source = f"{path}: " if path else ""
         raise SettingsError("\n".join(source + line for line in problems(Settings, exc))) from None
@@ -49,24 +50,28 @@ def environment() -> Mapping[str, str]:
     return os.environ
 
 
-def _configuration_class(file_values: dict[str, Any]) -> type[Settings]:
-    """The settings with a file as their third source."""
+class _Configuration(Settings):
+    """The settings from values that are merged already: made once, and not at every load."""
 
-    class Configuration(Settings):
-        """The settings, from where this start takes them."""
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
 
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, file_values)
 
-    return Configuration
+def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Both maps in one; where both have a value, `upper` takes precedence."""
+    values = {**lower, **upper}
+    for name in lower.keys() & upper.keys():
+        if isinstance(lower[name], Mapping) and isinstance(upper[name], Mapping):
+            values[name] = _merged(lower[name], upper[name])
+    return values
 
 
 def _file_values(path: Path | None) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 
-from backends import base
-from backends.base import Call, Readiness
+from backends import calls
+from backends.calls import Call
 from backends.errors import BackendError, Broken, BrokeOff, Sick, Unreachable, Unsupported
 from backends.fake import (
     GIB,
@@ -24,15 +23,17 @@ from backends.fake import (
     FakeEngine,
     FakeGpu,
     Kill,
-    NoRoom,
+    OutOfMemory,
     Serve,
     Silence,
     status,
 )
 from backends.fake.control import Control
 from backends.ollama import Ollama
+from backends.reports import Readiness
 from backends.transport import http
 from backends.vllm import VLLM
+from tests.support.plain_http import async_client
 
 #: How the fake Ollama calls the model `m`.
 M = "m:latest"
@@ -60,10 +61,10 @@ async def vllm_at(fake: FakeEngine) -> AsyncIterator[VLLM]:
 def chat(**fields: object) -> Call:
     asked = {"messages": [{"role": "user", "content": "Hi"}], **fields}
     raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in asked.items()}
-    return Call(base.CHAT, raw, stream=bool(fields.get("stream")))
+    return Call(calls.CHAT, raw, stream=bool(fields.get("stream")))
 
 
-async def rest_of(answer: base.Answer) -> None:
+async def rest_of(answer: calls.Answer) -> None:
     while await answer.read():
         pass
 
@@ -84,15 +85,15 @@ async def given_up(work: asyncio.Task[None]) -> None:
 
 def test_what_is_taken_is_not_free_until_it_is_given_back() -> None:
     gpu = FakeGpu(10 * GIB, cards=2)
-    first, second = gpu.take(1, 6 * GIB), gpu.take(2, 2 * GIB)
-    with pytest.raises(NoRoom, match="GiB wanted"):
-        gpu.take(2, 3 * GIB)
-    gpu.take(2, 1 * GIB)
+    first, second = gpu.allocate(1, 6 * GIB), gpu.allocate(2, 2 * GIB)
+    with pytest.raises(OutOfMemory, match="GiB wanted"):
+        gpu.allocate(2, 3 * GIB)
+    gpu.allocate(2, 1 * GIB)
     full = (gpu.free(), gpu.least(), gpu.who())
-    gpu.give(first)
-    gpu.give(first)
-    gpu.ended(2)
-    gpu.give(second)
+    gpu.release(first)
+    gpu.release(first)
+    gpu.process_ended(2)
+    gpu.release(second)
 
     assert full == (1 * GIB, GIB // 2, [(1, 6 * GIB), (2, 3 * GIB)])
     assert (gpu.free(), gpu.peak) == (10 * GIB, 9 * GIB)
@@ -149,12 +150,12 @@ async def test_vllm_may_begin_asleep_with_what_it_keeps() -> None:
 
 async def test_vllm_does_not_start_without_room() -> None:
     gpu = FakeGpu(24 * GIB)
-    other = gpu.take(STRANGER, 10 * GIB)
+    other = gpu.allocate(STRANGER, 10 * GIB)
     fake = FakeEngine("vllm", gpu=gpu, size=22 * GIB)
-    with pytest.raises(NoRoom):
+    with pytest.raises(OutOfMemory):
         await fake.up()
     assert (fake.alive, fake.listening, gpu.who()) == (False, False, [(STRANGER, 10 * GIB)])
-    gpu.give(other)
+    gpu.release(other)
 
     async with fake, vllm_at(fake) as vllm:
         assert await vllm.ready("m") is Readiness.READY
@@ -165,7 +166,7 @@ async def test_vllm_does_not_start_without_room() -> None:
 
 async def test_model_without_room_is_partly_on_the_cpu() -> None:
     gpu = FakeGpu(24 * GIB)
-    gpu.take(STRANGER, 14 * GIB)
+    gpu.allocate(STRANGER, 14 * GIB)
     async with FakeEngine("ollama", gpu=gpu, size=20 * GIB) as fake, ollama_at(fake) as ollama:
         before = await ollama.on_gpu(M)
         await ollama.load(M)
@@ -298,7 +299,7 @@ async def test_unload_that_is_given_up_while_requests_run_changes_nothing() -> N
 
 async def test_vllm_sleeps_and_wakes_whether_its_client_waits_or_not() -> None:
     async with (
-        FakeEngine("vllm", dev_mode=True, sleep_s=0.05) as fake,
+        FakeEngine("vllm", dev_mode=True, sleep_s=0.05, wake_s=0.05) as fake,
         vllm_at(fake) as vllm,
     ):
         unload = asyncio.create_task(vllm.unload("m"))
@@ -315,7 +316,7 @@ async def test_vllm_sleeps_and_wakes_whether_its_client_waits_or_not() -> None:
 
 async def test_vllm_woken_without_room_dies_of_it() -> None:
     gpu = FakeGpu(24 * GIB)
-    other = gpu.take(STRANGER, 10 * GIB)
+    other = gpu.allocate(STRANGER, 10 * GIB)
     async with (
         FakeEngine("vllm", gpu=gpu, size=22 * GIB, dev_mode=True, asleep=True) as fake,
         vllm_at(fake) as vllm,
@@ -324,9 +325,9 @@ async def test_vllm_woken_without_room_dies_of_it() -> None:
         with pytest.raises((Broken, Unreachable)):
             await vllm.load("m")
         dead = (fake.alive, await vllm.ready("m"), gpu.free())
-        with pytest.raises(NoRoom):
+        with pytest.raises(OutOfMemory):
             await fake.up()
-        gpu.give(other)
+        gpu.release(other)
         await fake.up()
 
         assert dead == (False, Readiness.DOWN, 14 * GIB)
@@ -341,7 +342,7 @@ async def test_vllm_woken_before_it_slept_sleeps_later_and_dies_of_the_next_requ
     async with (
         FakeEngine("vllm", dev_mode=True, gap_s=60.0) as fake,
         vllm_at(fake) as vllm,
-        httpx.AsyncClient(base_url=fake.url, trust_env=False) as client,
+        async_client(fake.url) as client,
     ):
         answer = await vllm.open(chat(stream=True), "m")
         sleep = asyncio.create_task(client.post("/sleep?level=1&mode=wait"))
@@ -483,14 +484,14 @@ async def test_control_port_kills_and_starts_anew() -> None:
     async with (
         FakeEngine("vllm", gpu=gpu, size=22 * GIB) as fake,
         Control(fake) as control,
-        httpx.AsyncClient(base_url=control.url, trust_env=False) as remote,
+        async_client(control.url) as remote,
     ):
         before = (await remote.get("/")).json()
         await remote.post("/kill")
         dead = (await remote.get("/")).json()
-        other = gpu.take(STRANGER, 10 * GIB)
+        other = gpu.allocate(STRANGER, 10 * GIB)
         refused = await remote.post("/up")
-        gpu.give(other)
+        gpu.release(other)
         up = (await remote.post("/up")).status_code
         after = (await remote.get("/")).json()
 

@@ -13,10 +13,11 @@ from typing import Any, TypeAlias
 import pytest
 from playwright.async_api import Browser, async_playwright, expect
 
-from tests.conftest import Running, run_gateway, unavailable
 from tests.engines import rig
 from tests.engines.conftest import running
 from tests.support.chat_page import ChatPage
+from tests.support.gateways import Running, run_gateway
+from tests.support.requirements import unavailable
 
 KEY = "sk-of-the-chat-page"
 PICTURES = rig.ROOT / ".cache" / "browser"

@@ -12,7 +12,8 @@ from typing import Any
 import anyio
 import openai
 
-from tests.conftest import unavailable
+from tests.support.plain_http import NO_TLS
+from tests.support.requirements import unavailable
 
 HERE = Path(__file__).parent
 
@@ -23,7 +24,7 @@ async def sdk(
 ) -> AsyncIterator[openai.AsyncOpenAI]:
     """The openai package for Python; it tries only once, unless told otherwise."""
     # A proxy of the contributor's is none of the tests' business.
-    transport = openai.DefaultAsyncHttpxClient(trust_env=False)
+    transport = openai.DefaultAsyncHttpxClient(trust_env=False, verify=NO_TLS)
     async with openai.AsyncOpenAI(
         base_url=f"{url}/v1", api_key=api_key, max_retries=max_retries, http_client=transport
     ) as client:

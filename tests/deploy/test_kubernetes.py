@@ -13,7 +13,7 @@ import yaml
 from kubernetes_validate import utils as schemas
 
 from gateway import settings
-from gateway.cli import LAST_WORD_S
+from gateway.serve import LAST_WORD_S
 from gateway.settings import Settings, SettingsError
 from tests.support.units import DEPLOY
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from gateway import settings
-from gateway.cli import LAST_WORD_S
+from gateway.serve import LAST_WORD_S
 from gateway.settings import Settings
-from tests.conftest import unavailable
+from tests.support.requirements import unavailable
 from tests.support.units import SYSTEMD, command, environment, option, said
 
 GATEWAY = SYSTEMD / "twolane.service"

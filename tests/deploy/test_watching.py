@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tests.conftest import unavailable
+from tests.support.requirements import unavailable
 from tests.support.units import DEPLOY
 
 PROMETHEUS = DEPLOY / "prometheus"

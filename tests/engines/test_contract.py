@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from backends import base
+from backends import calls
 from backends.ollama import Ollama
 from backends.transport import http
 from backends.vllm import VLLM
@@ -64,7 +64,7 @@ class TestVLLMEmbeddings:
             subject = Subject(VLLM(vllm_embeddings.url, client), vllm_embeddings.model)
 
             can = await subject.engine.capabilities(subject.model)
-            said, whole = await subject.ask(base.EMBEDDINGS)
+            said, whole = await subject.ask(calls.EMBEDDINGS)
 
         assert can.embeddings
         assert not can.chat

@@ -18,8 +18,8 @@ import yaml
 
 from gateway.routing import profile
 from loadtests.measure import samples
-from tests.conftest import Running, run_gateway
 from tests.engines import experiment, rig
+from tests.support.gateways import Running, run_gateway
 
 #: A comparison starts vLLM twice, and all of this is measured on two cores.
 pytestmark = pytest.mark.timeout(900)

@@ -12,8 +12,8 @@ import httpx
 import openai
 import pytest
 
-from tests.conftest import Running, run_gateway
 from tests.engines import rig
+from tests.support.gateways import Running, run_gateway
 
 LANES = ["ollama", "vllm"]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import run_gateway
 from tests.engines import rig
 from tests.engines.conftest import running as started
 from tests.support.crowd import crowd
+from tests.support.gateways import run_gateway
 
 #: Few, and short answers: two Ollamas on two cores are far slower than one.
 PEOPLE = 8

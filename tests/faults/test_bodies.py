@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from backends import base
+from backends import calls
 from backends.fake import FakeEngine
 from gateway.errors import GatewayError
 from gateway.http.request import (
@@ -33,8 +33,8 @@ from gateway.http.request import (
     parse,
 )
 from tests.clients import sdk
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat, pair
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat, pair
 
 CHAT = "/v1/chat/completions"
 LARGEST = 16 * 1024 * 1024  # limits.max_body_mb as installed
@@ -194,7 +194,7 @@ async def test_33_the_sdk_raises_a_bad_request_once(
 @given(some.binary(max_size=200) | some.text(max_size=200).map(str.encode))
 def test_33_any_bytes_are_refused_and_nothing_else_happens(body: bytes) -> None:
     with pytest.raises(GatewayError) as caught:
-        parse(base.CHAT, body, {})
+        parse(calls.CHAT, body, {})
 
     assert caught.value.status == 400
 
@@ -211,7 +211,7 @@ FIELDS = some.sampled_from(
 
 
 @given(
-    some.sampled_from([base.CHAT, base.COMPLETIONS, base.EMBEDDINGS]),
+    some.sampled_from([calls.CHAT, calls.COMPLETIONS, calls.EMBEDDINGS]),
     some.dictionaries(FIELDS, JSON),
 )
 def test_33_any_values_in_known_fields_are_taken_or_refused(

@@ -19,8 +19,8 @@ from backends.fake import FakeEngine, Pause, Repeat, Send, Serve, Silence, chunk
 from backends.fake.wire import Received
 from gateway.app import Gateway
 from gateway.routing.scheduler import Scheduler
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat, pair
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat, pair
 
 CHAT = "/v1/chat/completions"
 

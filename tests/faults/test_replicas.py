@@ -15,11 +15,11 @@ from typing import Any
 
 from backends.fake import FakeEngine, status
 from gateway.relay.retry import RETRY_SAVED
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat
 from tests.faults.test_reachability import served
 from tests.faults.test_streams import Logged, logged  # noqa: F401 - a fixture
 from tests.support.crowd import crowd
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat
 
 PEOPLE = 32
 #: One server alone has too few for all, so that some wait in the queue meanwhile.

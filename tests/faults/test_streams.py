@@ -43,8 +43,8 @@ from backends.fake import (
 )
 from backends.transport.sse import MAX_EVENT, Watch
 from tests.clients import node, sdk
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat, pair
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat, pair
 
 CHAT = "/v1/chat/completions"
 THREE = "token0 token1 token2"

@@ -16,11 +16,9 @@ import pytest
 from backends.fake import GIB, FakeEngine, FakeGpu, Silence
 from gateway.gpu.handover import Step
 from gateway.settings import SettingsError
-from tests.conftest import StartGateway
-from tests.faults.conftest import alone, chat, ollama, pair, vllm
-from tests.support.exclusive import SHORT, Box, box, failed, serving
-
-__all__ = ["box", "ollama", "vllm"]  # the fixtures are ours, too
+from tests.support.exclusive import SHORT, Box, failed, serving
+from tests.support.gateways import StartGateway
+from tests.support.models import alone, chat, pair
 
 KEY = "sk-a-key-of-ours"
 ADMIN = "sk-the-operators"
@@ -265,13 +263,13 @@ async def test_the_command_pins_releases_and_leaves_it_to_the_policy(
 
     for ended in (pinned, held, released, unpinned):
         assert (ended.returncode, ended.stderr) == (0, b"")
-    assert b"pinned to vllm by the operator" in pinned.stdout
-    assert b"held by vllm for" in held.stdout
+    assert b"pinned to vllm;" in pinned.stdout
+    assert b"vllm holds the GPU, for " in held.stdout
     assert b"the operator has pinned it" in held.stdout
-    assert b"released by the operator" in released.stdout
+    assert b"released by `twolane release`" in released.stdout
     assert wanted == (None, False)
     assert b"free" in unpinned.stdout
-    assert b"released by the operator" not in unpinned.stdout
+    assert b"released by `twolane release`" not in unpinned.stdout
 
 
 async def test_the_command_draws_a_hand_over_that_is_under_way(
@@ -283,7 +281,7 @@ async def test_the_command_draws_a_hand_over_that_is_under_way(
         await served.until(Step.LOADING)
         drawn = await twolane("status", "--url", served.running.url)
 
-    assert b"loading for vllm, " in drawn.stdout
+    assert b"hand-over to vllm: loading, " in drawn.stdout
     assert b" of 30 s" in drawn.stdout
     assert b"under way" in drawn.stdout
 

@@ -20,10 +20,9 @@ import pytest
 
 from backends.fake import DONE, FakeEngine, Pause, Serve, Silence, status
 from tests.clients import needs_node, node, sdk
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat, ollama, pair, vllm
-
-__all__ = ["ollama", "vllm"]  # the fixtures are ours, too
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat, pair
+from tests.support.plain_http import async_client
 
 CHAT = "/v1/chat/completions"
 KEY = "sk-a-key-of-ours"
@@ -914,7 +913,7 @@ async def test_when_the_time_for_draining_is_over_a_stream_ends_with_an_error_ev
     async with serving(tmp_path, vllm, drain_s=0.5) as served:
         vllm.script([Serve(tokens=2), Silence()])
         async with (
-            httpx.AsyncClient(base_url=served.url, trust_env=False) as client,
+            async_client(served.url) as client,
             client.stream("POST", CHAT, json=chat(stream=True)) as answer,
         ):
             parts = answer.aiter_bytes()

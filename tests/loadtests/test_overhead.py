@@ -33,7 +33,7 @@ from loadtests.bench.floors import (
 from loadtests.bench.rounds import Settings
 from loadtests.bench.script import WORDS, Answer, BrokenAnswer, Script
 from loadtests.bench.ways import CASES, DIRECT, GATEWAY, NGINX, Caller, HangUps, Way
-from tests.conftest import unavailable
+from tests.support.requirements import unavailable
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,11 @@ from gateway.observe import metrics as told
 from gateway.observe.metrics import Metrics
 from gateway.relay.exchange import Exchange
 from gateway.settings import Prices, SettingsError, Timings
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat, ollama, pair, vllm
 from tests.gpu.test_memory import Info, NotSupported, Told, two_4090
-from tests.support.exclusive import SHORT, Box, box, serving
-
-__all__ = ["box", "ollama", "vllm"]  # the fixtures are ours, too
+from tests.support.exclusive import SHORT, Box, serving
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat, pair
+from tests.support.plain_http import async_client
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 CHAT = "/v1/chat/completions"
@@ -458,7 +457,7 @@ def test_what_cards_said_long_ago_is_not_told() -> None:
     metrics = Metrics({}, Prices())
     metrics._cards = [Reading(0, "A card", 24 * GIB, GIB, watts=350)]
     metrics._cards_at = time.monotonic() - Timings().readings_valid_s
-    metrics.looked(time.monotonic())
+    metrics.sample(time.monotonic())
 
     assert lines(metrics).all("twolane_gpu_info") == []
     assert metrics.meter.watts is None
@@ -630,9 +629,9 @@ async def apart(start_gateway: StartGateway, **settings: Any) -> AsyncIterator[A
     async with FakeEngine("vllm", ["Small-1B"]) as vllm:
         settings = {**alone(vllm), "metrics": {"port": 0}, "api_keys": [KEY], **settings}
         async with start_gateway(**settings) as running:
-            server = running.gateway.scraped
+            server = running.gateway.metrics_server
             assert server is not None
-            async with httpx.AsyncClient(trust_env=False) as client:
+            async with async_client() as client:
                 yield running, server, client
 
 
@@ -748,7 +747,7 @@ async def test_serve_says_where_metrics_are_and_ends_with_them(
             while b"Metrics:" not in (line := await serving.stdout.readline()):
                 assert line, "it ended"
         url = line.decode().split()[1]
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with async_client() as client:
             answer = await client.get(url)
     finally:
         serving.terminate()

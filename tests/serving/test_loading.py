@@ -10,11 +10,9 @@ import pytest
 from backends.fake import FakeEngine, Silence, status
 from gateway.gpu.handover import Step
 from gateway.settings import Timings
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import alone, chat, ollama, pair, vllm
-from tests.support.exclusive import Box, box, failed, serving, stream_of
-
-__all__ = ["box", "ollama", "vllm"]  # the fixtures are ours, too
+from tests.support.exclusive import Box, failed, serving, stream_of
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import alone, chat, pair
 
 CHAT = "/v1/chat/completions"
 KEY = "sk-a-key-of-ours"

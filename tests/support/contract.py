@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from backends import base
-from backends.base import Answer, Call, Engine, Readiness, Whole
+from backends import calls
+from backends.base import Engine
+from backends.calls import Answer, Call, Whole
 from backends.errors import Refused, Unsupported
+from backends.reports import Readiness
 from backends.transport import sse
 
 
@@ -24,15 +26,15 @@ class Subject:
     engine: Engine
     model: str
 
-    def call(self, path: str = base.CHAT, **fields: Any) -> Call:
+    def call(self, path: str = calls.CHAT, **fields: Any) -> Call:
         """A short request, as the gateway would have read it."""
         usual: dict[str, dict[str, Any]] = {
-            base.CHAT: {
+            calls.CHAT: {
                 "messages": [{"role": "user", "content": "Write a short poem about the sea."}],
                 "max_tokens": 8,
             },
-            base.COMPLETIONS: {"prompt": "The sea is", "max_tokens": 8},
-            base.EMBEDDINGS: {"input": ["The sea"]},
+            calls.COMPLETIONS: {"prompt": "The sea is", "max_tokens": 8},
+            calls.EMBEDDINGS: {"input": ["The sea"]},
         }
         asked = {"model": "public", **usual[path], **fields}
         raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in asked.items()}
@@ -53,7 +55,7 @@ class Subject:
         events = [sse.data_of(event + b"\n\n") for event in raw.split(b"\n\n")[:-1]]
         return [msgspec.json.decode(event) for event in events[:-1]], answer
 
-    async def ask(self, path: str = base.CHAT, **fields: Any) -> tuple[dict[str, Any], Whole]:
+    async def ask(self, path: str = calls.CHAT, **fields: Any) -> tuple[dict[str, Any], Whole]:
         """A whole answer, decoded."""
         whole = await self.engine.ask(self.call(path, **fields), self.model)
         return msgspec.json.decode(whole.body), whole
@@ -126,14 +128,14 @@ class Contract:
         assert whole.usage.completion_tokens == 3
 
     async def test_it_completes_a_text(self, subject: Subject) -> None:
-        said, whole = await subject.ask(base.COMPLETIONS)
+        said, whole = await subject.ask(calls.COMPLETIONS)
 
         assert said["choices"][0]["text"]
         assert whole.usage is not None
         assert 1 <= whole.usage.completion_tokens <= 8  # it may find an end by itself
 
     async def test_a_text_may_be_completed_in_a_stream(self, subject: Subject) -> None:
-        call = subject.call(base.COMPLETIONS, stream=True)
+        call = subject.call(calls.COMPLETIONS, stream=True)
         answer = await subject.engine.open(call, subject.model)
         raw = b""
         while data := await answer.read():
@@ -145,7 +147,7 @@ class Contract:
         assert 1 <= answer.watch.usage.completion_tokens <= 8
 
     async def test_a_prompt_in_a_list_of_one_is_a_prompt(self, subject: Subject) -> None:
-        said, _ = await subject.ask(base.COMPLETIONS, prompt=["The sea is"])
+        said, _ = await subject.ask(calls.COMPLETIONS, prompt=["The sea is"])
 
         assert said["choices"][0]["text"]
 
@@ -167,12 +169,12 @@ class Contract:
     async def test_embeddings_are_made_or_known_not_to_be(self, subject: Subject) -> None:
         can = await subject.engine.capabilities(subject.model)
         if can.embeddings:
-            said, whole = await subject.ask(base.EMBEDDINGS)
+            said, whole = await subject.ask(calls.EMBEDDINGS)
             assert len(said["data"][0]["embedding"]) > 0
             assert whole.usage is not None
         else:
             with pytest.raises(Refused):
-                await subject.ask(base.EMBEDDINGS)
+                await subject.ask(calls.EMBEDDINGS)
 
     async def test_a_stream_left_early_stops_the_engine(self, subject: Subject) -> None:
         endless = subject.call(stream=True, max_tokens=1500, ignore_eos=True)

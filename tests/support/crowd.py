@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from tests.conftest import Running
+from tests.support.gateways import Running
 
 #: The next request of somebody, who has dice of his own.
 Ask: TypeAlias = Callable[[random.Random], dict[str, Any]]

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
-import pytest
 
 from backends.fake import GIB, FakeEngine, FakeGpu
 from backends.fake.wire import Received
 from gateway.gpu.handover import Gpu, Step
-from tests.conftest import Running, StartGateway
-from tests.faults.conftest import chat
+from tests.support.gateways import Running, StartGateway
+from tests.support.models import chat
 
 CHAT = "/v1/chat/completions"
 PING = b": ping\n\n"
@@ -145,13 +144,6 @@ async def boxed(folder: Path, *, loaded: Sequence[str] = ()) -> AsyncIterator[Bo
         # Its default, abort, breaks off what runs; of level 2 it does not come back whole.
         told = [request.query for request in box.asked("vllm", "/sleep")]
         assert all(query == {"level": "1", "mode": "wait"} for query in told)
-
-
-@pytest.fixture
-async def box(tmp_path: Path) -> AsyncIterator[Box]:
-    """Nothing is loaded."""
-    async with boxed(tmp_path) as box:
-        yield box
 
 
 @dataclass(frozen=True)

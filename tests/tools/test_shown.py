@@ -15,8 +15,8 @@ import pytest
 from backends.fake import FakeEngine
 from gateway.routing import profile
 from gateway.routing.profile import Crossover, Lane, Measured, Profile
-from tests.conftest import StartGateway
-from tests.faults.conftest import alone, chat
+from tests.support.gateways import StartGateway
+from tests.support.models import alone, chat
 
 FULL = Profile(
     version=1,

@@ -1,25 +1,10 @@
-"""A model with a fake engine on each of its lanes, and a gateway before them."""
+"""Settings that serve one model, `m`, by fake engines, and a chat request for it."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
-import pytest
-
 from backends.fake import FakeEngine
-
-
-@pytest.fixture
-async def ollama() -> AsyncIterator[FakeEngine]:
-    async with FakeEngine("ollama", ["small:1b"]) as engine:
-        yield engine
-
-
-@pytest.fixture
-async def vllm() -> AsyncIterator[FakeEngine]:
-    async with FakeEngine("vllm", ["Small-1B"]) as engine:
-        yield engine
 
 
 def pair(ollama: FakeEngine, vllm: FakeEngine, **lane: Any) -> dict[str, Any]:

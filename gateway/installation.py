@@ -1,0 +1,43 @@
+"""How twolane is installed here, so that a message can name a command that works here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+#: The folder that holds `gateway/`: a checkout's root, or site-packages.
+ROOT = Path(__file__).parents[1]
+#: What installs an extra in a checkout, by extra.
+MAKE = {"embedded": "make serve", "load": "make load"}
+
+
+def version() -> str:
+    """The version of the package; `pyproject.toml` is where it is written."""
+    return importlib.metadata.version("twolane")
+
+
+def in_checkout() -> bool:
+    """Whether the environment is the one that `make` keeps in a checkout."""
+    environment = Path(sys.prefix)
+    return (ROOT / "Makefile").exists() and environment == ROOT / ".venv"
+
+
+def program() -> str:
+    """What to type for `twolane`: the name alone where PATH has it, else where it lies."""
+    own = Path(sys.prefix) / "bin" / "twolane"
+    on_path = shutil.which("twolane")
+    if not own.exists() or (on_path is not None and Path(on_path).resolve() == own.resolve()):
+        return "twolane"
+    return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own)
+
+
+def install(extra: str) -> str:
+    """The command that adds an extra to this installation."""
+    if in_checkout():
+        return MAKE[extra]
+    pip = "pip" if importlib.util.find_spec("pip") else "uv pip"
+    return f"{pip} install 'twolane[{extra}]'"
