@@ -62,12 +62,14 @@ def test_vllm_accepts_every_flag() -> None:
 def test_ollama_knows_every_variable() -> None:
     require(shutil.which("ollama"), rig.GET_OLLAMA)
     help_text = subprocess.run(
-        ["ollama", "serve", "--help"],  # noqa: S607 - as a person has it
+        ["ollama", "serve", "--help"],  # noqa: S607 - found on PATH
         capture_output=True, text=True, check=True, timeout=30,
     ).stdout  # fmt: skip
 
-    for model in ("llama-3.3-70b", "llama-3.1-8b"):  # by turns, and together
-        assert {one name for name in lane("ollama", model).environment if name not in help_text} == set()
+    for model in ("llama-3.3-70b", "llama-3.1-8b"):  # exclusive, and shared
+        unknown = {name for name in lane("ollama", model).environment if name not in help_text}
+
+        assert unknown == set()
 
 
 @pytest.mark.timeout(120)
