@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from gateway.compare.arguments import add_commands as add_compare
 from gateway.doctor.arguments import add_command as add_doctor
 from gateway.errors import UsageError
-from gateway.plan.command import add_command as add_plan
+from gateway.plan.arguments import add_command as add_plan
 from gateway.simulate.arguments import add_command as add_simulate
 
 EXAMPLES = """\
