@@ -16,7 +16,7 @@ from gateway import installation
 from gateway.compare.arguments import add_commands as add_compare
 from gateway.doctor.arguments import add_command as add_doctor
 from gateway.errors import UsageError
-from gateway.plan.command import add_command as add_plan
+from gateway.plan.arguments import add_command as add_plan
 from gateway.simulate.arguments import add_command as add_simulate
 
 EXAMPLES = """\
