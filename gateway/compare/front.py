@@ -24,8 +24,8 @@ from gateway import settings
 from gateway.settings import Settings
 from loadtests.measure.experiment import Subject
 from loadtests.measure.generator import VisitFailed
-from loadtests.measure.load import for_others
 from loadtests.measure.matrix import Entrant
+from loadtests.measure.options import shareable_command
 from loadtests.measure.stopwatch import Target
 
 GATEWAY = "gateway"
@@ -58,7 +58,7 @@ def in_front(
         model=name,
         engine=GATEWAY,
         version=metadata.version("twolane"),
-        command=shlex.join(for_others(["twolane", "serve", *arguments])),
+        command=shlex.join(shareable_command(["twolane", "serve", *arguments])),
         before=tuple(before),
     )
     key = next(iter(read.keys()), None)
