@@ -71,7 +71,7 @@ class LlamaCpp(Engine):
             tools=props.chat_template_caps.get("supports_tools"),
             images=modalities.vision if modalities else None,
             embeddings=await self._embeds(model),
-            many=True,
+            multiple_choices=True,
         )
 
     async def identity(self, model: str) -> Identity:

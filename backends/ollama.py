@@ -79,7 +79,7 @@ class Ollama(Engine):
             images="vision" in file.capabilities,
             # Any model embeds; one made for it does nothing else.
             embeddings=True,
-            many=False,
+            multiple_choices=False,
         )
 
     async def identity(self, model: str) -> Identity:

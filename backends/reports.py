@@ -32,7 +32,7 @@ class Capabilities:
     tools: bool | None = None
     images: bool | None = None
     embeddings: bool | None = None
-    many: bool | None = None  # n > 1
+    multiple_choices: bool | None = None  # n > 1
 
 
 @dataclass(frozen=True, slots=True)

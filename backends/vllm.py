@@ -71,7 +71,7 @@ class VLLM(Engine):
             tools=await self._takes_tools(model) if chat else False,
             images=None,
             embeddings=calls.EMBEDDINGS in routes,
-            many=True,
+            multiple_choices=True,
         )
 
     async def identity(self, model: str) -> Identity:

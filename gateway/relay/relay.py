@@ -133,7 +133,7 @@ class Relay:
                     if reply.begun and self._status_events and failure is None:
                         await reply.events(_status_event("The GPU is there.", done=True))
                     await self._attempt(model, replica, request, exchange, reply)
-                    if exchange.usage is not None and not request.needs.many:
+                    if exchange.usage is not None and not request.needs.multiple_choices:
                         model.admission.served(ticket, exchange.usage.completion_tokens)
                     return
             except NoLane:
@@ -164,7 +164,7 @@ class Relay:
             needs.tools = False
         if pin is not None and pin not in model.lanes:
             pin = None
-        able, why = model.able(needs)
+        able, why = model.eligible_lanes(needs)
         return Ticket(key, request.background, pin, able, why), stripped
 
     async def _attempt(
