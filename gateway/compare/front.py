@@ -19,6 +19,7 @@ import msgspec
 from backends.errors import BackendError
 from backends.processes.supervised import Supervised
 from backends.transport import http
+from backends.transport.origin import Origin
 from gateway import settings
 from gateway.settings import Settings
 from loadtests.measure.experiment import Subject
@@ -90,7 +91,7 @@ async def _until_settled(url: str, process: Supervised) -> None:
         while process.running:
             with contextlib.suppress(http.HttpError, msgspec.DecodeError):
                 answer = await client.request(
-                    http.Origin.of(url), "GET", "/ready", {}, b"", connect_s=2, head_s=5
+                    Origin.of(url), "GET", "/ready", {}, b"", connect_s=2, head_s=5
                 )
                 said = msgspec.json.decode(await answer.read_all(2**20))
                 answer.close(reuse=False)

@@ -14,6 +14,7 @@ from backends.base import Timeouts
 from backends.errors import BackendError, Unreachable
 from backends.kinds import KINDS, Kind
 from backends.transport import http
+from backends.transport.origin import Origin
 from gateway import settings
 from gateway.doctor.collect.attempt import ask, attempt
 from gateway.doctor.collect.processes import (
@@ -92,7 +93,7 @@ class EngineCollector:
     async def _server(
         self, kind: Kind, url: str, wanted: tuple[ExpectedLane, ...]
     ) -> ObservedEngine:
-        origin, configured = http.Origin.of(url), self._read.engines.get(kind)
+        origin, configured = Origin.of(url), self._read.engines.get(kind)
         key = configured.api_key.get_secret_value() if configured and configured.api_key else None
         engine = KINDS[kind].engine(
             url, self._client, api_key=key, timeouts=Timeouts(connect_s=CONNECT_S)
@@ -126,7 +127,7 @@ class EngineCollector:
             return found
         try:
             await engine.models()
-        except (Unreachable, errors.Silent) as exc:
+        except (Unreachable, errors.NoAnswer) as exc:
             return Unknown(str(exc).removeprefix(f"{engine}: "))
         except BackendError:
             return None
@@ -212,7 +213,7 @@ class EngineCollector:
     async def _is_ours(self, host: str, number: int) -> bool:
         """Whether what listens there answers as a gateway does."""
         where = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not bound to
-        origin = http.Origin(where, number, tls=False)
+        origin = Origin(where, number, tls=False)
         try:
             answer = await self._client.request(
                 origin, "GET", "/ready", {}, b"", connect_s=CONNECT_S, head_s=CONNECT_S
