@@ -18,9 +18,6 @@ from gateway.doctor.observations import (
     require,
 )
 
-#: Releases that the tests run, and those that were read in their source only.
-RUN: Mapping[Kind, Collection[tuple[int, int]]] = {"ollama": {(0, 24)}, "vllm": {(0, 32)}}
-READ: Mapping[Kind, Collection[tuple[int, int]]] = {"ollama": {(0, 33)}, "vllm": {(0, 33)}}
 #: From which release on an engine has a habit that breaks installations.
 HABITS: Mapping[Kind, tuple[tuple[int, int], str]] = {
     "ollama": (
@@ -78,11 +75,13 @@ def version(seen: Observations, server: ObservedEngine) -> Iterator[Verdict]:
     release = (int(numbers[1]), int(numbers[2]))
     since, habit = HABITS.get(server.kind, ((release[0] + 1, 0), ""))
     habit = f"; {habit}" if release >= since else ""
-    if release in RUN[server.kind]:
+    tested = KINDS[server.kind].tested_releases
+    if release in tested:
         yield Verdict(Level.OK, f"{told}, as in twolane's own tests{habit}")
     else:
-        run = ", ".join(f"{major}.{minor}" for major, minor in sorted(RUN[server.kind]))
-        read = ", whose source was read" if release in READ[server.kind] else ""
+        run = ", ".join(f"{major}.{minor}" for major, minor in tested)
+        is_read = release in KINDS[server.kind].read_releases
+        read = ", whose source was read" if is_read else ""
         yield Verdict(Level.NOTE, f"{told}{read}; twolane's own tests run {run}{habit}")
 
 
@@ -123,7 +122,8 @@ def published(seen: Observations, server: ObservedEngine) -> Iterator[Verdict]:
 def context(seen: Observations, server: ObservedEngine) -> Iterator[Verdict]:
     """How many tokens of context it takes, and who says so."""
     require(server.contexts)
-    yield from ollama_context(seen, server) if server.kind == "ollama" else _fixed_context(server)
+    fixed = KINDS[server.kind].engine.fixed_context
+    yield from _fixed_context(server) if fixed else ollama_context(seen, server)
 
 
 def _fixed_context(server: ObservedEngine) -> Iterator[Verdict]:
@@ -147,8 +147,7 @@ def slots(seen: Observations, server: ObservedEngine) -> Iterator[Verdict]:
     wanted = max((w.lane.slots or KINDS[server.kind].slots for w in server.wanted), default=0)
     ours = wanted or KINDS[server.kind].slots
     process = require(server.process)
-    if server.kind == "ollama":
-        name = "OLLAMA_NUM_PARALLEL"
+    if name := KINDS[server.kind].slots_variable:
         said = require(process.environment).get(name) or "1"
     else:
         name = "--max-num-seqs"
