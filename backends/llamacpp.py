@@ -18,9 +18,9 @@ import msgspec
 
 from backends import calls, errors
 from backends.base import Engine
-from backends.calls import Bridged, Call
+from backends.calls import BridgedRequest, Call
 from backends.errors import Unsupported
-from backends.reports import Activity, Capabilities, Identity, Metrics, Readiness
+from backends.reports import Activity, Capabilities, Gauges, Identity, Readiness
 
 
 class _Generation(msgspec.Struct):
@@ -51,19 +51,19 @@ class LlamaCpp(Engine):
     reuse_after_stream = False
 
     async def models(self) -> list[str]:
-        return [model.id for model in await self.listed()]
+        return [model.id for model in await self.listed_models()]
 
     async def ready(self, model: str) -> Readiness:
         try:
             await self.get("/health")
             return Readiness.READY if model in await self.models() else Readiness.ABSENT
-        except (errors.Busy, errors.Sick):
+        except (errors.Busy, errors.ServerError):
             return Readiness.LOADING  # it listens before its model is read, and says 503
         except errors.BackendError:
             return Readiness.DOWN
 
     async def capabilities(self, model: str) -> Capabilities:
-        props = await self.told("/props", _Props)
+        props = await self.get_json("/props", _Props)
         generation, modalities = props.default_generation_settings, props.modalities
         return Capabilities(
             context=generation.n_ctx if generation else None,
@@ -71,11 +71,11 @@ class LlamaCpp(Engine):
             tools=props.chat_template_caps.get("supports_tools"),
             images=modalities.vision if modalities else None,
             embeddings=await self._embeds(model),
-            many=True,
+            multiple_choices=True,
         )
 
     async def identity(self, model: str) -> Identity:
-        props = await self.told("/props", _Props)
+        props = await self.get_json("/props", _Props)
         file = Path(props.model_path).name
         return Identity(props.build_info, props.model_ftype, file, props.total_slots)
 
@@ -98,14 +98,14 @@ class LlamaCpp(Engine):
         return "A llama-server keeps its model as long as it runs"
 
     async def activity(self, model: str) -> Activity:
-        metrics = Metrics.of((await self.get("/metrics")).decode("utf-8", "replace"))
+        metrics = Gauges.of((await self.get("/metrics")).decode("utf-8", "replace"))
         return Activity(
             metrics.count("llamacpp:requests_processing"),
             metrics.count("llamacpp:requests_deferred"),
         )
 
-    def bridge(self, call: Call, model: str) -> Bridged:
-        return Bridged(calls.renamed(call, model))
+    def bridge(self, call: Call, model: str) -> BridgedRequest:
+        return BridgedRequest(calls.body_for(call, model))
 
 
 def serve(gguf: Path, name: str, slots: int, context: int) -> None:

@@ -15,7 +15,7 @@ import msgspec
 
 from backends import calls, errors
 from backends.base import Engine
-from backends.calls import Body, Bridged, Call
+from backends.calls import Body, BridgedRequest, Call
 from backends.errors import Broken, Refused
 from backends.ollama_management import Management
 from backends.reports import Activity, Capabilities, Identity, Loaded, Readiness
@@ -79,7 +79,7 @@ class Ollama(Engine):
             images="vision" in file.capabilities,
             # Any model embeds; one made for it does nothing else.
             embeddings=True,
-            many=False,
+            multiple_choices=False,
         )
 
     async def identity(self, model: str) -> Identity:
@@ -139,7 +139,7 @@ class Ollama(Engine):
         part = await self.on_gpu(model)
         return Activity(loaded=part is not None, on_gpu=part)
 
-    def bridge(self, call: Call, model: str) -> Bridged:
+    def bridge(self, call: Call, model: str) -> BridgedRequest:
         known = KNOWN[call.path]
         dropped = tuple(
             name
@@ -154,7 +154,7 @@ class Ollama(Engine):
                 changes["max_tokens"] = limit
         if call.path == calls.COMPLETIONS:
             changes["prompt"] = _one_prompt(call.body)
-        return Bridged(calls.renamed(call, model, **changes), dropped)
+        return BridgedRequest(calls.body_for(call, model, **changes), dropped)
 
 
 def _context_of(parameters: str) -> int | None:

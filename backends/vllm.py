@@ -14,9 +14,9 @@ import msgspec
 
 from backends import calls, errors
 from backends.base import Engine
-from backends.calls import Bridged, Call
+from backends.calls import BridgedRequest, Call
 from backends.errors import Broken, Refused, Unsupported
-from backends.reports import Activity, Capabilities, Identity, Metrics, Readiness
+from backends.reports import Activity, Capabilities, Gauges, Identity, Readiness
 
 #: First sleep of a 70B is about 8 s, a wake 2-4 s; these are the deadlines.
 SLEEP_S = 120.0
@@ -40,7 +40,7 @@ class VLLM(Engine):
     sign_path = "/version"
 
     async def models(self) -> list[str]:
-        return [model.id for model in await self.listed()]
+        return [model.id for model in await self.listed_models()]
 
     async def ready(self, model: str) -> Readiness:
         try:
@@ -57,13 +57,13 @@ class VLLM(Engine):
 
     async def asleep(self) -> bool:
         try:  # without dev mode it has no such endpoint, and cannot sleep
-            return (await self.told("/is_sleeping", _Sleeping)).is_sleeping
+            return (await self.get_json("/is_sleeping", _Sleeping)).is_sleeping
         except (Refused, Broken):  # not there, or not for us
             return False
 
     async def capabilities(self, model: str) -> Capabilities:
-        listed = {entry.id: entry for entry in await self.listed()}
-        routes = (await self.told("/openapi.json", _Routes)).paths
+        listed = {entry.id: entry for entry in await self.listed_models()}
+        routes = (await self.get_json("/openapi.json", _Routes)).paths
         chat = calls.CHAT in routes
         return Capabilities(
             context=listed[model].max_model_len if model in listed else None,
@@ -71,11 +71,11 @@ class VLLM(Engine):
             tools=await self._takes_tools(model) if chat else False,
             images=None,
             embeddings=calls.EMBEDDINGS in routes,
-            many=True,
+            multiple_choices=True,
         )
 
     async def identity(self, model: str) -> Identity:
-        roots = {entry.id: entry.root for entry in await self.listed()}
+        roots = {entry.id: entry.root for entry in await self.listed_models()}
         version = await self.version()
         root = roots.get(model) or ""
         return Identity(version, digest=Path(root).name if root.startswith("/") else root)
@@ -100,7 +100,7 @@ class VLLM(Engine):
         # Dev mode gives it its sleep endpoints. That it frees memory when it sleeps takes
         # `--enable-sleep-mode` as well: no endpoint tells that, only the memory does.
         try:
-            await self.told("/is_sleeping", _Sleeping)
+            await self.get_json("/is_sleeping", _Sleeping)
         except Refused:
             return False
         return True
@@ -111,7 +111,7 @@ class VLLM(Engine):
         return "Start vLLM with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1"
 
     async def contexts(self, models: Iterable[str]) -> dict[str, int | None]:
-        return {entry.id: entry.max_model_len for entry in await self.listed()}
+        return {entry.id: entry.max_model_len for entry in await self.listed_models()}
 
     async def resident(self) -> list[str]:
         # It counts as asleep from the moment it was told to, whatever it still ends.
@@ -143,14 +143,14 @@ class VLLM(Engine):
             raise Broken(f"{self} said that it sleeps, and does not")
 
     async def activity(self, model: str) -> Activity:
-        metrics = Metrics.of((await self.get("/metrics")).decode("utf-8", "replace"))
+        metrics = Gauges.of((await self.get("/metrics")).decode("utf-8", "replace"))
         return Activity(
             metrics.count("vllm:num_requests_running"), metrics.count("vllm:num_requests_waiting")
         )
 
-    def bridge(self, call: Call, model: str) -> Bridged:
+    def bridge(self, call: Call, model: str) -> BridgedRequest:
         changes: dict[str, msgspec.Raw | None] = {}
         if call.continues and "continue_final_message" not in call.body:
             changes["continue_final_message"] = calls.TRUE
             changes["add_generation_prompt"] = calls.FALSE
-        return Bridged(calls.renamed(call, model, **changes))
+        return BridgedRequest(calls.body_for(call, model, **changes))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,6 +17,7 @@ import pytest
 
 from gateway import init, installation
 from gateway.cli import main
+from tests.support.checkout import build, clone
 
 ROOT = Path(__file__).parents[1]
 KEY = f"key-{os.getpid()}-of-somebody"
@@ -57,24 +57,15 @@ class Archives:
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Archives:
     """Made of a copy of what git tracks, and of a key and a model's file that it ignores."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    tracked = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(tracked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, source / name)
+    clone(source)
     (source / "secrets" / "api_keys").write_text(f"{KEY}\n")
     (source / "twolane.yaml").write_text(f"api_keys: [{KEY}]\n")
     (source / "notes.txt").write_text("what else lies in a checkout\n")
-    build = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
-    subprocess.run([*build, "-t", "sdist"], cwd=source, check=True, capture_output=True)
-    [sdist] = out.glob("*.tar.gz")
+    sdist = build("sdist", source, out)
     with tarfile.open(sdist) as archive:
         archive.extractall(out, filter="data")
         in_sdist = [name.partition("/")[2] for name in archive.getnames()]
-    unpacked = out / sdist.name.removesuffix(".tar.gz")
-    subprocess.run([*build, "-t", "wheel"], cwd=unpacked, check=True, capture_output=True)
-    [wheel] = out.glob("*.whl")
+    wheel = build("wheel", out / sdist.name.removesuffix(".tar.gz"), out)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(out / "installed")  # noqa: S202 - our own
         in_wheel = archive.namelist()

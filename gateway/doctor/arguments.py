@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-GUIDE = """\
+DOCTOR_HELP = """\
 examples:
   twolane doctor                           this machine, and the engines that run on it
   twolane doctor --config twolane.yaml     also what these settings need
@@ -49,7 +49,7 @@ def add_command(commands: Any) -> None:
         help="find what fails or will fail, and say what to do",
         description="Check this machine, its cards, the engines and the gateway's settings. Each "
         "finding says what was seen, why it matters and what to do.",
-        epilog=GUIDE,
+        epilog=DOCTOR_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -247,6 +247,7 @@ class Observations:
     Attributes:
         at: When, Unix time.
         source: The origin of the settings, for people.
+        program: What to type for `twolane` on this installation.
         settings: The gateway's settings.
         exposure: Who may use the gateway.
         port: Where it should listen.
@@ -265,6 +266,7 @@ class Observations:
 
     at: float
     source: str
+    program: str
     settings: Settings | Unknown
     exposure: Exposure | Unknown
     port: Port | Unknown

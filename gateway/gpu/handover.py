@@ -219,7 +219,7 @@ class Occupant:
         body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
         raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in body.items()}
         with contextlib.suppress(Refused):  # it answers, only not to this
-            await self.engine.ask(Call(CHAT, raw), self.models[0])
+            await self.engine.fetch_answer(Call(CHAT, raw), self.models[0])
 
     async def stop(self) -> None:
         """End its process, where it is ours."""

@@ -148,7 +148,7 @@ def parse(path: str, body: bytes, headers: Mapping[bytes, bytes]) -> Request:
     options = _typed(fields, "stream_options", dict) or {}
     call = Call(path, fields, stream=stream, wants_usage=options.get("include_usage") is True)
     needs = Needs(
-        many=max(numbers.get("n", 1), numbers.get("best_of", 1)) > 1,
+        multiple_choices=max(numbers.get("n", 1), numbers.get("best_of", 1)) > 1,
         tokens=len(body) // BYTES_A_TOKEN
         + max(numbers.get("max_tokens", 0), numbers.get("max_completion_tokens", 0)),
     )

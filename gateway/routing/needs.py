@@ -14,5 +14,5 @@ class Needs:
     tools: bool = False
     forced_tools: bool = False
     images: bool = False
-    many: bool = False
+    multiple_choices: bool = False
     tokens: int = 0

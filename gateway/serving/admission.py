@@ -192,7 +192,7 @@ class Admission:
         """A request failed on a replica."""
         server = self.servers[replica]
         server.breaker.on_failure(failure_of(error), _now())
-        if error.blame:
+        if error.engine_fault:
             server.prober.doubt()
         self._refresh(replica)
 
@@ -366,7 +366,7 @@ _STATES = {
 def failure_of(error: BackendError) -> Failure:
     """An engine's error, translated for the circuit breaker."""
     busy_s = (error.retry_after or DEFAULT_BUSY_S) if isinstance(error, Busy) else None
-    return Failure(error.blame, isinstance(error, Unreachable), busy_s)
+    return Failure(error.engine_fault, isinstance(error, Unreachable), busy_s)
 
 
 def _now() -> float:

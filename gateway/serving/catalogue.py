@@ -58,7 +58,7 @@ class Model:
             "embeddings": needs.embeddings,
             "images": needs.images,
             "tools": needs.tools,
-            "many": needs.many,
+            "multiple_choices": needs.multiple_choices,
         }
         able = set(self.lanes)
         why = ""
@@ -88,14 +88,14 @@ _CANNOT = {
     "embeddings": "makes no embeddings",
     "images": "takes no images",
     "tools": "takes no tools",
-    "many": "gives one answer at a time (n = 1)",
+    "multiple_choices": "gives one answer at a time (n = 1)",
 }
 _PARAM = {
     "chat": "model",
     "embeddings": "model",
     "images": "messages",
     "tools": "tools",
-    "many": "n",
+    "multiple_choices": "n",
 }
 
 

@@ -19,6 +19,7 @@ from backends.errors import BackendError
 from backends.kinds import EMBEDDED, KINDS, Kind
 from backends.processes.supervised import Supervised
 from backends.transport import http
+from gateway import installation
 from gateway.serving import discovery
 from gateway.settings import Settings, SettingsError, Timings
 
@@ -91,7 +92,7 @@ class EnginePool:
             raise SettingsError(
                 f"Found {', '.join(others)} and {last}, and the embedded engine is not "
                 "installed. Start one of them, name yours in a configuration file, or install "
-                "the extra: pip install 'twolane[embedded]'."
+                f"the embedded engine: {installation.install('embedded')}"
             )
         if not gguf.is_file():
             raise SettingsError(f"embedded.model: there is no file {gguf}")

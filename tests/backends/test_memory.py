@@ -16,14 +16,14 @@ import pytest
 
 from backends import calls
 from backends.calls import Call
-from backends.errors import BackendError, Broken, BrokeOff, Sick, Unreachable, Unsupported
+from backends.errors import BackendError, Broken, BrokeOff, ServerError, Unreachable, Unsupported
 from backends.fake import (
     GIB,
     Answer,
     FakeEngine,
     FakeGpu,
     Kill,
-    NoRoom,
+    OutOfMemory,
     Serve,
     Silence,
     status,
@@ -64,7 +64,7 @@ def chat(**fields: object) -> Call:
     return Call(calls.CHAT, raw, stream=bool(fields.get("stream")))
 
 
-async def rest_of(answer: calls.Answer) -> None:
+async def rest_of(answer: calls.StreamedAnswer) -> None:
     while await answer.read():
         pass
 
@@ -85,15 +85,15 @@ async def given_up(work: asyncio.Task[None]) -> None:
 
 def test_what_is_taken_is_not_free_until_it_is_given_back() -> None:
     gpu = FakeGpu(10 * GIB, cards=2)
-    first, second = gpu.take(1, 6 * GIB), gpu.take(2, 2 * GIB)
-    with pytest.raises(NoRoom, match="GiB wanted"):
-        gpu.take(2, 3 * GIB)
-    gpu.take(2, 1 * GIB)
+    first, second = gpu.allocate(1, 6 * GIB), gpu.allocate(2, 2 * GIB)
+    with pytest.raises(OutOfMemory, match="GiB wanted"):
+        gpu.allocate(2, 3 * GIB)
+    gpu.allocate(2, 1 * GIB)
     full = (gpu.free(), gpu.least(), gpu.who())
-    gpu.give(first)
-    gpu.give(first)
-    gpu.ended(2)
-    gpu.give(second)
+    gpu.release(first)
+    gpu.release(first)
+    gpu.process_ended(2)
+    gpu.release(second)
 
     assert full == (1 * GIB, GIB // 2, [(1, 6 * GIB), (2, 3 * GIB)])
     assert (gpu.free(), gpu.peak) == (10 * GIB, 9 * GIB)
@@ -150,12 +150,12 @@ async def test_vllm_may_begin_asleep_with_what_it_keeps() -> None:
 
 async def test_vllm_does_not_start_without_room() -> None:
     gpu = FakeGpu(24 * GIB)
-    other = gpu.take(STRANGER, 10 * GIB)
+    other = gpu.allocate(STRANGER, 10 * GIB)
     fake = FakeEngine("vllm", gpu=gpu, size=22 * GIB)
-    with pytest.raises(NoRoom):
+    with pytest.raises(OutOfMemory):
         await fake.up()
     assert (fake.alive, fake.listening, gpu.who()) == (False, False, [(STRANGER, 10 * GIB)])
-    gpu.give(other)
+    gpu.release(other)
 
     async with fake, vllm_at(fake) as vllm:
         assert await vllm.ready("m") is Readiness.READY
@@ -166,7 +166,7 @@ async def test_vllm_does_not_start_without_room() -> None:
 
 async def test_model_without_room_is_partly_on_the_cpu() -> None:
     gpu = FakeGpu(24 * GIB)
-    gpu.take(STRANGER, 14 * GIB)
+    gpu.allocate(STRANGER, 14 * GIB)
     async with FakeEngine("ollama", gpu=gpu, size=20 * GIB) as fake, ollama_at(fake) as ollama:
         before = await ollama.on_gpu(M)
         await ollama.load(M)
@@ -272,7 +272,7 @@ async def test_only_vllm_in_dev_mode_sleeps() -> None:
 
 async def test_vllm_is_told_to_sleep_when_nothing_runs() -> None:
     async with FakeEngine("vllm", dev_mode=True, gap_s=60.0) as fake, vllm_at(fake) as vllm:
-        answer = await vllm.open(chat(stream=True), "m")
+        answer = await vllm.open_stream(chat(stream=True), "m")
         unload = asyncio.create_task(vllm.unload("m"))
         await fake.until(lambda fake: asked_for(fake, "/metrics") >= 3)
         while_running = (fake.paused, asked_for(fake, "/sleep"))
@@ -286,11 +286,11 @@ async def test_vllm_is_told_to_sleep_when_nothing_runs() -> None:
 
 async def test_unload_that_is_given_up_while_requests_run_changes_nothing() -> None:
     async with FakeEngine("vllm", dev_mode=True, gap_s=60.0) as fake, vllm_at(fake) as vllm:
-        answer = await vllm.open(chat(stream=True), "m")
+        answer = await vllm.open_stream(chat(stream=True), "m")
         unload = asyncio.create_task(vllm.unload("m"))
         await fake.until(lambda fake: asked_for(fake, "/metrics") >= 3)
         await given_up(unload)
-        other = await vllm.ask(chat(max_tokens=1), "m")
+        other = await vllm.fetch_answer(chat(max_tokens=1), "m")
         answer.close()
 
         assert other.finish == "length"
@@ -299,7 +299,7 @@ async def test_unload_that_is_given_up_while_requests_run_changes_nothing() -> N
 
 async def test_vllm_sleeps_and_wakes_whether_its_client_waits_or_not() -> None:
     async with (
-        FakeEngine("vllm", dev_mode=True, sleep_s=0.05) as fake,
+        FakeEngine("vllm", dev_mode=True, sleep_s=0.05, wake_s=0.05) as fake,
         vllm_at(fake) as vllm,
     ):
         unload = asyncio.create_task(vllm.unload("m"))
@@ -316,7 +316,7 @@ async def test_vllm_sleeps_and_wakes_whether_its_client_waits_or_not() -> None:
 
 async def test_vllm_woken_without_room_dies_of_it() -> None:
     gpu = FakeGpu(24 * GIB)
-    other = gpu.take(STRANGER, 10 * GIB)
+    other = gpu.allocate(STRANGER, 10 * GIB)
     async with (
         FakeEngine("vllm", gpu=gpu, size=22 * GIB, dev_mode=True, asleep=True) as fake,
         vllm_at(fake) as vllm,
@@ -325,9 +325,9 @@ async def test_vllm_woken_without_room_dies_of_it() -> None:
         with pytest.raises((Broken, Unreachable)):
             await vllm.load("m")
         dead = (fake.alive, await vllm.ready("m"), gpu.free())
-        with pytest.raises(NoRoom):
+        with pytest.raises(OutOfMemory):
             await fake.up()
-        gpu.give(other)
+        gpu.release(other)
         await fake.up()
 
         assert dead == (False, Readiness.DOWN, 14 * GIB)
@@ -344,7 +344,7 @@ async def test_vllm_woken_before_it_slept_sleeps_later_and_dies_of_the_next_requ
         vllm_at(fake) as vllm,
         async_client(fake.url) as client,
     ):
-        answer = await vllm.open(chat(stream=True), "m")
+        answer = await vllm.open_stream(chat(stream=True), "m")
         sleep = asyncio.create_task(client.post("/sleep?level=1&mode=wait"))
         await fake.until(lambda fake: fake.paused)
         told = await vllm.asleep()
@@ -354,7 +354,7 @@ async def test_vllm_woken_before_it_slept_sleeps_later_and_dies_of_the_next_requ
         await sleep
         asleep = (fake.asleep, await vllm.asleep())
         with pytest.raises(BackendError):
-            await vllm.ask(chat(), "m")
+            await vllm.fetch_answer(chat(), "m")
 
         assert (told, woken, asleep) == (True, False, (True, True))
         assert not fake.alive
@@ -367,12 +367,12 @@ async def test_vllm_may_wake_and_never_generate_until_it_is_started_anew() -> No
         ready = await vllm.ready("m")
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await vllm.ask(chat(), "m")
+                await vllm.fetch_answer(chat(), "m")
         fake.kill()
         await fake.up()
 
         assert ready is Readiness.READY
-        assert (await vllm.ask(chat(), "m")).finish == "stop"
+        assert (await vllm.fetch_answer(chat(), "m")).finish == "stop"
 
 
 # Faults, each at each step
@@ -402,7 +402,7 @@ async def at_step(step: str) -> AsyncIterator[tuple[FakeEngine, Work]]:
 async def test_step_that_fails_says_so_and_may_be_tried_again(step: str) -> None:
     async with at_step(step) as (fake, work):
         fake.script(status(500, "no luck"), path=STEPS[step])
-        with pytest.raises(Sick, match="no luck"):
+        with pytest.raises(ServerError, match="no luck"):
             await work()
         await work()
 
@@ -470,7 +470,7 @@ async def test_engine_killed_while_it_loads_has_nothing_of_it_left() -> None:
 async def test_engine_killed_in_the_middle_of_an_answer_breaks_it_off() -> None:
     async with FakeEngine("vllm") as fake, vllm_at(fake) as vllm:
         fake.script([Serve(tokens=2), Kill()])
-        answer = await vllm.open(chat(stream=True), "m")
+        answer = await vllm.open_stream(chat(stream=True), "m")
         with pytest.raises(BrokeOff):
             await rest_of(answer)
         answer.close()
@@ -489,9 +489,9 @@ async def test_control_port_kills_and_starts_anew() -> None:
         before = (await remote.get("/")).json()
         await remote.post("/kill")
         dead = (await remote.get("/")).json()
-        other = gpu.take(STRANGER, 10 * GIB)
+        other = gpu.allocate(STRANGER, 10 * GIB)
         refused = await remote.post("/up")
-        gpu.give(other)
+        gpu.release(other)
         up = (await remote.post("/up")).status_code
         after = (await remote.get("/")).json()
 

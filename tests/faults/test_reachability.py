@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import httpx
 import pytest
 
-from backends.errors import Broken, Busy, Refused, Sick, Unreachable
+from backends.errors import Broken, Busy, Refused, ServerError, Unreachable
 from backends.fake import (
     DONE,
     Answer,
@@ -238,7 +238,7 @@ class Names:
 async def test_03_a_name_that_stops_resolving_fails_over_and_later_is_found_elsewhere(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    moved = FakeEngine("vllm", ["Small-1B"], port=vllm.port)
+    moved = FakeEngine("vllm", ["Small-1B"], own_port=vllm.port)
     moved._server.host = "127.0.0.2"
     other = FakeEngine("vllm", ["Small-1B"])
     names = Names(gpu="127.0.0.1")
@@ -567,7 +567,7 @@ async def test_07_a_refusal_is_passed_on_in_one_shape_and_never_retried(
 
 # 8. Flapping: the breaker by itself, at given times
 
-SICK_NOW = Sick("500")
+SICK_NOW = ServerError("500")
 
 
 def well(slots: int = 8) -> Breaker:

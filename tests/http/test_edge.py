@@ -902,7 +902,7 @@ async def test_on_sigterm_what_runs_is_finished_and_the_exit_is_0(
     assert "".join(part.choices[0].delta.content or "" for part in seen).endswith("token9")
     assert seen[-1].choices[0].finish_reason == "stop"
     assert code == 0
-    assert "draining: 1 requests run, up to 20 s" in said
+    assert "draining: 1 requests in flight have up to 20 s to end" in said
     assert "Traceback" not in said
     assert vllm.generations[-1].ended == "done"
 

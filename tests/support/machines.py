@@ -38,6 +38,7 @@ def machine(**parts: Any) -> Observations:
     defaults: dict[str, Any] = {
         "at": NOW,
         "source": "twolane.yaml",
+        "program": "twolane",
         "settings": settings.load(None, {}, {}),
         "exposure": Exposure("127.0.0.1"),
         "port": Port("127.0.0.1", 8000),

@@ -14,8 +14,6 @@ from gateway.routing.profile import Measured, Profile
 #: From this age on a profile should be measured again, seconds. Assumed.
 OLD_PROFILE_S = 180 * 86_400.0
 
-CALIBRATE = "Run `twolane calibrate`, and name its file in the settings: models.NAME.profile."
-
 
 def check_settings(observed: Observations) -> Iterator[Verdict]:
     """Whether the settings can be used."""
@@ -23,7 +21,7 @@ def check_settings(observed: Observations) -> Iterator[Verdict]:
         yield Verdict(
             Level.PROBLEM,
             observed.settings.reason,
-            "Correct it: until then `twolane serve` does not start.",
+            f"Correct it: until then `{observed.program} serve` does not start.",
         )
     else:
         yield Verdict(Level.OK, f"{observed.source} can be used")
@@ -69,7 +67,7 @@ def check_port(observed: Observations) -> Iterator[Verdict]:
             Level.PROBLEM,
             f"{address} is in use by {port.listener}",
             "Stop that process, or choose another port: `port:` in the settings, or "
-            "`twolane serve --port N`.",
+            f"`{observed.program} serve --port N`.",
         )
     else:
         yield Verdict(Level.OK, f"{address} is free")
@@ -109,14 +107,16 @@ def check_profiles(observed: Observations) -> Iterator[Verdict]:
 def _check_profile(
     observed: Observations, model: str, profile: Profile | str | None
 ) -> Iterator[Verdict]:
+    calibrate = f"`{observed.program} calibrate`"
+    measure = f"Run {calibrate}, and name its file in the settings: models.NAME.profile."
     if isinstance(profile, str):
-        yield Verdict(Level.PROBLEM, profile, CALIBRATE)
+        yield Verdict(Level.PROBLEM, profile, measure)
         return
     if profile is None or profile.source != "measured":
         yield Verdict(
             Level.NOTE,
             "lanes are chosen by the assumed profile, which was not measured on this machine",
-            CALIBRATE,
+            measure,
         )
         return
     lanes = [
@@ -130,12 +130,12 @@ def _check_profile(
     age_s = profile.age_s(observed.at)
     if unmeasured:
         yield Verdict(
-            Level.WARNING, f"the profile has no figures for {', '.join(unmeasured)}", CALIBRATE
+            Level.WARNING, f"the profile has no figures for {', '.join(unmeasured)}", measure
         )
     elif changes:
-        yield Verdict(Level.WARNING, "; ".join(changes), "Run `twolane calibrate` again.")
+        yield Verdict(Level.WARNING, "; ".join(changes), f"Run {calibrate} again.")
     elif age_s is not None and age_s > OLD_PROFILE_S:
-        yield Verdict(Level.NOTE, f"the profile is old: {profile.told(observed.at)}", CALIBRATE)
+        yield Verdict(Level.NOTE, f"the profile is old: {profile.told(observed.at)}", measure)
     else:
         yield Verdict(Level.OK, profile.told(observed.at))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from backends.transport import http
-from gateway import settings
+from gateway import installation, settings
 from gateway.doctor.collect.attempt import attempt
 from gateway.doctor.collect.engines import EngineCollector
 from gateway.doctor.collect.gateway import observe_port, read_exposure, read_profiles
@@ -74,6 +74,7 @@ async def collect(
     return Observations(
         at=time.time(),
         source=str(config) if config else "the defaults and TWOLANE_* variables",
+        program=installation.program(),
         settings=loaded,
         exposure=attempt(lambda: read_exposure(require(own))),
         port=port,

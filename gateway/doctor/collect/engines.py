@@ -12,6 +12,7 @@ from backends.base import Timeouts
 from backends.errors import BackendError, Unreachable
 from backends.kinds import KINDS, Kind
 from backends.transport import http
+from backends.transport.origin import Origin
 from gateway import settings
 from gateway.doctor.collect.attempt import ask, attempt
 from gateway.doctor.collect.processes import SocketTable, can_bind, resolve
@@ -84,7 +85,7 @@ class EngineCollector:
     async def _engine(
         self, kind: Kind, url: str, lanes: tuple[ExpectedLane, ...]
     ) -> ObservedEngine:
-        origin, configured = http.Origin.of(url), self._own.engines.get(kind)
+        origin, configured = Origin.of(url), self._own.engines.get(kind)
         key = configured.api_key.get_secret_value() if configured and configured.api_key else None
         engine = KINDS[kind].engine(
             url, self._client, api_key=key, timeouts=Timeouts(connect_s=ENGINE_CONNECT_S)
@@ -120,7 +121,7 @@ class EngineCollector:
             return kind
         try:
             await engine.models()
-        except (Unreachable, errors.Silent) as exc:
+        except (Unreachable, errors.NoAnswer) as exc:
             return Unknown(str(exc).removeprefix(f"{engine}: "))
         except BackendError:
             return None

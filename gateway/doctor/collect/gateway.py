@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from backends import base
 from backends.transport import http
+from backends.transport.origin import Origin
 from gateway.doctor.collect.attempt import attempt
 from gateway.doctor.collect.processes import SocketTable, can_bind, resolve
 from gateway.doctor.observations import (
@@ -86,7 +87,7 @@ async def observe_port(
 async def _is_gateway(client: http.Client, host: str, number: int) -> bool:
     """Whether a twolane gateway answers at this address."""
     where = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not bound to
-    origin = http.Origin(where, number, tls=False)
+    origin = Origin(where, number, tls=False)
     try:
         answer = await client.request(
             origin, "GET", "/ready", {}, b"",
