@@ -41,7 +41,7 @@ class Sources:
 
     proc: Path = Path("/proc")
     sys: Path = Path("/sys")
-    ports: discovery.Ports = field(default_factory=lambda: discovery.USUAL)
+    ports: discovery.Ports = field(default_factory=lambda: discovery.USUAL_PORTS)
     docker: str = "docker"
 
 
