@@ -103,7 +103,7 @@ async def _until_settled(url: str, process: Supervised) -> None:
             if time.monotonic() > deadline:
                 raise BackendError(f"after {READY_S:g} s {waits}")
             await asyncio.sleep(0.2)
-    raise BackendError(process.last_words())
+    raise BackendError(process.exit_report())
 
 
 def gateway_arguments(args: argparse.Namespace) -> list[str]:
