@@ -10,7 +10,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 RUN := .venv/bin/python -m
 PYTEST := $(RUN) pytest
 
-.PHONY: serve test engines test-engines test-compose test-browser bench day switch compare calibrate agreement check docs clean
+.PHONY: serve load test test-oldest engines test-engines test-compose test-browser bench day switch compare calibrate agreement check docs clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -37,12 +37,25 @@ help:
 serve: .venv/serve
 	@$(RUN) gateway serve $(ARGS)
 
+# What `twolane compare`, `calibrate` and `locust` need beyond that.
+.venv/load: pyproject.toml uv.lock | $(filter .cache/uv/bin/uv,$(UV))
+	$(UV) sync --frozen --inexact --no-dev --extra embedded --extra load
+	@touch $@ .venv/serve
+
+load: .venv/load
+	@echo "ready: .venv/bin/twolane compare --help, .venv/bin/locust -f loadtests/concurrency.py"
+
 test: .venv/dev tests/clients/node_modules/.package-lock.json
 	$(PYTEST) tests --ignore tests/engines --ignore tests/compose --ignore tests/browser $(ARGS)
 
 # The openai package for Node is tested for real where Node is there.
 tests/clients/node_modules/.package-lock.json: tests/clients/package-lock.json
 	@if command -v npm >/dev/null; then npm ci --prefix tests/clients --no-audit --no-fund --silent; else echo "no npm: the tests of openai for Node are skipped"; fi
+
+# The oldest FastAPI that pyproject.toml allows; the lock has the newest.
+test-oldest: .venv/dev
+	$(UV) run --isolated --frozen --extra embedded --with fastapi==0.120.0 \
+	  python -m pytest tests/http tests/test_app.py $(ARGS)
 
 engines: .venv/dev
 	PATH="$(CURDIR)/.cache/uv/bin:$$PATH" $(RUN) tests.engines.rig install

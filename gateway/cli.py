@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gateway.compare.arguments import add_commands as add_compare
-from gateway.doctor import add_command as add_doctor
+from gateway.doctor.arguments import add_command as add_doctor
 from gateway.errors import UsageError
 from gateway.plan.command import add_command as add_plan
-from gateway.simulate.command import add_command as add_simulate
+from gateway.simulate.arguments import add_command as add_simulate
 
 EXAMPLES = """\
 examples:
@@ -36,6 +36,8 @@ examples:
       which engine is faster here, and from how many concurrent requests on
   twolane calibrate --config twolane.yaml
       the same, measured for the gateway to decide by
+  twolane init box
+      a folder to start from: compose.yaml, Dockerfile, settings
 
 `twolane COMMAND --help` explains a command. Each setting is also an environment variable:
 TWOLANE_PORT=9000, TWOLANE_LIMITS__MAX_WAIT_S=30.
@@ -79,6 +81,15 @@ example:
 """
 
 
+INIT = """\
+examples:
+  twolane init box
+      then follow what it prints: edit box/.env, start with `docker compose`
+  twolane init box --wheel dist/twolane-0.1.0-py3-none-any.whl
+      with this wheel in the image, not the one that this twolane was installed from
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 where a command cannot work with what it was given."""
     args = _parser().parse_args(arguments)
@@ -114,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_doctor(commands)
     add_compare(commands, _pair)
+    _add_init(commands)
     return parser
 
 
@@ -123,7 +135,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         from gateway import installation  # noqa: PLC0415
 
-        parser.exit(message=f"twolane {installation.version()}\n")
+        print(f"twolane {installation.version()}")  # noqa: T201 - a command's way to speak
+        parser.exit()
 
 
 def _add_command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:
@@ -206,6 +219,29 @@ def _add_release(commands: Any) -> None:
     parser.set_defaults(run=_release)
 
 
+def _add_init(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "init",
+        help="write a folder to start from: compose.yaml, Dockerfile, settings",
+        description="Write a folder with all that `docker compose up` needs: compose.yaml, the "
+        "files it mounts, .env, a Dockerfile and the wheel that it installs. An example of "
+        "twolane.yaml is beside them.",
+        epilog=INIT,
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=Path(), metavar="FOLDER", help="(this folder)"
+    )
+    parser.add_argument(
+        "--wheel", type=Path, metavar="FILE",
+        help="the wheel of twolane to install in the image (the one that is installed here)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite files that are there; keys are kept"
+    )
+    parser.set_defaults(run=_init)
+
+
 def _add_address(parser: argparse.ArgumentParser) -> None:
     """Where a running gateway is, and the key to it."""
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway (%(default)s)")
@@ -263,3 +299,9 @@ def _release(args: argparse.Namespace) -> None:
     from gateway.operate import release  # noqa: PLC0415
 
     release(args)
+
+
+def _init(args: argparse.Namespace) -> None:
+    from gateway.init import init  # noqa: PLC0415
+
+    init(args)

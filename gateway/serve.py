@@ -145,5 +145,5 @@ Try it:
 Open WebUI: OPENAI_API_BASE_URL={url}/v1 OPENAI_API_KEY={"YOUR_KEY" if keyed else "none"}
 API docs:   {url}/docs
 Status:     {installation.program()} status --watch{at}
-Metrics:    {gateway.scraped.url if gateway.scraped else f"{url}{metrics_page.PATH}"}
+Metrics:    {gateway.metrics_server.url if gateway.metrics_server else f"{url}{metrics_page.PATH}"}
 """

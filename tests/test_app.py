@@ -104,7 +104,7 @@ async def test_an_engine_that_is_down_at_the_start_is_used_when_it_comes(
         async with start_gateway(engines={"vllm": {"urls": [vllm.url]}}, models=models) as running:
             before = await running.http.get("/ready")
             await vllm.up()
-            await running.until(lambda gateway: gateway.ready()["ready"])
+            await running.until(lambda gateway: gateway.ready().ready)
 
             assert before.status_code == 503
             assert before.json()["waiting_for"] == {"m": {"vllm": "cannot be reached"}}
@@ -114,7 +114,7 @@ async def test_an_engine_that_is_down_at_the_start_is_used_when_it_comes(
 async def test_without_any_engine_the_embedded_one_answers(start_gateway: StartGateway) -> None:
     async with start_gateway() as running:
         assert await ask(running, model="smollm2", max_tokens=4) == "llamacpp"
-        embedded = running.gateway._embedded
+        embedded = running.gateway.engines.embedded
         assert embedded is not None
         pid = embedded.pid
         assert pid is not None
@@ -162,12 +162,12 @@ async def test_models_that_come_and_go_are_served_and_not() -> None:
         read = settings.load(None, {"port": 0, "log": "off"}, {})
         async with Gateway(read, {"ollama": (first.port,)}) as gateway:
             before = list(gateway.catalogue.models)
-            gateway._urls["ollama"] = (second.url,)  # as if other models had been pulled
-            await gateway._relist()
+            gateway.engines.urls["ollama"] = (second.url,)  # as if other models had been pulled
+            await gateway.listing.relist()
             after = list(gateway.catalogue.models)
 
             second.down()
-            await gateway._relist()
+            await gateway.listing.relist()
             down = list(gateway.catalogue.models)
 
     assert (before, after, down) == (["a:1b"], ["b:1b"], ["b:1b"])
@@ -220,7 +220,7 @@ async def test_an_engine_of_ones_own_command_runs_as_long_as_the_gateway(
         engines={"ollama": engine}, models={"chat": {"lanes": {"ollama": {"model": "m"}}}}
     ) as running:
         await running.until(
-            lambda gateway: gateway.ready()["ready"] and not gateway.ready()["waiting_for"], 20
+            lambda gateway: gateway.ready().ready and not gateway.ready().waiting_for, 20
         )
         lane = await ask(running, model="chat")
 
@@ -289,7 +289,7 @@ async def test_an_engine_that_is_not_the_one_that_was_measured_is_told_and_logge
             await running.until(lambda gateway: gateway.catalogue.models["m"].changed)
             before = (await running.status("m"))["profile"]["warnings"]
             vllm.down()
-            await running.until(lambda gateway: not gateway.ready()["ready"], 10)
+            await running.until(lambda gateway: not gateway.ready().ready, 10)
             vllm.version = "0.33.0"
             await vllm.up()
             await running.until(

@@ -98,7 +98,7 @@ def test_what_may_be_changed_arrives(text: str, tmp_path: Path) -> None:
 
 def test_published_to_others_it_wants_a_key(text: str, tmp_path: Path) -> None:
     own, keys = {"api_keys_file": tmp_path / "keys"}, tmp_path / "keys"
-    keys.write_text((ROOT / "secrets" / "api_keys").read_text())
+    keys.write_text((ROOT / "secrets" / "api_keys.example").read_text())
     here = settings_of(text, tmp_path).model_copy(update=own)
     everywhere = settings_of(text, tmp_path, GATEWAY_BIND="0.0.0.0").model_copy(update=own)  # noqa: S104
 
@@ -124,11 +124,17 @@ def test_every_image_is_pinned(file: dict[str, Any]) -> None:
         assert re.search(r":v?\d+\.\d+\.\d+", image), image
 
 
-def test_the_secrets_of_the_repository_are_empty() -> None:
-    for name in ("api_keys", "hf_token"):
-        tracked = ["git", "show", f"HEAD:secrets/{name}"]
-        held = subprocess.run(tracked, cwd=ROOT, capture_output=True, text=True, check=False).stdout
-        assert [line for line in held.splitlines() if line and line[0] != "#"] == []
+def test_the_repository_tracks_examples_of_keys_only_and_ignores_keys() -> None:
+    listed = ["git", "ls-files", "secrets"]
+    tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ignored = ["git", "check-ignore", "secrets/api_keys", "secrets/hf_token"]
+    seen = subprocess.run(ignored, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+
+    assert tracked.split() == ["secrets/api_keys.example", "secrets/hf_token.example"]
+    for name in tracked.split():
+        lines = (ROOT / name).read_text().splitlines()
+        assert [line for line in lines if line and line[0] != "#"] == []
+    assert seen.split() == ["secrets/api_keys", "secrets/hf_token"]
 
 
 # deploy/await-room.sh: vLLM starts when the cards have room

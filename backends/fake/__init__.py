@@ -5,8 +5,7 @@ event loop; demos and load tests as a program, `python -m backends.fake --help`.
 """
 
 from backends.fake.engine import FakeEngine
-from backends.fake.gpu import GIB, FakeGpu, NoRoom
-from backends.fake.kinds import Name
+from backends.fake.gpu import GIB, FakeGpu, OutOfMemory
 from backends.fake.script import (
     DONE,
     Answer,
@@ -40,8 +39,7 @@ __all__ = [
     "FakeGpu",
     "Head",
     "Kill",
-    "Name",
-    "NoRoom",
+    "OutOfMemory",
     "Pause",
     "Received",
     "Repeat",

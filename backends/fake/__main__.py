@@ -10,14 +10,14 @@ import sys
 from contextlib import AsyncExitStack
 
 from backends.fake.control import Control
-from backends.fake.engine import KINDS, FakeEngine
+from backends.fake.engine import BEHAVIOURS, FakeEngine
 
 
 def arguments() -> argparse.ArgumentParser:
     """What can be set on the command line."""
     parser = argparse.ArgumentParser(prog="python -m backends.fake", description=__doc__)
     add = parser.add_argument
-    add("--kind", choices=[*KINDS], required=True)
+    add("--kind", choices=[*BEHAVIOURS], required=True)
     add("--port", type=int, default=0, help="0: any free one, told on stdout")
     add("--control-port", type=int, help="to watch and script it; none without this")
     add("--model", action="append", help="one it chats with; may be repeated (m)")
@@ -54,12 +54,12 @@ async def serve(options: argparse.Namespace) -> None:
         tools=options.tools,
         dev_mode=options.dev_mode,
         sleep_s=options.sleep,
-        wake_s=options.wake,
+        wake_s=options.sleep if options.wake is None else options.wake,
         load_s=options.load,
         unload_s=options.unload,
         loading=options.loading > 0,
         remember=100,
-        port=options.port,
+        own_port=options.port,
     )
     async with AsyncExitStack() as opened:
         await opened.enter_async_context(engine)

@@ -23,7 +23,7 @@ from typing import Any, Self
 import msgspec
 
 from backends.fake.engine import FakeEngine
-from backends.fake.gpu import NoRoom
+from backends.fake.gpu import OutOfMemory
 from backends.fake.script import (
     Answer,
     Close,
@@ -135,7 +135,7 @@ class Control:
             case "POST", "/up":
                 try:
                     await self._engine.up()
-                except NoRoom as exc:
+                except OutOfMemory as exc:
                     code, body = 409, {"error": str(exc)}
             case _:
                 code, body = 404, {"error": "no such thing to control"}

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 GIB = 1024**3
 
 
-class NoRoom(Exception):
+class OutOfMemory(Exception):
     """So many bytes are not free."""
 
 
 @dataclass(slots=True, eq=False)
-class Taken:
+class Allocation:
     """Bytes that one process has until it gives them back."""
 
     pid: int
@@ -37,7 +37,7 @@ class FakeGpu:
         #: The most there was in use at any time.
         self.peak = 0
         self._total = total
-        self._taken: set[Taken] = set()
+        self._taken: set[Allocation] = set()
         self._pids = itertools.count(1001)
 
     def __repr__(self) -> str:
@@ -67,19 +67,19 @@ class FakeGpu:
         """A process of its own."""
         return next(self._pids)
 
-    def take(self, pid: int, size: int) -> Taken:
-        """Have so many bytes; raises `NoRoom`."""
+    def allocate(self, pid: int, size: int) -> Allocation:
+        """Have so many bytes; raises `OutOfMemory`."""
         if size > self.free():
-            raise NoRoom(f"{size / GIB:.1f} GiB wanted: {self!r}")
-        taken = Taken(pid, size)
+            raise OutOfMemory(f"{size / GIB:.1f} GiB wanted: {self!r}")
+        taken = Allocation(pid, size)
         self._taken.add(taken)
         self.peak = max(self.peak, self._total - self.free())
         return taken
 
-    def give(self, taken: Taken) -> None:
+    def release(self, taken: Allocation) -> None:
         """Give them back; again does no harm."""
         self._taken.discard(taken)
 
-    def ended(self, pid: int) -> None:
+    def process_ended(self, pid: int) -> None:
         """Give back all that a process had."""
         self._taken = {taken for taken in self._taken if taken.pid != pid}

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from backends.fake.kinds import CHAT, EMBEDDINGS, Job, Json, Kind, Refusal, Told, text, vectors
+from backends.fake.behaviour import (
+    CHAT,
+    EMBEDDINGS,
+    Behaviour,
+    Job,
+    Json,
+    PlainAnswer,
+    Refusal,
+    text,
+    vectors,
+)
 from backends.fake.script import DONE, event, usage
 from backends.fake.wire import Received
 
-VERSION = "b0-unknown"
+LLAMACPP_VERSION = "b0-unknown"
 TOOLS_TEMPLATE = "{% if tools %}{{ tools }}{% endif %}"
 
 
-class LlamaCpp(Kind):
+class FakeLlamaCpp(Behaviour):
     """Has one model for its life and answers for it under any name."""
 
     name = "llamacpp"
@@ -34,30 +44,34 @@ class LlamaCpp(Kind):
         self, status: int, message: str, kind: str = "", param: str | None = None
     ) -> Refusal:
         kind = kind or "invalid_request_error"
-        return Refusal(Told({"error": {"code": status, "message": message, "type": kind}}, status))
+        return Refusal(
+            PlainAnswer({"error": {"code": status, "message": message, "type": kind}}, status)
+        )
 
     # Besides generating
 
-    async def control(self, request: Received) -> Told:
-        self._loaded()
+    async def control(self, request: Received) -> PlainAnswer:
+        self._refuse_while_loading()
         match request.method, request.path:
             case "GET", "/health" | "/v1/health":
-                return Told({"status": "ok"})
+                return PlainAnswer({"status": "ok"})
             case "GET", "/v1/models" | "/models":
-                return Told({"models": [], "object": "list", "data": [self._listed()]})
+                return PlainAnswer({"models": [], "object": "list", "data": [self._listed()]})
             case "GET", "/props":
-                return Told(self._props())
+                return PlainAnswer(self._props())
             case "GET", "/slots":
-                busy = self.engine.running
-                slots = range(self.engine.slots)
-                context = self.engine.context
-                return Told([{"id": i, "n_ctx": context, "is_processing": i < busy} for i in slots])
+                busy = self.process.running
+                slots = range(self.process.slots)
+                context = self.process.context
+                return PlainAnswer(
+                    [{"id": i, "n_ctx": context, "is_processing": i < busy} for i in slots]
+                )
             case "GET", "/metrics":
-                return Told(self._metrics(), type="text/plain; version=0.0.4")
+                return PlainAnswer(self._metrics(), type="text/plain; version=0.0.4")
         raise self.refuse(404, "File Not Found", "not_found_error")
 
-    def _loaded(self) -> None:
-        if self.engine.loading:
+    def _refuse_while_loading(self) -> None:
+        if self.process.loading:
             raise self.refuse(503, "Loading model", "unavailable_error")
 
     def _listed(self) -> Json:
@@ -65,8 +79,8 @@ class LlamaCpp(Kind):
         meta = {
             "vocab_type": 2,
             "n_vocab": 49152,
-            "n_ctx": self.engine.context,
-            "n_ctx_train": self.engine.context,
+            "n_ctx": self.process.context,
+            "n_ctx_train": self.process.context,
             "n_embd": 576,
             "n_params": 134515008,
             "size": 96576768,
@@ -82,22 +96,22 @@ class LlamaCpp(Kind):
 
     def _props(self) -> Json:
         return {
-            "default_generation_settings": {"n_ctx": self.engine.context},
-            "total_slots": self.engine.slots,
-            "build_info": self.engine.version or VERSION,
+            "default_generation_settings": {"n_ctx": self.process.context},
+            "total_slots": self.process.slots,
+            "build_info": self.process.version or LLAMACPP_VERSION,
             "model_ftype": "Q4_1",
             "model_path": f"/models/{self.names()[0]}.gguf",
             "model_alias": self.names()[0],
             "modalities": {"vision": False, "video": False, "audio": False},
-            "chat_template": TOOLS_TEMPLATE if self.engine.tools else "{{ messages }}",
-            "chat_template_caps": {"supports_tools": self.engine.tools},
+            "chat_template": TOOLS_TEMPLATE if self.process.tools else "{{ messages }}",
+            "chat_template_caps": {"supports_tools": self.process.tools},
             "is_sleeping": False,
         }
 
     def _metrics(self) -> str:
         gauges = {
-            "requests_processing": self.engine.running,
-            "requests_deferred": self.engine.waiting,
+            "requests_processing": self.process.running,
+            "requests_deferred": self.process.waiting,
         }
         lines = (
             f"# HELP llamacpp:{name} Number of requests.\n# TYPE llamacpp:{name} gauge\n"
@@ -109,7 +123,7 @@ class LlamaCpp(Kind):
     # Generating
 
     def job(self, request: Received) -> Job:
-        self._loaded()
+        self._refuse_while_loading()
         body = request.body
         if not isinstance(body, dict):
             message = "[json.exception.parse_error.101] parse error at line 1, column 1"
@@ -134,7 +148,7 @@ class LlamaCpp(Kind):
         return job
 
     def _embedding(self, request: Received, body: Json) -> Job:
-        if not self.engine.embedding:
+        if not self.process.embedding:
             message = "This server does not support embeddings. Start it with `--embeddings`"
             raise self.refuse(501, message, "not_supported_error")
         if "input" not in body:
@@ -142,15 +156,15 @@ class LlamaCpp(Kind):
         return self.new_job(request, body)
 
     def _check_length(self, job: Job) -> None:
-        if job.prompt_tokens < self.engine.context:
+        if job.prompt_tokens < self.process.context:
             return
         size = f"request ({job.prompt_tokens} tokens) exceeds the available context size"
-        message = f"{size} ({self.engine.context} tokens), try increasing it"
+        message = f"{size} ({self.process.context} tokens), try increasing it"
         refusal = self.refuse(400, message, "exceed_context_size_error")
-        assert isinstance(refusal.told.body, dict)  # noqa: S101 - for the type checker
-        refusal.told.body["error"] |= {
+        assert isinstance(refusal.answer.body, dict)  # noqa: S101 - for the type checker
+        refusal.answer.body["error"] |= {
             "n_prompt_tokens": job.prompt_tokens,
-            "n_ctx": self.engine.context,
+            "n_ctx": self.process.context,
         }
         raise refusal
 
@@ -177,7 +191,7 @@ class LlamaCpp(Kind):
         if job.path == EMBEDDINGS:
             counts = {"prompt_tokens": job.prompt_tokens, "total_tokens": job.prompt_tokens}
             made: Json = {"model": job.model, "object": "list", "usage": counts}
-            return Told(made | {"data": vectors(job)}).encoded
+            return PlainAnswer(made | {"data": vectors(job)}).encoded
         said: Json = {"text": job.text, "logprobs": None}
         if job.path == CHAT:
             said = {"message": {"role": "assistant", "content": job.text}}
@@ -185,7 +199,7 @@ class LlamaCpp(Kind):
             {**said, "index": index, "finish_reason": job.finish} for index in range(job.choices)
         ]
         made = self._frame(job, "chat.completion" if job.path == CHAT else "text_completion")
-        return Told(made | {"choices": choices, "usage": self._counts(job)}).encoded
+        return PlainAnswer(made | {"choices": choices, "usage": self._counts(job)}).encoded
 
     def _chunk(self, job: Job, index: int, delta: Json, finish: str | None = None) -> Json:
         what, said = "text_completion", {"text": delta.get("content", ""), "logprobs": None}

@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from urllib.parse import urlsplit
 
-from backends.fake.kinds import (
+from backends.fake.behaviour import (
     CHAT,
     EMBEDDINGS,
+    Behaviour,
     Job,
     Json,
-    Kind,
+    PlainAnswer,
     Refusal,
-    Told,
     text,
     vectors,
 )
 from backends.fake.script import DONE, event, usage
 from backends.fake.wire import Received
 
-VERSION = "0.24.0"
+OLLAMA_VERSION = "0.24.0"
 DETAILS = {
     "parent_model": "",
     "format": "gguf",
@@ -40,7 +40,7 @@ GO_TYPES = {
 }
 
 
-class Ollama(Kind):
+class FakeOllama(Behaviour):
     """Loads models when they are asked for. Its names have a tag, `latest` if none is given."""
 
     name = "ollama"
@@ -52,57 +52,61 @@ class Ollama(Kind):
         named = {400: "invalid_request_error", 404: "not_found_error"}
         kind = kind or named.get(status, "api_error")
         error = {"message": message, "type": kind, "param": param, "code": None}
-        return Refusal(Told({"error": error}, status))
+        return Refusal(PlainAnswer({"error": error}, status))
 
     def admit(self, request: Received) -> None:
         # Its guard against DNS rebinding: a name that may be anybody's is not let in.
         host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
         own = host in ("", "localhost") or host.endswith((".localhost", ".local", ".internal"))
         if not own and not host.replace(".", "").isdecimal() and ":" not in host:
-            raise Refusal(Told(b"", 403))
+            raise Refusal(PlainAnswer(b"", 403))
 
-    def deed(self, request: Received) -> str:
+    def operation(self, request: Received) -> str:
         if request.path != "/api/generate" or not isinstance(request.body, dict):
             return ""
         return "unload" if request.body.get("keep_alive") in (0, "0", "0s") else "load"
 
     # Besides generating
 
-    async def control(self, request: Received) -> Told:  # noqa: PLR0911 - a table
+    async def control(self, request: Received) -> PlainAnswer:  # noqa: PLR0911 - a table
         match request.method, request.path:
             case "GET" | "HEAD", "/":
-                return Told("Ollama is running", type="text/plain; charset=utf-8")
+                return PlainAnswer("Ollama is running", type="text/plain; charset=utf-8")
             case "GET", "/api/version":
-                return Told({"version": self.engine.version or VERSION})
+                return PlainAnswer({"version": self.process.version or OLLAMA_VERSION})
             case "GET", "/api/tags":
-                return Told({"models": [self._tag(name) for name in self.names()]})
+                return PlainAnswer({"models": [self._tag(name) for name in self.names()]})
             case "GET", "/api/ps":
-                return Told({"models": [self._loaded(name) for name in self.engine.memory]})
+                return PlainAnswer(
+                    {"models": [self._running(name) for name in self.process.memory]}
+                )
             case "POST", "/api/show":
-                return Told(self._shown(self._known(self._asked(request))))
+                return PlainAnswer(self._details(self._checked(self._model_of(request))))
             case "POST", "/api/generate":
-                return await self._keep(request)
+                return await self._load_or_unload(request)
             case "GET", "/v1/models":
-                return Told({"object": "list", "data": [self._listed(n) for n in self.names()]})
+                return PlainAnswer(
+                    {"object": "list", "data": [self._listed(n) for n in self.names()]}
+                )
             case "GET", path if path.startswith("/v1/models/"):
                 model = path.removeprefix("/v1/models/")
-                if _full(model) not in self.names():
+                if full_name(model) not in self.names():
                     raise self.refuse(404, f"model '{model}' not found")
-                return Told(self._listed(model))
-        raise Refusal(Told("404 page not found", 404, "text/plain"))
+                return PlainAnswer(self._listed(model))
+        raise Refusal(PlainAnswer("404 page not found", 404, "text/plain"))
 
-    async def _keep(self, request: Received) -> Told:
+    async def _load_or_unload(self, request: Received) -> PlainAnswer:
         """Load a model or let it go, which is what a generate without a prompt does."""
-        model = self._known(self._asked(request))
-        reason = self.deed(request)
+        model = self._checked(self._model_of(request))
+        reason = self.operation(request)
         if reason == "unload":
-            self.engine.unload(model)
+            self.process.unload(model)
         else:
-            await self.engine.load(model)
-        return Told(
+            await self.process.load(model)
+        return PlainAnswer(
             {
                 "model": request.body["model"],
-                "created_at": _moment(0),
+                "created_at": _timestamp(0),
                 "response": "",
                 "done": True,
                 "done_reason": reason,
@@ -110,58 +114,60 @@ class Ollama(Kind):
         )
 
     def names(self) -> list[str]:
-        return [_full(name) for name in super().names()]
+        return [full_name(name) for name in super().names()]
 
-    def _asked(self, request: Received) -> str:
+    def _model_of(self, request: Received) -> str:
         body = request.body
         if not isinstance(body, dict):
-            raise Refusal(Told({"error": "missing request body"}, 400))
+            raise Refusal(PlainAnswer({"error": "missing request body"}, 400))
         model = body.get("model") or body.get("name")
         if not isinstance(model, str):
-            raise Refusal(Told({"error": "model is required"}, 400))
+            raise Refusal(PlainAnswer({"error": "model is required"}, 400))
         return model
 
-    def _known(self, model: str) -> str:
-        if _full(model) not in self.names():
-            raise Refusal(Told({"error": f"model '{model}' not found"}, 404))
-        return _full(model)
+    def _checked(self, model: str) -> str:
+        if full_name(model) not in self.names():
+            raise Refusal(PlainAnswer({"error": f"model '{model}' not found"}, 404))
+        return full_name(model)
 
     def _tag(self, name: str) -> Json:
         return {
             "name": name,
             "model": name,
-            "modified_at": _moment(0),
-            "size": self.engine.size,
+            "modified_at": _timestamp(0),
+            "size": self.process.size,
             "digest": "0" * 64,
             "details": DETAILS,
         }
 
-    def _loaded(self, name: str) -> Json:
+    def _running(self, name: str) -> Json:
         return {
             "name": name,
             "model": name,
-            "size": self.engine.size,
+            "size": self.process.size,
             "digest": "0" * 64,
             "details": DETAILS,
-            "expires_at": _moment(300),
-            "size_vram": self.engine.memory[name],
-            "context_length": self.engine.context,
+            "expires_at": _timestamp(300),
+            "size_vram": self.process.memory[name],
+            "context_length": self.process.context,
         }
 
-    def _shown(self, name: str) -> Json:
-        embeds = name in [_full(other) for other in self.engine.embedding]
-        can = ["embedding"] if embeds else ["completion", *(["tools"] if self.engine.tools else [])]
+    def _details(self, name: str) -> Json:
+        embeds = name in [full_name(other) for other in self.process.embedding]
+        can = (
+            ["embedding"] if embeds else ["completion", *(["tools"] if self.process.tools else [])]
+        )
         return {
             "modelfile": f"FROM {name}\n",
-            "parameters": f"num_ctx                        {self.engine.context}",
+            "parameters": f"num_ctx                        {self.process.context}",
             "template": "{{ .Prompt }}",
             "details": DETAILS,
             "model_info": {
                 "general.architecture": "llama",
-                "llama.context_length": self.engine.context,
+                "llama.context_length": self.process.context,
             },
             "capabilities": can,
-            "modified_at": _moment(0),
+            "modified_at": _timestamp(0),
         }
 
     def _listed(self, name: str) -> Json:
@@ -191,21 +197,21 @@ class Ollama(Kind):
         model = body.get("model") or ""
         if not model:
             raise self.refuse(400, "model is required")
-        if _full(str(model)) not in self.names():
+        if full_name(str(model)) not in self.names():
             raise self.refuse(404, f"model '{model}' not found")
-        if body.get("tools") and not self.engine.tools:
-            name = f"registry.ollama.ai/library/{_full(model)}"
+        if body.get("tools") and not self.process.tools:
+            name = f"registry.ollama.ai/library/{full_name(model)}"
             raise self.refuse(400, f"{name} does not support tools")
         # Never read: max_completion_tokens, n, ignore_eos, and all else it does not know.
         known = {key: value for key, value in body.items() if key != "ignore_eos"}
         limit = body.get("max_tokens")
         job = self.new_job(request, known, limit if limit and limit > 0 else None)
         # A prompt too long is cut, without a word.
-        job.prompt_tokens = min(job.prompt_tokens, self.engine.context)
+        job.prompt_tokens = min(job.prompt_tokens, self.process.context)
         return job
 
-    async def ready(self, job: Job) -> None:
-        await self.engine.load(_full(job.model))
+    async def prepare(self, job: Job) -> None:
+        await self.process.load(full_name(job.model))
 
     def token(self, job: Job, index: int) -> Iterator[bytes]:
         yield event(self._chunk(job, text(index), None))
@@ -220,14 +226,14 @@ class Ollama(Kind):
         if job.path == EMBEDDINGS:
             counts = {"prompt_tokens": job.prompt_tokens, "total_tokens": job.prompt_tokens}
             made = {"object": "list", "data": vectors(job), "model": job.model, "usage": counts}
-            return Told(made).encoded + b"\n"
+            return PlainAnswer(made).encoded + b"\n"
         choice: Json = {"index": 0, "finish_reason": job.finish}
         if job.path == CHAT:
             choice["message"] = {"role": "assistant", "content": job.text}
         else:
             choice["text"] = job.text
         made = self._frame(job, "chat.completion" if job.path == CHAT else "text_completion")
-        return Told(made | {"choices": [choice], "usage": job.counts}).encoded + b"\n"
+        return PlainAnswer(made | {"choices": [choice], "usage": job.counts}).encoded + b"\n"
 
     def _chunk(self, job: Job, content: str, finish: str | None) -> Json:
         if job.path == CHAT:
@@ -250,10 +256,10 @@ class Ollama(Kind):
         }
 
 
-def _full(model: str) -> str:
+def full_name(model: str) -> str:
     """A model's name with its tag."""
     return model if not model or ":" in model.rpartition("/")[2] else f"{model}:latest"
 
 
-def _moment(in_s: float) -> str:
+def _timestamp(in_s: float) -> str:
     return (datetime.now(UTC) + timedelta(seconds=in_s)).isoformat().replace("+00:00", "Z")

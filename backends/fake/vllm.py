@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-from backends.fake.kinds import (
+from backends.fake.behaviour import (
     CHAT,
     COMPLETIONS,
     EMBEDDINGS,
+    Behaviour,
     Job,
     Json,
-    Kind,
+    PlainAnswer,
     Refusal,
-    Told,
     text,
     vectors,
 )
 from backends.fake.script import DONE, event
 from backends.fake.wire import Received
 
-VERSION = "0.32.0"
+VLLM_VERSION = "0.32.0"
 PHRASES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}
 
 
-class VLLM(Kind):
+class FakeVLLM(Behaviour):
     """Has one model for its life, and can sleep where dev mode is on."""
 
     name = "vllm"
@@ -40,52 +40,54 @@ class VLLM(Kind):
     ) -> Refusal:
         kind = kind or PHRASES.get(status, "BadRequestError")
         error = {"message": message, "type": kind, "param": param, "code": status}
-        return Refusal(Told({"error": error}, status))
+        return Refusal(PlainAnswer({"error": error}, status))
 
     # Besides generating
 
-    async def control(self, request: Received) -> Told:
-        if self.engine.dev_mode and (told := await self._dev(request)):
+    async def control(self, request: Received) -> PlainAnswer:
+        if self.process.dev_mode and (told := await self._dev(request)):
             return told
         match request.method, request.path:
             case "GET", "/health" | "/ping":
-                return Told(b"")
+                return PlainAnswer(b"")
             case "GET", "/version":
-                return Told({"version": self.engine.version or VERSION})
+                return PlainAnswer({"version": self.process.version or VLLM_VERSION})
             case "GET", "/openapi.json":
-                return Told(self._openapi())
+                return PlainAnswer(self._openapi())
             case "GET", "/metrics":
-                return Told(self._metrics(), type="text/plain; version=0.0.4; charset=utf-8")
+                return PlainAnswer(self._metrics(), type="text/plain; version=0.0.4; charset=utf-8")
             case "GET", "/v1/models":
                 listed = [self._listed(name) for name in self.names()]
-                return Told({"object": "list", "data": listed})
+                return PlainAnswer({"object": "list", "data": listed})
         if request.path in ("/health", "/version", "/v1/models", *self._paths()):
-            raise Refusal(Told({"detail": "Method Not Allowed"}, 405))
-        raise Refusal(Told({"detail": "Not Found"}, 404))
+            raise Refusal(PlainAnswer({"detail": "Method Not Allowed"}, 405))
+        raise Refusal(PlainAnswer({"detail": "Not Found"}, 404))
 
-    async def _dev(self, request: Received) -> Told | None:
+    async def _dev(self, request: Received) -> PlainAnswer | None:
         match request.method, request.path:
             case "POST", "/sleep":
                 # Unless told to wait, it breaks off what runs.
-                await self.engine.fall_asleep(abort=request.query.get("mode", "abort") == "abort")
-                return Told({"status": "sleeping", "level": int(request.query.get("level", 1))})
+                await self.process.fall_asleep(abort=request.query.get("mode", "abort") == "abort")
+                return PlainAnswer(
+                    {"status": "sleeping", "level": int(request.query.get("level", 1))}
+                )
             case "POST", "/wake_up":
-                await self.engine.wake()
-                return Told({"status": "awake", "tags": None})
+                await self.process.wake()
+                return PlainAnswer({"status": "awake", "tags": None})
             case "GET", "/is_sleeping":
                 # It says so as soon as it is told to, whatever still runs.
-                return Told({"is_sleeping": self.engine.paused or self.engine.asleep})
+                return PlainAnswer({"is_sleeping": self.process.paused or self.process.asleep})
         return None
 
     def _paths(self) -> list[str]:
         """What it serves, which follows from its model."""
-        chats = [CHAT, COMPLETIONS] if self.engine.models else []
-        return [*chats, EMBEDDINGS] if self.engine.embedding else chats
+        chats = [CHAT, COMPLETIONS] if self.process.models else []
+        return [*chats, EMBEDDINGS] if self.process.embedding else chats
 
     def _openapi(self) -> Json:
         posts = self._paths()
         gets = ["/health", "/version", "/v1/models", "/metrics"]
-        if self.engine.dev_mode:
+        if self.process.dev_mode:
             posts += ["/sleep", "/wake_up"]
             gets += ["/is_sleeping"]
         paths: Json = {path: {"post": {}} for path in posts}
@@ -95,10 +97,10 @@ class VLLM(Kind):
 
     def _metrics(self) -> str:
         labels = f'{{engine="0",model_name="{self.names()[0]}"}}'
-        used, asleep = self.engine.running / self.engine.slots, self.engine.asleep
+        used, asleep = self.process.running / self.process.slots, self.process.asleep
         gauges: dict[str, float] = {
-            "num_requests_running": self.engine.running,
-            "num_requests_waiting": self.engine.waiting,
+            "num_requests_running": self.process.running,
+            "num_requests_waiting": self.process.waiting,
             "kv_cache_usage_perc": used,
         }
         lines = (
@@ -117,7 +119,7 @@ class VLLM(Kind):
             "owned_by": "vllm",
             "root": name,
             "parent": None,
-            "max_model_len": self.engine.context,
+            "max_model_len": self.process.context,
             "permission": [],
         }
 
@@ -125,7 +127,7 @@ class VLLM(Kind):
 
     def job(self, request: Received) -> Job:
         if request.path not in self._paths():
-            raise Refusal(Told({"detail": "Not Found"}, 404))
+            raise Refusal(PlainAnswer({"detail": "Not Found"}, 404))
         body = self._valid(request)
         model = body.get("model") or self.names()[0]
         if model not in self.names():
@@ -172,14 +174,14 @@ class VLLM(Kind):
         tools, choice = body.get("tools"), body.get("tool_choice", "auto")
         if tools == []:
             raise self.refuse(400, "`tools` must not be an empty array.", param="tools")
-        if tools and choice == "auto" and not self.engine.tools:
+        if tools and choice == "auto" and not self.process.tools:
             flags = "--enable-auto-tool-choice and --tool-call-parser"
             raise self.refuse(400, f'"auto" tool choice requires {flags} to be set')
-        if tools and choice == "required" and not self.engine.tools:
+        if tools and choice == "required" and not self.process.tools:
             raise self.refuse(400, 'tool_choice="required" requires --tool-call-parser to be set')
 
     def _check_lengths(self, job: Job, limit: int | None) -> None:
-        context, prompt = self.engine.context, job.prompt_tokens
+        context, prompt = self.process.context, job.prompt_tokens
         if limit is not None and limit < 1:
             message = f"max_tokens must be at least 1, got {limit}."
             raise self.refuse(400, message, param="max_tokens")
@@ -216,14 +218,14 @@ class VLLM(Kind):
         if job.path == EMBEDDINGS:
             counts = {**job.counts, "completion_tokens": 0, "total_tokens": job.prompt_tokens}
             made = self._frame(job, "list") | {"data": vectors(job), "usage": counts}
-            return Told(made).encoded
+            return PlainAnswer(made).encoded
         said: Json = {"text": job.text}
         if job.path == CHAT:
             said = {"message": {"role": "assistant", "content": job.text, "reasoning": None}}
         end = {"logprobs": None, "finish_reason": job.finish, "stop_reason": None}
         choices = [{"index": index, **said, **end} for index in range(job.choices)]
         made = self._frame(job, "chat.completion" if job.path == CHAT else "text_completion")
-        return Told(made | {"choices": choices, "usage": job.counts}).encoded
+        return PlainAnswer(made | {"choices": choices, "usage": job.counts}).encoded
 
     def _chunk(self, job: Job, choice: int, delta: Json, finish: str | None = None) -> Json:
         said = {"delta": delta} if job.path == CHAT else {"text": delta.get("content", "")}

@@ -73,6 +73,8 @@ class Supervised:
         self.log = log
         #: Whether it is to run: it was started, and has not been stopped since.
         self.wanted = False
+        #: Whether a start has failed, or it has ended without being stopped.
+        self.failed = False
         #: Called when it has ended, told to or not.
         self.on_end: Callable[[], None] = lambda: None
         #: The base URL it told; empty before, and if it tells none.
@@ -116,6 +118,13 @@ class Supervised:
         """
         if self.wanted and self.running:
             return
+        try:
+            await self._start(deadline_s)
+        except StartFailed:
+            self.failed = True
+            raise
+
+    async def _start(self, deadline_s: float | None) -> None:
         await self._ended.wait()
         await self._spawn()
         try:
@@ -233,6 +242,7 @@ class Supervised:
         while await child.stdout.read(4096):
             pass  # both keepers hold it until nothing is left
         await child.wait()
+        self.failed = self.failed or self.wanted
         self._ended.set()
         self.on_end()
 

@@ -1,9 +1,5 @@
-"""What will fail, before it fails: this machine, its cards and its engines, looked over.
+"""`twolane doctor`: what fails, and what will, on this machine, its cards and its engines.
 
-`look` looks and says nothing, `seen` is what it saw, `judge` says what that means and looks at
-nothing, `command` is `twolane doctor`. Nothing is changed, loaded or generated.
+`collect` observes and judges nothing, `observations` is what it returns, `checks` judge it and look
+at nothing, `command` shows their findings. Nothing is changed, loaded or generated.
 """
-
-from gateway.doctor.command import add_command
-
-__all__ = ["add_command"]

@@ -9,16 +9,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import msgspec
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gateway.doctor.judge import Finding, Level, examine
-from gateway.doctor.look import look
+from gateway.doctor.checks.check import Finding, Level
+from gateway.doctor.checks.table import run_checks
+from gateway.doctor.collect.collector import look
 
 #: Of the JSON. Names and levels do not change within one; checks may be added.
 VERSION = 1
@@ -29,65 +28,14 @@ STYLES = {
     Level.UNKNOWN: "magenta",
     Level.NOTE: "cyan",
     Level.OK: "green",
-    Level.NONE: "dim",
+    Level.NOT_APPLICABLE: "dim",
 }
 
-GUIDE = """\
-examples:
-  twolane doctor                           this machine, and the engines that are found on it
-  twolane doctor --config twolane.yaml     the same for what the settings want
-  twolane doctor --json | jq '.findings[] | select(.level == "problem")'
-  twolane doctor --config twolane.yaml && twolane serve --config twolane.yaml
 
-It looks and asks; nothing is changed, loaded or generated. Engines are best looked at while
-they run, by a user who may see their processes (root, for those of other users).
-
-levels:
-  problem          it fails, or will
-  warning          it may fail, or somebody else may use it
-  unknown          nobody could tell; it says why
-  note             worth knowing
-  ok               as it should be
-  not applicable   there is nothing here that it is about
-
-exit code:
-  0   no problem (there may be warnings)
-  1   at least one problem
-  2   the command line was not understood
-
---json:
-  {"version": 1, "at": "2026-11-23T09:00:00+00:00", "problems": 0, "findings": [
-    {"check": "port", "about": "", "level": "ok", "saw": "...", "why": "...", "do": "..."}]}
-  `check` and `level` stay as they are. `about` is the card, engine or model, empty where there
-  is one. Every check is there once at least. `do` is empty where there is nothing to do.
-"""
-
-
-def add_command(commands: Any) -> None:
-    """Add `doctor` to the commands of `twolane`.
-
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-    """
-    parser = commands.add_parser(
-        "doctor",
-        help="look for what will fail, and say what to do",
-        description="Look over this machine, its cards, the engines and the gateway's settings, "
-        "and say of each thing what was seen, why it matters and what to do.",
-        epilog=GUIDE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE",
-        help="the gateway's settings, YAML (without: engines are looked for as `serve` does)",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="as JSON, see below")
-    parser.set_defaults(run=_doctor)
-
-
-def _doctor(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Run the command and exit with its exit code."""
     seen = asyncio.run(look(args.config))
-    findings = examine(seen)
+    findings = run_checks(seen)
     if args.json:
         sys.stdout.write(as_json(findings, seen.at) + "\n")
     else:
@@ -123,7 +71,7 @@ def drawn(findings: Sequence[Finding]) -> Group:
         *_together([one for one in findings if one.level is Level.UNKNOWN], "unknown"),
         *_each([one for one in findings if one.level is Level.NOTE]),
         *_each([one for one in findings if one.level is Level.OK]),
-        *_together([one for one in findings if one.level is Level.NONE], "n/a"),
+        *_together([one for one in findings if one.level is Level.NOT_APPLICABLE], "n/a"),
     )
 
 
@@ -166,7 +114,7 @@ def _together(findings: Sequence[Finding], word: str) -> Iterator[RenderableType
     """Findings that say nothing, by the reason why."""
     reasons: dict[str, list[str]] = {}
     for one in findings:
-        about = f"{one.about}: " if one.about and one.level is not Level.NONE else ""
+        about = f"{one.about}: " if one.about and one.level is not Level.NOT_APPLICABLE else ""
         reasons.setdefault(f"{about}{one.saw} {one.do}".rstrip(), []).append(one.check)
     table = Table.grid(padding=(0, 2, 0, 0))
     for reason, checks in reasons.items():

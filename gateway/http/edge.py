@@ -36,7 +36,7 @@ ADMIN = ("/admin", "/models/")
 OPEN = frozenset(("/", "/health", "/ready", "/docs", "/openapi.json"))
 
 
-class Log(Protocol):
+class ExchangeLog(Protocol):
     """Takes note of every exchange that is over."""
 
     def write(self, exchange: Exchange) -> None: ...
@@ -66,7 +66,7 @@ class Edge:
         pages: Callable[..., Any],
         keys: Keys,
         admins: Keys,
-        logs: Sequence[Log],
+        logs: Sequence[ExchangeLog],
         *,
         max_body: int,
     ) -> None:

@@ -71,7 +71,7 @@ def _is_near(host: str) -> bool:
     return plain or name == socket.gethostname().lower()
 
 
-class Scraped(uvicorn.Server):
+class MetricsServer(uvicorn.Server):
     """Serves `/metrics` alone, beside the gateway and as long as it.
 
     Args:
@@ -95,7 +95,7 @@ class Scraped(uvicorn.Server):
         self._serving: asyncio.Task[None] | None = None
         app = Starlette(
             routes=[Route(PATH, _for_neighbours(page(exposition)), methods=["GET"])],
-            exception_handlers={GatewayError: _told},
+            exception_handlers={GatewayError: _error_response},
         )
         super().__init__(
             uvicorn.Config(
@@ -126,6 +126,6 @@ class Scraped(uvicorn.Server):
             await self._serving
 
 
-async def _told(_: Request, error: Exception) -> Response:
+async def _error_response(_: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)  # noqa: S101 - it is called for no other
     return Response(error.envelope(), error.status, media_type="application/json")

@@ -7,10 +7,11 @@ has answered before a request comes this far.
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
+import msgspec
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -22,6 +23,7 @@ from backends import calls
 from backends.kinds import KINDS
 from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
 from gateway.http import metrics_page as scrape
+from gateway.observe.status import GatewayStatus, ReadyReport
 from gateway.serving.admission import Residence
 from gateway.serving.catalogue import Catalogue, Model
 from gateway.serving.loading import Loader
@@ -42,6 +44,14 @@ Name a lane with `model@vllm` or the header `X-Gateway-Lane` to choose it yourse
 Endpoint: TypeAlias = Callable[..., Awaitable[Response]]
 #: Of pages that are no JSON.
 RESPONSES: dict[str, type[Response]] = {scrape.PATH: PlainTextResponse}
+#: What pages answer with, for the documentation; checked when it is made, not when it is sent.
+ANSWERS: Mapping[str, type[msgspec.Struct]] = {
+    "/ready": ReadyReport,
+    "/status": GatewayStatus,
+    "/admin/pin": GatewayStatus,
+    "/admin/release": GatewayStatus,
+}
+SCHEMAS = "#/components/schemas/"
 
 
 class ChatBody(BaseModel):
@@ -111,7 +121,7 @@ class Pages:
     Args:
         catalogue: The models to list.
         loader: Loads and unloads them, and knows which are in memory.
-        ready: What each model waits for; `{"ready": bool, ...}`.
+        ready: Whether any model can be answered, and what the others wait for.
         status: The gateway's state as `/status` shows it.
         pin: Keep the work at a lane, or (None) leave it to the policy; raises GatewayError.
         release: Give the GPU's memory back until the next pin; raises GatewayError.
@@ -122,8 +132,8 @@ class Pages:
 
     catalogue: Catalogue
     loader: Loader
-    ready: Callable[[], dict[str, Any]]
-    status: Callable[[], dict[str, Any]]
+    ready: Callable[[], ReadyReport]
+    status: Callable[[], GatewayStatus]
     pin: Callable[[str | None], None]
     release: Callable[[], None]
     version: str
@@ -137,6 +147,36 @@ class Pages:
         await _application(self.version)({**scope, "state": state}, receive, send)
 
 
+class DocumentedApp(FastAPI):
+    """FastAPI with the schemas of `ANSWERS` in its document.
+
+    FastAPI itself would make a pydantic model of each, and validate every answer with it.
+    """
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        known = self.openapi_schema is not None
+        document = super().openapi()
+        if not known:
+            _, structs = msgspec.json.schema_components(
+                ANSWERS.values(), ref_template=f"{SCHEMAS}{{name}}"
+            )
+            document["components"]["schemas"] |= structs
+        return document
+
+
+def _documented_answer(path: str) -> dict[str, Any] | None:
+    """What OpenAPI says of a page's JSON, where it has a schema; 503 of `/ready` has it, too."""
+    if path not in ANSWERS:
+        return None
+    schema = {"$ref": f"{SCHEMAS}{ANSWERS[path].__name__}"}
+    content = {"content": {"application/json": {"schema": schema}}}
+    if path != "/ready":
+        return {"responses": {"200": content}}
+    unready = {"description": "No model can be answered yet.", **content}
+    return {"responses": {"200": content, "503": unready}}
+
+
 @functools.cache
 def _application(version: str) -> FastAPI:
     """FastAPI over the routes, which are the same for every gateway of a process.
@@ -147,7 +187,7 @@ def _application(version: str) -> FastAPI:
         "4XX": {"model": Envelope, "description": "The request is at fault, or came too often."},
         "5XX": {"model": Envelope, "description": "An engine failed, or none is there."},
     }
-    app = FastAPI(
+    app = DocumentedApp(
         title="twolane", description=DESCRIPTION, version=version, redoc_url=None,
         responses=failures, redirect_slashes=False,  # to the address that a Host header names
     )  # fmt: skip
@@ -155,6 +195,7 @@ def _application(version: str) -> FastAPI:
         app.add_api_route(
             path, endpoint, methods=[method], tags=[tag] if tag else None,
             include_in_schema=bool(tag), response_class=RESPONSES.get(path, JSONResponse),
+            openapi_extra=_documented_answer(path),
         )  # fmt: skip
     app.add_exception_handler(GatewayError, _gateway_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -229,17 +270,17 @@ async def health() -> JSONResponse:
     return JSONResponse({"status": "ok"})
 
 
-async def readiness(here: Here) -> JSONResponse:
+async def readiness(here: Here) -> Response:
     """200 when at least one model can be answered, else 503 and what it waits for."""
     report = here.ready()
-    if report["ready"]:
-        return JSONResponse(report)
-    return JSONResponse(report, 503, {"Retry-After": "5"})
+    if report.ready:
+        return _json(report)
+    return _json(report, 503, {"Retry-After": "5"})
 
 
-async def state(here: Here) -> JSONResponse:
+async def state(here: Here) -> Response:
     """Lanes, demand, queues, health and the last decisions."""
-    return JSONResponse(here.status())
+    return _json(here.status())
 
 
 async def metrics(request: Request, here: Here) -> Response:
@@ -247,16 +288,16 @@ async def metrics(request: Request, here: Here) -> Response:
     return await scrape.page(here.metrics)(request)
 
 
-async def pin(body: Pin, here: Here) -> JSONResponse:
+async def pin(body: Pin, here: Here) -> Response:
     """Keep the work (and in an exclusive placement the GPU) at one engine, or `auto`."""
     here.pin(None if body.lane == "auto" else body.lane)
-    return JSONResponse(here.status())
+    return _json(here.status())
 
 
-async def release(here: Here) -> JSONResponse:
+async def release(here: Here) -> Response:
     """Give the GPU's memory to others, a training job perhaps, until the next pin."""
     here.release()
-    return JSONResponse(here.status())
+    return _json(here.status())
 
 
 async def root() -> JSONResponse:
@@ -304,6 +345,10 @@ async def _invalid_request(_: Request, error: Exception) -> Response:
 def _answer(error: GatewayError) -> Response:
     headers = {name.decode(): value.decode() for name, value in error.headers()}
     return Response(error.envelope(), error.status, headers, media_type="application/json")
+
+
+def _json(body: msgspec.Struct, status: int = 200, headers: Mapping[str, str] = {}) -> Response:
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
 def _listed(model: Model, residence: Residence) -> dict[str, Any]:

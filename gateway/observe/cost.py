@@ -1,34 +1,35 @@
-"""What tokens cost: watts and seconds added up by lane, and set against prices.
+"""What tokens cost: energy and seconds added up by lane, and multiplied by prices.
 
 Pure arithmetic. All energy and every hour since the start count, idle ones too: the machine
-was there for whoever might have asked. While requests run, what passes is theirs, divided by
-how many run on each lane; while nobody asks it is idle, and the lanes share that by their
-busy time. So what the lanes have used is together what the machine has used.
+was there for whoever might have asked. While requests run, time and energy belong to their
+lanes, by the number of requests on each. While none runs the machine is idle, and the lanes
+share that by their busy time. So the shares of the lanes add up to the machine.
 
-Watts are measured or given, never reckoned. While nobody tells them neither energy nor the
-tokens of that time count for what is said of energy, so that a gap flatters nobody.
+Watts are measured or given, never estimated. While they are unknown, neither the energy nor
+the tokens of that time enter any figure of energy, so that a gap flatters no lane.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
+from gateway.observe.status import Account, Bill, CostStatement
 from gateway.settings import Prices
 
 JOULES_PER_KWH = 3.6e6
 SECONDS_PER_HOUR = 3600.0
 MILLION = 1e6
 
-#: Over a longer gap between two looks nobody knows what was drawn, seconds.
+#: Over a longer gap between two samples the energy is unknown, seconds.
 LONGEST_GAP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What was used, and the output tokens that came of it.
+    """Seconds and joules that were used, and the output tokens that came of it.
 
-    `metered` are those of them that came while the watts were known: the tokens of `joules`.
+    `metered` are those tokens that came while the watts were known: the tokens of `joules`.
     """
 
     seconds: float = 0.0
@@ -46,24 +47,12 @@ class Use:
 
     @property
     def tokens_per_joule(self) -> float | None:
-        """None: no watts were known, or no token came meanwhile."""
+        """Output tokens per joule; None where no watts were known, or no token came."""
         return self.metered / self.joules if self.joules and self.metered else None
 
 
-@dataclass(frozen=True, slots=True)
-class Bill:
-    """What a million output tokens cost, in the currency of the prices. None: not known.
-
-    `api` is what somebody else asks for as many.
-    """
-
-    electricity: float | None
-    rent: float | None
-    api: float | None
-
-
 def bill(use: Use, prices: Prices) -> Bill:
-    """What a million tokens of this use cost."""
+    """The cost of a million output tokens at this use."""
     electricity = rent = None
     if prices.per_kwh is not None and (per_joule := use.tokens_per_joule):
         electricity = MILLION / per_joule / JOULES_PER_KWH * prices.per_kwh
@@ -74,10 +63,12 @@ def bill(use: Use, prices: Prices) -> Bill:
 
 @dataclass(slots=True)
 class Meter:
-    """Adds up what the machine uses, from looks at it: who runs, and how many watts it draws.
+    """Adds up what the machine uses, from samples of running requests and watts.
 
-    `idle` is what passed while nobody ran, `busy` by lane what passed while somebody did.
-    `watts` are those of the last look.
+    Attributes:
+        watts: Power draw at the last sample; None: unknown.
+        idle: Used while no request ran.
+        busy: Used while requests ran, by lane.
     """
 
     watts: float | None = None
@@ -85,13 +76,13 @@ class Meter:
     busy: dict[str, Use] = field(default_factory=dict)
     _at: float | None = None
 
-    def looked(self, now: float, watts: float | None, running: Mapping[str, int]) -> None:
-        """At this moment so many requests run on each lane, and the machine draws this.
+    def sample(self, now: float, watts: float | None, running: Mapping[str, int]) -> None:
+        """Add what was used since the last sample.
 
         Args:
-            now: Seconds on a steady clock.
-            watts: None: nobody tells.
-            running: Requests by lane.
+            now: Seconds on a monotonic clock.
+            watts: Power draw of the machine; None: unknown.
+            running: Running requests by lane.
         """
         before, self.watts = self.watts, watts
         seconds = now - self._at if self._at is not None else 0.0
@@ -99,25 +90,25 @@ class Meter:
         joules = 0.0
         if watts is not None and before is not None and seconds <= LONGEST_GAP_S:
             joules = seconds * (before + watts) / 2
-        everybody = sum(running.values())
-        if not everybody:
+        total = sum(running.values())
+        if not total:
             self.idle += Use(seconds, joules)
-        for lane, here in running.items():
-            if here:
-                share = here / everybody
+        for lane, requests in running.items():
+            if requests:
+                share = requests / total
                 self.busy[lane] = self.busy.get(lane, Use()) + Use(seconds * share, joules * share)
 
-    def came(self, lane: str, tokens: int) -> None:
-        """An answer of a lane had so many tokens."""
+    def add_tokens(self, lane: str, tokens: int) -> None:
+        """Count the output tokens of an answer."""
         metered = tokens if self.watts is not None else 0
         self.busy[lane] = self.busy.get(lane, Use()) + Use(tokens=tokens, metered=metered)
 
-    def whole(self) -> Use:
+    def total(self) -> Use:
         """What the machine has used."""
         return sum(self.busy.values(), self.idle)
 
     def shares(self) -> dict[str, Use]:
-        """What each lane has used, with its share of the idle time: together the whole."""
+        """What each lane has used, with its share of the idle time; they add up to `total()`."""
         busy_s = sum(use.seconds for use in self.busy.values())
         if not busy_s:
             return dict(self.busy)
@@ -128,27 +119,23 @@ class Meter:
         }
 
 
-def statement(meter: Meter, prices: Prices) -> dict[str, object] | None:
-    """What was used and what it has cost, as JSON; None where nothing is known of that."""
-    whole = meter.whole()
+def statement(meter: Meter, prices: Prices) -> CostStatement | None:
+    """What was used and what it has cost; None where neither watts nor prices are known."""
+    total = meter.total()
     priced = (prices.per_kwh, prices.rent_per_hour, prices.api_per_million)
-    if not whole.joules and meter.watts is None and all(price is None for price in priced):
+    if not total.joules and meter.watts is None and all(price is None for price in priced):
         return None
-    return {
-        "currency": prices.currency,
-        "watts": meter.watts,
-        "watts_are": "given" if prices.watts else "measured",
-        "idle": _account(meter.idle, prices),
-        "whole": _account(whole, prices),
-        "lanes": {lane: _account(use, prices) for lane, use in meter.shares().items()},
-    }
+    return CostStatement(
+        currency=prices.currency,
+        watts=meter.watts,
+        watts_are="given" if prices.watts else "measured",
+        idle=_account(meter.idle, prices),
+        whole=_account(total, prices),
+        lanes={lane: _account(use, prices) for lane, use in meter.shares().items()},
+    )
 
 
-def _account(use: Use, prices: Prices) -> dict[str, object]:
-    return {
-        "seconds": use.seconds,
-        "joules": use.joules or None,
-        "tokens": use.tokens,
-        "tokens_per_joule": use.tokens_per_joule,
-        "per_million": asdict(bill(use, prices)),
-    }
+def _account(use: Use, prices: Prices) -> Account:
+    return Account(
+        use.seconds, use.joules or None, use.tokens, use.tokens_per_joule, bill(use, prices)
+    )

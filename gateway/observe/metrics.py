@@ -34,7 +34,8 @@ from backends import calls
 from gateway.errors import GatewayError
 from gateway.gpu.handover import Gpu, Passage, Step
 from gateway.gpu.memory import MemoryUnknown, Nvml, Reading, drawn
-from gateway.observe.cost import Bill, Meter, bill
+from gateway.observe.cost import Meter, bill
+from gateway.observe.status import Bill
 from gateway.relay.exchange import Exchange
 from gateway.routing.breaker import ReplicaState
 from gateway.routing.scheduler import Lane
@@ -279,7 +280,7 @@ class Metrics(Collector):
         if (usage := exchange.usage) is not None:
             self._prompt_tokens.labels(model, lane, background).inc(usage.prompt_tokens)
             self._generation_tokens.labels(model, lane, background).inc(usage.completion_tokens)
-            self.meter.came(lane, usage.completion_tokens)
+            self.meter.add_tokens(lane, usage.completion_tokens)
         if outcome == "ok" and not exchange.background and exchange.path != calls.EMBEDDINGS:
             self._time(exchange, model, lane)
 
@@ -320,17 +321,17 @@ class Metrics(Collector):
 
     async def _look(self) -> None:
         while True:
-            self.looked(time.monotonic())
+            self.sample(time.monotonic())
             await asyncio.sleep(self._timings.meter_interval_s)
 
-    def looked(self, now: float) -> None:
+    def sample(self, now: float) -> None:
         """At this moment, by the steady clock, somebody looks at what the machine uses."""
         running: dict[str, int] = {}
         for model in self._models.values():
             self._failures.labels(model.name)  # to be there before the first, as in `follow`
             for name, lane in model.admission.scheduler.lanes.items():
                 running[name] = running.get(name, 0) + lane.running
-        self.meter.looked(now, self._prices.watts or drawn(self._known(now)), running)
+        self.meter.sample(now, self._prices.watts or drawn(self._known(now)), running)
 
     def _known(self, now: float) -> Sequence[Reading]:
         """What the cards have said, as long as that is worth something."""
@@ -374,7 +375,7 @@ class Metrics(Collector):
         yield "twolane_power_watts", (), meter.watts
         for price in ("per_kwh", "rent_per_hour", "api_per_million"):
             yield "twolane_price", (price, prices.currency), getattr(prices, price)
-        for lane, use in {"all": meter.whole(), **meter.shares()}.items():
+        for lane, use in {"all": meter.total(), **meter.shares()}.items():
             yield "twolane_tokens_per_joule", (lane,), use.tokens_per_joule
             costs = bill(use, prices)
             for part in fields(Bill):

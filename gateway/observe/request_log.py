@@ -11,7 +11,7 @@ import msgspec
 from gateway.relay.exchange import Exchange
 
 
-class Log:
+class RequestLog:
     """Writes JSON lines; a log that cannot be written never stops an answer."""
 
     def __init__(self, out: TextIO | None = None) -> None:

@@ -1,9 +1,4 @@
-"""Demand replayed through the policy on a virtual clock, before it is tried on people.
+"""`twolane simulate`: replays a day of demand through the gateway's policy, on a virtual clock.
 
-`machine` serves, `traces` asks, `rivals` decide otherwise, `study` compares, `command` is
-`twolane simulate`. Nothing here waits, and nothing but files is read.
+README.md beside this says how to read its results, and lists the modules in reading order.
 """
-
-from gateway.simulate.command import add_command
-
-__all__ = ["add_command"]

@@ -1,256 +1,129 @@
-"""`twolane simulate`: what the policy would do, without an engine and in seconds."""
+"""Runs `twolane simulate`: from its arguments to tables, JSON and a picture."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from gateway.errors import UsageError
 from gateway.routing import profile
 from gateway.routing.profile import Profile, ProfileError
-from gateway.settings import SettingsError
-from gateway.simulate import study, traces
-from gateway.simulate.study import ALWAYS, CLAIRVOYANT, OURS, Case, Record
-
-#: What answers "what if we were N people": a day, and the ways N people may be there.
-ONE_SIZE = ("constant", "office", "bursts", "flash-crowd")
-HANDOVERS_S = (5.0, 12.0, 25.0, 60.0)
-HOURS = 8.0
-
-EXAMPLES = """\
-examples:
-  twolane simulate --people 12 --handover-s 12
-      what would happen here with 12 people, if a hand-over takes 12 seconds
-  twolane simulate --people 12 --profile profiles/chat.json
-      the same on this machine, by the profile that was measured on it
-  twolane simulate --trace office-double --profile all --json -
-      a working day of twice the team on every built-in profile, for a program to read
-  twolane simulate --trace people.csv
-      a day of your own: lines of SECONDS,PEOPLE, each until the next, the last one ends it
-  twolane serve 2> gateway.log; twolane simulate --trace gateway.log
-      the requests that really came, as they came
-  twolane simulate
-      every trace on every built-in profile at four hand-over times: minutes
-
-how to read it:
-  A hand-over makes everybody wait, and pays only if the other engine stays the faster one
-  for long enough afterwards, which nobody can know. So a policy is held against the better
-  single engine in hindsight (ratio 1.00: as good as having known which of the two to
-  install; below: better than either), and against the best plan found by somebody who knew
-  who would come when (clairvoyant: by dynamic programming in slices of 10 s, or a single
-  engine where no plan was better; nobody can reach it). Against that one no policy has a
-  bound: a move costs as much as the demand that it delays.
-
-"""
+from gateway.simulate import profiles, trace_file
+from gateway.simulate.arguments import TRACES_OF_ONE_TEAM
+from gateway.simulate.choices import OURS, PROFILES, TRACES
+from gateway.simulate.comparison import Case, SimulationRecord, compare_all
+from gateway.simulate.plot import check_plot, draw
+from gateway.simulate.traces import Trace
 
 
-def add_command(commands: Any) -> None:
-    """Add `simulate` to the commands of `twolane`.
+def run(args: argparse.Namespace) -> None:
+    """Run the command.
 
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
+    Raises:
+        UsageError: A trace, a profile or an output file cannot be used.
     """
-    parser = commands.add_parser(
-        "simulate",
-        help="replay a day of demand and see what the policy would do",
-        description="Replay demand through the gateway's own policy and others, on a virtual "
-        "clock, for models of which only one engine fits on the GPU: nothing is started and "
-        "nothing is asked. People ask, read, think and ask again; both engines serve as a "
-        "profile says; a hand-over lets running answers end and then makes everybody wait.",
-        epilog=EXAMPLES + _choices(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--trace", nargs="+", metavar="NAME|FILE",
-        help="who is there when, see below (all; with --people: " + ", ".join(ONE_SIZE) + ")",
-    )  # fmt: skip
-    parser.add_argument(
-        "--profile", nargs="+", metavar="NAME|FILE",
-        help="seconds a request by lane and demand, see below; all: each built-in one (all; "
-        "with --people or --trace: measured)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--handover-s", type=_numbers, default=HANDOVERS_S, metavar="S,S",
-        help="seconds from the last answer of one engine to the first of the other (5,12,25,60)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--people",
-        nargs="+",
-        type=_people,
-        metavar="N",
-        help="size of the team (so many as "
-        "both engines serve equally well; 12 where one is always better)",
-    )
-    parser.add_argument(
-        "--hours", type=_positive, default=HOURS, metavar="H",
-        help=f"how long a built-in trace is; a working day is stretched to it ({HOURS:g})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--think-s", type=_positive, metavar="S",
-        help="mean seconds between an answer and the next question (8 times what the faster "
-        "lane takes for one alone)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--policy", nargs="+", choices=study.POLICIES, default=study.POLICIES, metavar="POLICY",
-        help=f"which to compare: {', '.join(study.POLICIES)} (all)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=1, help="of the dice; same seed, same day (1)")
-    parser.add_argument(
-        "--jobs", type=_people, default=os.cpu_count() or 1, metavar="N",
-        help="processes to use (as many as there are processors)",
-    )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE|-", help="write every result here, as a list")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.svg", help="draw the results; .svg, .png or .pdf"
-    )
-    parser.set_defaults(run=_simulate)
-
-
-def _choices() -> str:
-    lines = ["traces (of a team of N, see --people):"]
-    lines += [f"  {name:<14} {what}" for name, (_, what) in traces.BUILT_IN.items()]
-    lines += ["", "profiles:"]
-    lines += [f"  {name:<14} {what}" for name, (_, what) in study.PROFILES.items()]
-    lines += [
-        "",
-        "policies:",
-        "  ours           the gateway's: moves when staying has lost what a move costs",
-        "  always         each engine by itself",
-        "  crossover      the faster engine at this demand, at once",
-        "  high-low       more than 8 go to vLLM, fewer than 3 come back, 30 s dwell",
-        "  clairvoyant    knows who will come when",
-    ]
-    return "\n".join(lines)
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 < number < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above zero")
-    return number
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(_positive(part) for part in text.split(","))
-
-
-def _people(text: str) -> int:
-    number = _positive(text)
-    if number != int(number) or number > traces.MOST:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {traces.MOST}")
-    return int(number)
-
-
-# What it does
-
-
-def _simulate(args: argparse.Namespace) -> None:
     if args.plot is not None:
-        _can_draw(args.plot)
+        check_plot(args.plot)
     cases = _cases(args)
-    records: list[Record] = []
+    records: list[SimulationRecord] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("simulating", total=len(cases))
-        for found in study.study(cases, args.jobs):
-            records += found
+        for of_case in compare_all(cases, args.jobs):
+            records += of_case
             progress.advance(task)
     order = {(case.label, _name(case.trace), case.people): n for n, case in enumerate(cases)}
-    records.sort(key=lambda one: (order[one.profile, one.trace, one.people], one.handover_s))
-    console = Console(stderr=args.json == "-")  # what a program reads is that alone
+    records.sort(key=lambda r: (order[r.profile, r.trace, r.people], r.handover_s))
+    console = Console(stderr=args.json == "-")  # stdout has the JSON and nothing else
     for table in _tables(records):
         console.print(table)
     if args.json is not None:
         _write(args.json, records)
     if args.plot is not None:
-        _draw(args.plot, records)
+        draw(args.plot, records)
+
+
+# From arguments to cases
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    wanted = args.trace or (ONE_SIZE if args.people else ("all",))
-    names = [one for name in wanted for one in (traces.BUILT_IN if name == "all" else (name,))]
-    found = [name if name in traces.BUILT_IN else _read(name) for name in dict.fromkeys(names)]
-    usual = ("measured",) if args.people or args.trace else ("all",)
-    known = [pair for name in args.profile or usual for pair in _profiles(name)]
+    wanted = args.trace or (TRACES_OF_ONE_TEAM if args.people else ("all",))
+    names = [of for name in wanted for of in (TRACES if name == "all" else (name,))]
+    traces = [name if name in TRACES else _read(name) for name in dict.fromkeys(names)]
+    default = ("measured",) if args.people or args.trace else ("all",)
+    labelled = [pair for name in args.profile or default for pair in _profiles(name)]
     return [
         Case(
-            trace=trace, label=label, profile=by, lanes=study.lanes_of(by),
-            think_s=args.think_s or study.think_s(by),
+            trace=trace, label=label, profile=by, lanes=profiles.lanes_of(by),
+            think_s=args.think_s or profiles.think_s(by),
             people=people if isinstance(trace, str) else trace.people,
             hours=args.hours, seed=args.seed, handovers_s=args.handover_s,
             policies=tuple(args.policy),
         )
-        for label, by in known
-        for trace in found
+        for label, by in labelled
+        for trace in traces
         for people in dict.fromkeys(_teams(args, by) if isinstance(trace, str) else (0,))
     ]  # fmt: skip
 
 
 def _teams(args: argparse.Namespace, by: Profile) -> Sequence[int]:
-    return args.people or (study.team(by, args.think_s or study.think_s(by)),)
+    think_s = args.think_s or profiles.think_s(by)
+    return args.people or (profiles.balanced_team(by, think_s),)
 
 
-def _read(name: str) -> traces.Trace:
+def _read(name: str) -> Trace:
     path = Path(name)
     if not path.exists():
-        raise SettingsError(
-            f"--trace {name}: neither a file nor one of {', '.join(traces.BUILT_IN)}, all"
-        )
-    return traces.read(path)
+        raise UsageError(f"--trace {name}: neither a file nor one of {', '.join(TRACES)}, all")
+    return trace_file.read(path)
 
 
 def _profiles(name: str) -> list[tuple[str, Profile]]:
     if name == "all":
-        return [(label, by) for label, (by, _) in study.PROFILES.items()]
-    if name in study.PROFILES:
-        return [(name, study.PROFILES[name][0])]
+        return list(profiles.BUILT_IN.items())
+    if name in profiles.BUILT_IN:
+        return [(name, profiles.BUILT_IN[name])]
     path = Path(name)
     if not path.exists():
-        raise SettingsError(
-            f"--profile {name}: neither a file nor one of {', '.join(study.PROFILES)}, all"
-        )
+        raise UsageError(f"--profile {name}: neither a file nor one of {', '.join(PROFILES)}, all")
     try:
         by = profile.load(path)
     except ProfileError as exc:
-        raise SettingsError(str(exc)) from exc
-    if len(study.lanes_of(by)) < 2:
-        raise SettingsError(
-            f"--profile {name}: it takes two lanes to choose between, and it has "
-            f"{', '.join(by.lanes) or 'none'}"
+        raise UsageError(str(exc)) from exc
+    if len(profiles.lanes_of(by)) < 2:
+        raise UsageError(
+            f"--profile {name}: a simulation needs a profile of two lanes, and this one has "
+            f"{', '.join(by.lanes) or 'none'}. Measure both: `twolane calibrate`."
         )
     return [(path.stem, by)]
 
 
-def _name(trace: str | traces.Trace) -> str:
+def _name(trace: str | Trace) -> str:
     return trace if isinstance(trace, str) else trace.name
 
 
-# What it shows
+# From records to text
 
 
-def _tables(records: Sequence[Record]) -> list[Table]:
-    """One table a profile: a line a trace and hand-over time, a column a policy."""
-    by_profile: dict[str, list[Record]] = defaultdict(list)
+def _tables(records: Sequence[SimulationRecord]) -> list[Table]:
+    """One table per profile: a line per trace and hand-over time, a column per policy."""
+    by_profile: dict[str, list[SimulationRecord]] = defaultdict(list)
     for record in records:
         by_profile[record.profile].append(record)
-    return [_table(label, found) for label, found in by_profile.items()]
+    return [_table(label, of_profile) for label, of_profile in by_profile.items()]
 
 
-def _table(label: str, records: Sequence[Record]) -> Table:
+def _table(label: str, records: Sequence[SimulationRecord]) -> Table:
     policies = list(dict.fromkeys(record.policy for record in records))
     table = Table(
-        title=f"{label}: mean seconds a request (against the better single lane); p95 of ours",
+        title=f"{label}: mean seconds per request (ratio to the better single engine)",
         title_justify="left",
         pad_edge=False,
     )
@@ -260,9 +133,9 @@ def _table(label: str, records: Sequence[Record]) -> Table:
     for policy in policies:
         table.add_column(policy, justify="right")
     if OURS in policies:
-        table.add_column("our p95", justify="right")
+        table.add_column("p95 s of ours", justify="right")
         table.add_column("moves/h", justify="right")
-    rows: dict[tuple[str, int, float], dict[str, Record]] = defaultdict(dict)
+    rows: dict[tuple[str, int, float], dict[str, SimulationRecord]] = defaultdict(dict)
     for record in records:
         rows[record.trace, record.people, record.handover_s][record.policy] = record
     for (trace, people, handover_s), row in rows.items():
@@ -273,71 +146,18 @@ def _table(label: str, records: Sequence[Record]) -> Table:
     return table
 
 
-def _cell(record: Record) -> str:
+def _cell(record: SimulationRecord) -> str:
     ratio = f"{record.ratio_fixed:.2f}"
     style = "red" if record.ratio_fixed > 1.12 else "green" if record.ratio_fixed < 0.98 else "dim"
     return f"{record.mean_s:.2f} [{style}]{ratio}[/]"
 
 
-def _write(where: str, records: Sequence[Record]) -> None:
-    said = msgspec.json.format(msgspec.json.encode(records), indent=1)
+def _write(where: str, records: Sequence[SimulationRecord]) -> None:
+    text = msgspec.json.format(msgspec.json.encode(records), indent=1)
     if where == "-":
-        sys.stdout.write(said.decode() + "\n")
+        sys.stdout.write(text.decode() + "\n")
         return
     try:
-        Path(where).write_bytes(said + b"\n")
+        Path(where).write_bytes(text + b"\n")
     except OSError as exc:
-        raise SettingsError(f"--json {where}: {exc.strerror}") from exc
-
-
-# What it draws
-
-
-def _can_draw(path: Path) -> None:
-    """Say what is missing before the minutes of work, not after."""
-    if path.suffix not in (".svg", ".png", ".pdf"):
-        raise SettingsError(f"--plot {path}: write a name that ends in .svg, .png or .pdf")
-    try:
-        import matplotlib as mpl  # noqa: PLC0415 - only who draws needs it
-    except ImportError as exc:
-        raise SettingsError(
-            "--plot needs matplotlib, which comes with the extra `load`: "
-            "pip install 'twolane[load]'"
-        ) from exc
-    mpl.use("agg")
-
-
-def _draw(path: Path, records: Sequence[Record]) -> None:
-    """A panel a profile: for each trace, every policy against the better single lane."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - see `_can_draw`
-
-    labels = list(dict.fromkeys(record.profile for record in records))
-    names = list(dict.fromkeys(f"{record.trace} ({record.people})" for record in records))
-    policies = [
-        policy
-        for policy in dict.fromkeys(record.policy for record in records)
-        if not policy.startswith(ALWAYS)
-    ]
-    figure = Figure(figsize=(4 + 4 * len(labels), 2 + 0.35 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
-    marks = {OURS: ("o", "tab:blue"), CLAIRVOYANT: ("|", "tab:green")}
-    for panel, label in zip(panels, labels, strict=True):
-        for policy in policies:
-            found = [one for one in records if one.profile == label and one.policy == policy]
-            mark, colour = marks.get(policy, ("x", "tab:orange" if "-" in policy else "tab:red"))
-            panel.scatter(
-                [one.ratio_fixed for one in found],
-                [names.index(f"{one.trace} ({one.people})") for one in found],
-                marker=mark, color=colour, label=policy, alpha=0.7,
-            )  # fmt: skip
-        panel.axvline(1.0, color="black", linewidth=0.8)
-        panel.set_xscale("log")
-        panel.set_title(label)
-        panel.set_xlabel("mean seconds, against the better single lane")
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
-    panels[-1].legend()
-    try:
-        figure.savefig(path)
-    except OSError as exc:
-        raise SettingsError(f"--plot {path}: {exc.strerror}") from exc
+        raise UsageError(f"--json {where}: {exc.strerror}") from exc

@@ -1,4 +1,4 @@
-"""What somebody would have done who knew who would come when."""
+"""The best schedule of hand-overs for a day that is known in advance."""
 
 from __future__ import annotations
 
@@ -7,89 +7,111 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from gateway.simulate.machine import Machine, Outcome
+from gateway.simulate.profiles import seconds_on
+from gateway.simulate.simulator import Machine, SimulationResult
 from gateway.simulate.traces import Trace
 
-#: What a move costs while nobody is there, request-seconds: else it would be made for nothing.
-FOR_NOTHING = 0.01
+#: What a hand-over costs without any demand, request-seconds: else the plan would make them
+#: without a gain.
+IDLE_MOVE_COST = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """The least that was spent up to here, and by which way."""
+class _Path:
+    """The cheapest way to hold the GPU with `lane` at the end of a slice.
 
-    spent: float
+    Attributes:
+        cost: Request-seconds since the beginning.
+        lane: Who holds the GPU.
+        since: When the hand-over to `lane` began.
+        previous: The path before that hand-over.
+    """
+
+    cost: float
     lane: str
-    moved_at: float
-    before: _Way | None
+    since: float
+    previous: _Path | None
 
 
-def plan(
+def best_schedule(
     machine: Machine,
     trace: Trace,
-    fixed: Mapping[str, Outcome],
+    fixed: Mapping[str, SimulationResult],
     think_s: float,
     slice_s: float,
     caution: float = 1.0,
 ) -> list[tuple[float, str]]:
-    """The best lanes by time for who knows who comes when.
+    """The schedule with the least request-seconds, found by dynamic programming over slices.
 
-    Found by dynamic programming over slices of time. What a slice costs on a lane is what
-    so many people make of it; what a hand-over costs is what waits through it and until that
-    has been worked off, as many times as `caution` says. In a closed loop the least
-    request-seconds are the least mean seconds as well.
+    A slice costs what its mean load on that lane costs. A hand-over costs the waiting during it
+    and until the backlog is worked off, multiplied by `caution`. In a closed loop the least
+    request-seconds are also the least mean seconds per request.
+
+    Args:
+        machine: What is simulated.
+        trace: The demand, known in advance.
+        fixed: By lane, the result of that lane holding the GPU all day.
+        think_s: Mean seconds between an answer and the next question.
+        slice_s: Length of a slice, seconds.
+        caution: Factor on the cost of a hand-over.
 
     Returns:
-        From when on which lane, the first from the beginning.
+        Seconds from the beginning, and the lane from then on; the first entry is the start.
     """
     load: dict[str, list[float]] = {}
-    for lane, outcome in fixed.items():
-        seconds = partial(_seconds, machine, lane)
-        load[lane] = trace.load(seconds, think_s, slice_s, outcome)
+    for lane, result in fixed.items():
+        seconds = partial(seconds_on, machine.profile, lane)
+        load[lane] = trace.mean_load(seconds, think_s, slice_s, result)
     slices = min(map(len, load.values()))
-    best: list[dict[str, _Way]] = [{} for _ in range(slices + 1)]
-    best[0] = {lane: _Way(0.0, lane, 0.0, None) for lane in load}
+    best: list[dict[str, _Path]] = [{} for _ in range(slices + 1)]
+    best[0] = {lane: _Path(0.0, lane, 0.0, None) for lane in load}
 
-    def offer(at: int, way: _Way) -> None:
-        known = best[min(at, slices)].get(way.lane)
-        if known is None or way.spent < known.spent:
-            best[min(at, slices)][way.lane] = way
+    def offer(number: int, path: _Path) -> None:
+        known = best[min(number, slices)].get(path.lane)
+        if known is None or path.cost < known.cost:
+            best[min(number, slices)][path.lane] = path
 
-    for at in range(slices):
-        began_s = at * slice_s
-        for lane, way in list(best[at].items()):
-            there = load[lane][at]
-            offer(at + 1, _Way(way.spent + there * slice_s, lane, way.moved_at, way.before))
-            takes_s = _drain_s(machine, lane, there) + machine.hand_over_s
+    for number in range(slices):
+        start_s = number * slice_s
+        for lane, path in list(best[number].items()):
+            present = load[lane][number]
+            stay = path.cost + present * slice_s
+            offer(number + 1, _Path(stay, lane, path.since, path.previous))
+            takes_s = _drain_s(machine, lane, present) + machine.hand_over_s
             pieces = max(1, math.ceil(takes_s / slice_s))
             piece_s = takes_s / pieces
-            waits = piece_s * math.fsum(
-                trace.waiting(began_s, began_s + (number + 0.5) * piece_s, there, think_s)
-                for number in range(pieces)
+            waiting = piece_s * math.fsum(
+                trace.backlog(start_s, start_s + (piece + 0.5) * piece_s, present, think_s)
+                for piece in range(pieces)
             )
-            left = trace.waiting(began_s, began_s + takes_s, there, think_s)
+            backlog = trace.backlog(start_s, start_s + takes_s, present, think_s)
             for other in load:
                 if other == lane:
                     continue
-                usual = load[other][min(at + pieces, slices - 1)]
-                after = max(0.0, left - usual) * _seconds(machine, other, left) / 2
-                # The hand-over ends within a slice; the rest of that is as usual.
+                usual = load[other][min(number + pieces, slices - 1)]
+                seconds_each = _seconds(machine, other, backlog)
+                catching_up = max(0.0, backlog - usual) * seconds_each / 2
+                # The hand-over ends within a slice; the rest of that slice has the usual load.
                 rest = max(0.0, pieces * slice_s - takes_s) * usual
-                cost = caution * (waits + after) + rest + FOR_NOTHING
-                offer(at + pieces, _Way(way.spent + cost, other, began_s, way))
-    last: _Way | None = min(best[slices].values(), key=lambda way: way.spent)
-    found: list[tuple[float, str]] = []
+                cost = caution * (waiting + catching_up) + rest + IDLE_MOVE_COST
+                offer(number + pieces, _Path(path.cost + cost, other, start_s, path))
+    return _moves(min(best[slices].values(), key=lambda path: path.cost))
+
+
+def _moves(path: _Path) -> list[tuple[float, str]]:
+    moves: list[tuple[float, str]] = []
+    last: _Path | None = path
     while last is not None:
-        found.append((last.moved_at, last.lane))
-        last = last.before
-    return found[::-1]
+        moves.append((last.since, last.lane))
+        last = last.previous
+    return moves[::-1]
 
 
-def _seconds(machine: Machine, lane: str, there: float) -> float:
-    return machine.profile.seconds(lane, max(1.0, there)) or math.inf
+def _seconds(machine: Machine, lane: str, present: float) -> float:
+    return seconds_on(machine.profile, lane, max(1.0, present))
 
 
-def _drain_s(machine: Machine, lane: str, there: float) -> float:
-    """Seconds until what runs has ended, one after the other."""
-    running = min(round(there), machine.slots[lane])
+def _drain_s(machine: Machine, lane: str, present: float) -> float:
+    """Seconds until the running requests have ended, one after the other."""
+    running = min(round(present), machine.slots[lane])
     return math.fsum(_seconds(machine, lane, left) / left for left in range(1, running + 1))

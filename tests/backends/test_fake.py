@@ -26,7 +26,6 @@ from backends.fake import (
     FakeEngine,
     Head,
     Kill,
-    Name,
     Pause,
     Repeat,
     Reset,
@@ -44,7 +43,7 @@ from backends.fake.control import Control, read_answer
 from tests.support.plain_http import async_client
 
 CHAT = "/v1/chat/completions"
-KINDS: list[Name] = ["ollama", "vllm", "llamacpp"]
+KINDS: list[str] = ["ollama", "vllm", "llamacpp"]
 HELLO = [{"role": "user", "content": "Hello there"}]
 
 
@@ -120,7 +119,7 @@ def text_of(events: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_chat_comes_whole(kind: Name) -> None:
+async def test_chat_comes_whole(kind: str) -> None:
     async with FakeEngine(kind) as engine, client_of(engine) as client:
         said = (await client.post(CHAT, json=body())).json()
 
@@ -130,7 +129,7 @@ async def test_chat_comes_whole(kind: Name) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_chat_comes_as_a_stream(kind: Name) -> None:
+async def test_chat_comes_as_a_stream(kind: str) -> None:
     async with FakeEngine(kind) as engine, client_of(engine) as client:
         answer = await client.post(
             CHAT, json=body(stream=True, max_tokens=2, stream_options={"include_usage": True})
@@ -145,7 +144,7 @@ async def test_chat_comes_as_a_stream(kind: Name) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_usage_is_streamed_only_if_asked_for(kind: Name) -> None:
+async def test_usage_is_streamed_only_if_asked_for(kind: str) -> None:
     async with FakeEngine(kind) as engine, client_of(engine) as client:
         answer = await client.post(CHAT, json=body(stream=True))
 
@@ -153,7 +152,7 @@ async def test_usage_is_streamed_only_if_asked_for(kind: Name) -> None:
 
 
 async def test_first_delta_is_as_each_kind_sends_it() -> None:
-    first: dict[Name, dict[str, Any]] = {}
+    first: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         async with FakeEngine(kind) as engine, client_of(engine) as client:
             answer = await client.post(CHAT, json=body(stream=True))
@@ -167,7 +166,7 @@ async def test_first_delta_is_as_each_kind_sends_it() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_completions_come_both_ways(kind: Name) -> None:
+async def test_completions_come_both_ways(kind: str) -> None:
     asked = {"model": "m", "prompt": "Hello", "max_tokens": 2}
     async with FakeEngine(kind) as engine, client_of(engine) as client:
         whole = (await client.post("/v1/completions", json=asked)).json()
@@ -193,7 +192,7 @@ async def test_ollama_streams_completions_with_zero_usage_until_the_end() -> Non
 
 
 async def test_only_ollama_ignores_max_completion_tokens() -> None:
-    length: dict[Name, int] = {}
+    length: dict[str, int] = {}
     for kind in KINDS:
         async with FakeEngine(kind) as engine, client_of(engine) as client:
             said = (await client.post(CHAT, json=body(max_completion_tokens=2))).json()
@@ -219,7 +218,7 @@ async def test_length_can_be_fixed_where_the_engine_allows_it() -> None:
 
 
 async def test_several_choices_come_from_those_that_can() -> None:
-    many: dict[Name, int] = {}
+    many: dict[str, int] = {}
     for kind in KINDS:
         async with FakeEngine(kind) as engine, client_of(engine) as client:
             answer = await client.post(CHAT, json=body(n=2, stream=True))
@@ -230,7 +229,7 @@ async def test_several_choices_come_from_those_that_can() -> None:
 
 
 async def test_unknown_model_is_refused_in_the_engines_own_words() -> None:
-    told: dict[Name, tuple[int, Any]] = {}
+    told: dict[str, tuple[int, Any]] = {}
     for kind in KINDS:
         async with FakeEngine(kind) as engine, client_of(engine) as client:
             answer = await client.post(CHAT, json=body() | {"model": "nope"})
@@ -257,7 +256,7 @@ async def test_unknown_model_is_refused_in_the_engines_own_words() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sent", [b"{", b"", b"[1]", b"null"])
-async def test_body_that_is_no_request_is_refused(kind: Name, sent: bytes) -> None:
+async def test_body_that_is_no_request_is_refused(kind: str, sent: bytes) -> None:
     async with FakeEngine(kind) as engine, client_of(engine) as client:
         answer = await client.post(CHAT, content=sent)
 
@@ -266,7 +265,7 @@ async def test_body_that_is_no_request_is_refused(kind: Name, sent: bytes) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_body_of_wrong_types_is_refused(kind: Name) -> None:
+async def test_body_of_wrong_types_is_refused(kind: str) -> None:
     async with FakeEngine(kind, embedding=["m"]) as engine, client_of(engine) as client:
         options = await client.post(CHAT, json=body(stream=True, stream_options=7))
         stop = await client.post(CHAT, json=body(stop=7))
@@ -276,7 +275,7 @@ async def test_body_of_wrong_types_is_refused(kind: Name) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_openai_client_reads_what_comes(kind: Name) -> None:
+async def test_openai_client_reads_what_comes(kind: str) -> None:
     async with (
         FakeEngine(kind) as engine,
         openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key="k", max_retries=0) as client,
@@ -296,7 +295,7 @@ async def test_openai_client_reads_what_comes(kind: Name) -> None:
 
 
 async def test_prompt_too_long_is_refused_by_those_that_do() -> None:
-    told: dict[Name, tuple[int, Any]] = {}
+    told: dict[str, tuple[int, Any]] = {}
     messages = [{"role": "user", "content": "word " * 50}]
     for kind in KINDS:
         async with FakeEngine(kind, context=40) as engine, client_of(engine) as client:
@@ -312,7 +311,7 @@ async def test_prompt_too_long_is_refused_by_those_that_do() -> None:
 
 
 async def test_tools_are_refused_by_those_that_lack_them() -> None:
-    told: dict[tuple[Name, bool], int] = {}
+    told: dict[tuple[str, bool], int] = {}
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     for kind in KINDS:
         for able in (False, True):
@@ -331,7 +330,7 @@ async def test_tools_are_refused_by_those_that_lack_them() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_models_are_listed(kind: Name) -> None:
+async def test_models_are_listed(kind: str) -> None:
     async with FakeEngine(kind, ["a:1b", "b:1b"]) as engine, client_of(engine) as client:
         listed = (await client.get("/v1/models")).json()["data"]
 
@@ -342,7 +341,7 @@ async def test_models_are_listed(kind: Name) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("form", "packed"), [("float", list), ("base64", str)])
-async def test_embeddings_have_one_vector_a_text(kind: Name, form: str, packed: type) -> None:
+async def test_embeddings_have_one_vector_a_text(kind: str, form: str, packed: type) -> None:
     asked = {"model": "e", "input": ["a", "b c"], "encoding_format": form}
     async with FakeEngine(kind, [], embedding=["e"]) as engine, client_of(engine) as client:
         said = (await client.post("/v1/embeddings", json=asked)).json()
@@ -353,7 +352,7 @@ async def test_embeddings_have_one_vector_a_text(kind: Name, form: str, packed: 
 
 
 async def test_embeddings_without_such_a_model() -> None:
-    told: dict[Name, int] = {}
+    told: dict[str, int] = {}
     for kind in KINDS:
         async with FakeEngine(kind) as engine, client_of(engine) as client:
             answer = await client.post("/v1/embeddings", json={"model": "m", "input": "a"})
@@ -526,7 +525,7 @@ async def test_llamacpp_tells_of_its_slots() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_tokens_come_at_their_times(kind: Name) -> None:
+async def test_tokens_come_at_their_times(kind: str) -> None:
     async with (
         FakeEngine(kind, ttft_s=0.1, gap_s=0.01, tokens=40) as engine,
         client_of(engine) as client,
@@ -583,7 +582,7 @@ async def test_client_that_waits_and_leaves_is_out_of_the_queue() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_hang_up_is_seen_at_once_and_frees_the_slot(kind: Name, *, streamed: bool) -> None:
+async def test_hang_up_is_seen_at_once_and_frees_the_slot(kind: str, *, streamed: bool) -> None:
     async with FakeEngine(kind, gap_s=5.0) as engine, client_of(engine) as client:
         asked = asyncio.create_task(client.post(CHAT, json=body(stream=streamed)))
         await engine.until(lambda engine: engine.running == 1)
@@ -647,7 +646,7 @@ THREE = b" token2"
         ([Serve(tokens=3), Reset()], "reset"),
     ],
 )
-async def test_stream_can_end_in_each_bad_way(kind: Name, answer: Answer, end: str) -> None:
+async def test_stream_can_end_in_each_bad_way(kind: str, answer: Answer, end: str) -> None:
     async with FakeEngine(kind) as engine:
         engine.script(answer)
         got, how = await on_the_wire(engine)

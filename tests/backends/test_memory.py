@@ -23,7 +23,7 @@ from backends.fake import (
     FakeEngine,
     FakeGpu,
     Kill,
-    NoRoom,
+    OutOfMemory,
     Serve,
     Silence,
     status,
@@ -85,15 +85,15 @@ async def given_up(work: asyncio.Task[None]) -> None:
 
 def test_what_is_taken_is_not_free_until_it_is_given_back() -> None:
     gpu = FakeGpu(10 * GIB, cards=2)
-    first, second = gpu.take(1, 6 * GIB), gpu.take(2, 2 * GIB)
-    with pytest.raises(NoRoom, match="GiB wanted"):
-        gpu.take(2, 3 * GIB)
-    gpu.take(2, 1 * GIB)
+    first, second = gpu.allocate(1, 6 * GIB), gpu.allocate(2, 2 * GIB)
+    with pytest.raises(OutOfMemory, match="GiB wanted"):
+        gpu.allocate(2, 3 * GIB)
+    gpu.allocate(2, 1 * GIB)
     full = (gpu.free(), gpu.least(), gpu.who())
-    gpu.give(first)
-    gpu.give(first)
-    gpu.ended(2)
-    gpu.give(second)
+    gpu.release(first)
+    gpu.release(first)
+    gpu.process_ended(2)
+    gpu.release(second)
 
     assert full == (1 * GIB, GIB // 2, [(1, 6 * GIB), (2, 3 * GIB)])
     assert (gpu.free(), gpu.peak) == (10 * GIB, 9 * GIB)
@@ -150,12 +150,12 @@ async def test_vllm_may_begin_asleep_with_what_it_keeps() -> None:
 
 async def test_vllm_does_not_start_without_room() -> None:
     gpu = FakeGpu(24 * GIB)
-    other = gpu.take(STRANGER, 10 * GIB)
+    other = gpu.allocate(STRANGER, 10 * GIB)
     fake = FakeEngine("vllm", gpu=gpu, size=22 * GIB)
-    with pytest.raises(NoRoom):
+    with pytest.raises(OutOfMemory):
         await fake.up()
     assert (fake.alive, fake.listening, gpu.who()) == (False, False, [(STRANGER, 10 * GIB)])
-    gpu.give(other)
+    gpu.release(other)
 
     async with fake, vllm_at(fake) as vllm:
         assert await vllm.ready("m") is Readiness.READY
@@ -166,7 +166,7 @@ async def test_vllm_does_not_start_without_room() -> None:
 
 async def test_model_without_room_is_partly_on_the_cpu() -> None:
     gpu = FakeGpu(24 * GIB)
-    gpu.take(STRANGER, 14 * GIB)
+    gpu.allocate(STRANGER, 14 * GIB)
     async with FakeEngine("ollama", gpu=gpu, size=20 * GIB) as fake, ollama_at(fake) as ollama:
         before = await ollama.on_gpu(M)
         await ollama.load(M)
@@ -299,7 +299,7 @@ async def test_unload_that_is_given_up_while_requests_run_changes_nothing() -> N
 
 async def test_vllm_sleeps_and_wakes_whether_its_client_waits_or_not() -> None:
     async with (
-        FakeEngine("vllm", dev_mode=True, sleep_s=0.05) as fake,
+        FakeEngine("vllm", dev_mode=True, sleep_s=0.05, wake_s=0.05) as fake,
         vllm_at(fake) as vllm,
     ):
         unload = asyncio.create_task(vllm.unload("m"))
@@ -316,7 +316,7 @@ async def test_vllm_sleeps_and_wakes_whether_its_client_waits_or_not() -> None:
 
 async def test_vllm_woken_without_room_dies_of_it() -> None:
     gpu = FakeGpu(24 * GIB)
-    other = gpu.take(STRANGER, 10 * GIB)
+    other = gpu.allocate(STRANGER, 10 * GIB)
     async with (
         FakeEngine("vllm", gpu=gpu, size=22 * GIB, dev_mode=True, asleep=True) as fake,
         vllm_at(fake) as vllm,
@@ -325,9 +325,9 @@ async def test_vllm_woken_without_room_dies_of_it() -> None:
         with pytest.raises((Broken, Unreachable)):
             await vllm.load("m")
         dead = (fake.alive, await vllm.ready("m"), gpu.free())
-        with pytest.raises(NoRoom):
+        with pytest.raises(OutOfMemory):
             await fake.up()
-        gpu.give(other)
+        gpu.release(other)
         await fake.up()
 
         assert dead == (False, Readiness.DOWN, 14 * GIB)
@@ -489,9 +489,9 @@ async def test_control_port_kills_and_starts_anew() -> None:
         before = (await remote.get("/")).json()
         await remote.post("/kill")
         dead = (await remote.get("/")).json()
-        other = gpu.take(STRANGER, 10 * GIB)
+        other = gpu.allocate(STRANGER, 10 * GIB)
         refused = await remote.post("/up")
-        gpu.give(other)
+        gpu.release(other)
         up = (await remote.post("/up")).status_code
         after = (await remote.get("/")).json()
 

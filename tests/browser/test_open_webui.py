@@ -198,15 +198,15 @@ async def test_titles_and_tags_are_not_counted_as_load_and_change_no_lane(
             await page.say("Hello")
             await page.finished()
             await until_quiet(running.gateway)
-            said = running.gateway.status()["models"]["smollm2"]
+            said = running.gateway.status().models["smollm2"]
 
     lines = logged(capsys)
     background = [line for line in lines if line["background"]]
     assert [line["stream"] for line in lines if not line["background"]] == [True]
     assert len(background) >= 2, "a title and tags"
     assert {line["outcome"] for line in background} == {"ok"}
-    assert max(decision["demand"] for decision in said["decisions"]) == 1
-    assert said["moves"] == 0
+    assert max(decision.demand for decision in said.decisions) == 1
+    assert said.moves == 0
     assert {line["lane"] for line in lines} == {"ollama"}
 
 

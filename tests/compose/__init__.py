@@ -16,9 +16,11 @@ from typing import Any
 import httpx
 
 from tests.engines import rig
+from tests.support import checkout
 
 ROOT = Path(__file__).parents[2]
-FILES = (ROOT / "compose.yaml", Path(__file__).with_name("compose.test.yaml"))
+#: Puts images of this machine's engines in the place of the big ones.
+OVERRIDE = Path(__file__).with_name("compose.test.yaml")
 KEY = "a-key-of-the-compose-test"
 CHAT = "/v1/chat/completions"
 
@@ -64,7 +66,9 @@ def _missing(*, engine: bool) -> Iterator[str]:
 def configuration(*profiles: str, **variables: str) -> dict[str, Any]:
     """The file as compose reads it, with these profiles and variables."""
     chosen = [word for profile in profiles for word in ("--profile", profile)]
-    command = [*_compose(FILES[:1]), *chosen, "config", "--format", "json"]
+    # A contributor's own .env is for his box, not for this one.
+    own = ["--file", str(ROOT / "compose.yaml"), "--env-file", os.devnull]
+    command = ["docker", "compose", *own, *chosen, "config", "--format", "json"]
     said = _run(command, _environment(variables))
     assert said.returncode == 0, said.stderr
     read: dict[str, Any] = json.loads(said.stdout)
@@ -76,6 +80,7 @@ class Box:
     """A project of compose that runs, or is to.
 
     Attributes:
+        folder: Where its compose.yaml is.
         project: Its name.
         port: Where the gateway is published.
         page: Where the chat page is.
@@ -83,6 +88,7 @@ class Box:
         variables: What a person would write into `.env`.
     """
 
+    folder: Path
     project: str
     port: int
     page: int
@@ -96,7 +102,9 @@ class Box:
         return said.stdout.strip()
 
     def command(self, *arguments: str) -> list[str]:
-        return [*_compose(FILES), "--project-name", self.project, *arguments]
+        files = ["--file", str(self.folder / "compose.yaml"), "--file", str(OVERRIDE)]
+        project = ["--project-directory", str(self.folder), "--project-name", self.project]
+        return ["docker", "compose", *files, *project, *arguments]
 
     def environment(self, **variables: str) -> dict[str, str]:
         return _environment({**self.variables, **variables})
@@ -165,13 +173,22 @@ class Box:
         return self.compose("logs", "--no-color", "--tail", "60")
 
 
-def box(secrets: Path) -> Box:
-    """A box on a free port, with one key.
+def clean_clone(folder: Path) -> None:
+    """What the README's lines before the first start make of a clean clone."""
+    checkout.clone(folder)
+    for line in checkout.commands("README.md", naming="docker compose --profile setup up"):
+        if not line.startswith(("git ", "docker ")):
+            subprocess.run(["/bin/sh", "-ec", line], cwd=folder, check=True)
+
+
+def box(folder: Path) -> Box:
+    """A box on free ports, with one key.
 
     Args:
-        secrets: A folder of its own, to keep the key in.
+        folder: Has compose.yaml and what it mounts.
     """
-    (secrets / "api_keys").write_text(f"# of the test\n{KEY}\n")
+    with (folder / "secrets" / "api_keys").open("a") as keys:
+        keys.write(f"# of the test\n{KEY}\n")
     ollama, prometheus = shutil.which("ollama"), shutil.which("prometheus")
     assert ollama is not None
     assert prometheus is not None
@@ -180,7 +197,8 @@ def box(secrets: Path) -> Box:
     )["home"]
     port, page, watched = rig.free_port(), rig.free_port(), rig.free_port()
     return Box(
-        f"twolane-test-{os.getpid()}",
+        folder,
+        f"twolane-{folder.name}-{os.getpid()}",
         port,
         page,
         watched,
@@ -191,7 +209,7 @@ def box(secrets: Path) -> Box:
             "BOX_PYTHON": str(Path(home).parent),
             "BOX_CPUS": rig.vllm_environment()["VLLM_CPU_OMP_THREADS_BIND"],
             "BOX_PROMETHEUS": str(Path(prometheus).resolve()),
-            "BOX_SECRETS": str(secrets),
+            "BOX_TESTS": str(Path(__file__).parent),
             "MODEL": "smollm2",
             "OLLAMA_MODEL": f"hub:5000/library/{rig.OLLAMA_MODEL}",
             "OLLAMA_SLOTS": "2",
@@ -226,12 +244,6 @@ def until(condition: Callable[[], object], within_s: float, told: Callable[[], o
 def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A command of Docker's own, however it ends."""
     return _run(["docker", *arguments])
-
-
-def _compose(files: Sequence[Path]) -> list[str]:
-    # A contributor's own .env is for his box, not for this one.
-    named = [word for file in files for word in ("--file", str(file))]
-    return ["docker", "compose", "--env-file", os.devnull, *named]
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:

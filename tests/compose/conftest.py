@@ -48,7 +48,9 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """The README's way: the models, Ctrl-C, then `docker compose up`; engines in turn."""
     if what := compose.missing():
         unavailable(what)
-    box = compose.box(tmp_path_factory.mktemp("secrets"))
+    folder = tmp_path_factory.mktemp("clone")
+    compose.clean_clone(folder)
+    box = compose.box(folder)
     came = Up(box)
     started = threading.Event()
     with ThreadPoolExecutor(2) as pool:

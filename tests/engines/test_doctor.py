@@ -9,9 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.doctor.judge import Finding, Level, examine
-from gateway.doctor.look import Places, look
-from gateway.doctor.seen import Process
+from gateway.doctor.checks.check import Finding, Level
+from gateway.doctor.checks.table import run_checks
+from gateway.doctor.collect.collector import look
+from gateway.doctor.collect.engines import Sources
+from gateway.doctor.observations import Process
 from tests.engines import rig
 
 
@@ -37,7 +39,7 @@ def config(tmp_path: Path, ollama: rig.Engine, vllm: rig.Engine) -> Path:
 
 async def examined(config: Path) -> dict[tuple[str, str], Finding]:
     """The findings by check and engine."""
-    findings = examine(await look(config, places=Places(ports={})))
+    findings = run_checks(await look(config, places=Sources(ports={})))
     return {(finding.check, finding.about.partition(" ")[0]): finding for finding in findings}
 
 
@@ -52,7 +54,7 @@ async def test_it_sees_what_the_engines_are(config: Path) -> None:
 
 
 async def test_it_sees_how_their_processes_were_started(config: Path) -> None:
-    seen = await look(config, places=Places(ports={}))
+    seen = await look(config, places=Sources(ports={}))
     told = await examined(config)
 
     assert isinstance(seen.servers, tuple)
@@ -66,7 +68,7 @@ async def test_it_sees_how_their_processes_were_started(config: Path) -> None:
 async def test_it_sees_where_a_loaded_model_is(config: Path, ollama: rig.Engine) -> None:
     async with httpx.AsyncClient(base_url=ollama.url, trust_env=False, timeout=60) as client:
         await client.post("/api/generate", json={"model": ollama.model, "keep_alive": -1})
-    seen = await look(config, places=Places(ports={}))
+    seen = await look(config, places=Sources(ports={}))
     told = await examined(config)
 
     if seen.nvidia_on_bus == 0:

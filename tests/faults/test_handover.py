@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from backends.fake import DONE, GIB, Answer, FakeEngine, Kill, Serve, Silence, status
-from backends.fake.gpu import Taken
+from backends.fake.gpu import Allocation
 from gateway.gpu.handover import Step
 from gateway.routing.policy import HandOver
 from tests.support.exclusive import (
@@ -371,12 +371,12 @@ async def test_a_stranger_at_the_gpu_is_waited_for(box: Box, start_gateway: Star
     settings = {**SHORT, "limits": LIMITS}
     async with serving(start_gateway, box, **settings) as served, asked(served) as people:
         await people.served_at("ollama")
-        stranger = box.gpu.take(STRANGER, 30 * GIB)
+        stranger = box.gpu.allocate(STRANGER, 30 * GIB)
         await people.served_at("ollama")  # it is in nobody's way as long as nothing moves
         await served.pin("vllm")
         async with nobody_serves(served):
             why = served.owner.passages[-1].outcome
-            box.gpu.give(stranger)
+            box.gpu.release(stranger)
         await served.until("vllm", within_s=SOON_S)
         await people.served_at("vllm")
 
@@ -533,7 +533,7 @@ async def test_a_model_that_is_partly_on_the_cpu_serves_and_is_told_of(
     # Nobody said how much it needs, so nobody has waited for the memory.
     for lane in box.models["m"]["lanes"].values():
         del lane["memory_gib"]
-    box.gpu.take(STRANGER, taken_gib * GIB)
+    box.gpu.allocate(STRANGER, taken_gib * GIB)
     async with serving(start_gateway, box, **SHORT) as served:
         answer = await served.ask()
 
@@ -551,7 +551,7 @@ class Chaos:
         self.served = served
         self.box = served.box
         self.dice = random.Random(seed)
-        self.strangers: list[Taken] = []
+        self.strangers: list[Allocation] = []
         self.events: list[Callable[[], Awaitable[None]]] = [
             self.pin, self.pin, self.auto, self.release, self.kill, self.up, self.up,
             self.stranger, self.leave, self.hang_up, self.hang_up, self.fault, self.fault,
@@ -595,11 +595,11 @@ class Chaos:
 
     async def stranger(self) -> None:
         if self.box.gpu.free() > 20 * GIB:
-            self.strangers.append(self.box.gpu.take(STRANGER, 10 * GIB))
+            self.strangers.append(self.box.gpu.allocate(STRANGER, 10 * GIB))
 
     async def leave(self) -> None:
         if self.strangers:
-            self.box.gpu.give(self.strangers.pop())
+            self.box.gpu.release(self.strangers.pop())
 
     async def hang_up(self) -> None:
         task = self.served.asking("gone", stream=self.dice.random() < 0.5)

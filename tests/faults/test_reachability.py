@@ -238,7 +238,7 @@ class Names:
 async def test_03_a_name_that_stops_resolving_fails_over_and_later_is_found_elsewhere(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    moved = FakeEngine("vllm", ["Small-1B"], port=vllm.port)
+    moved = FakeEngine("vllm", ["Small-1B"], own_port=vllm.port)
     moved._server.host = "127.0.0.2"
     other = FakeEngine("vllm", ["Small-1B"])
     names = Names(gpu="127.0.0.1")
@@ -818,7 +818,7 @@ async def test_09_with_all_down_they_are_looked_at_all_the_time(
             engine.script(then=status(500), path="/api/tags")
             engine.script(status(500))
         told(await ask(running), 502, "engine_failed")  # makes both be looked at again
-        await running.until(lambda gateway: not gateway.ready()["ready"])
+        await running.until(lambda gateway: not gateway.ready().ready)
 
         for engine in (ollama, vllm):
             often = looks(engine) + 2

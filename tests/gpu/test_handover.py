@@ -540,11 +540,11 @@ async def test_released_by_the_operator_it_is_for_others_until_it_is_wanted_back
         await served.until(Step.FREE)
         finished = await running
         free = box.gpu.free()
-        stranger = box.gpu.take(1, 90 * 1024**3)  # a training job, for example
+        stranger = box.gpu.allocate(1, 90 * 1024**3)  # a training job, for example
         later = await served.ask("later")
         streamed = await served.ask("streamed", stream=True)
         ready = await served.running.http.get("/ready")
-        box.gpu.give(stranger)
+        box.gpu.release(stranger)
         await served.pin("auto")
         back = await served.ask("back")
 

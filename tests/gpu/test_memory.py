@@ -418,7 +418,7 @@ def test_real_cards_have_memory() -> None:
 
 def test_fake_gpu_is_read_like_a_real_one() -> None:
     fake = FakeGpu(48 * GIB, cards=2)
-    fake.take(7, 8 * GIB)
+    fake.allocate(7, 8 * GIB)
     memory: Memory = fake
 
     assert (memory.total(), memory.free(), memory.least()) == (48 * GIB, 40 * GIB, 20 * GIB)

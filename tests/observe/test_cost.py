@@ -14,7 +14,7 @@ def used(seconds: float, watts: float | None, running: dict[str, int], meter: Me
     """So it goes on for so long, looked at once a second."""
     start = meter._at or 0.0
     for second in range(int(seconds) + 1):
-        meter.looked(start + second, watts, running)
+        meter.sample(start + second, watts, running)
 
 
 # One machine, one lane
@@ -59,18 +59,18 @@ def test_electricity_that_costs_nothing_costs_nothing() -> None:
 def test_energy_is_watts_over_time() -> None:
     meter = Meter()
     used(100, 700, {"vllm": 4}, meter)
-    meter.came("vllm", 14_000)
+    meter.add_tokens("vllm", 14_000)
 
-    assert meter.whole() == Use(100, 70_000, 14_000, 14_000)
-    assert meter.whole().tokens_per_joule == pytest.approx(0.2)
+    assert meter.total() == Use(100, 70_000, 14_000, 14_000)
+    assert meter.total().tokens_per_joule == pytest.approx(0.2)
 
 
 def test_between_two_looks_the_watts_lie_between_theirs() -> None:
     meter = Meter()
-    meter.looked(0, 100, {"vllm": 1})
-    meter.looked(2, 300, {"vllm": 1})
+    meter.sample(0, 100, {"vllm": 1})
+    meter.sample(2, 300, {"vllm": 1})
 
-    assert meter.whole().joules == 400
+    assert meter.total().joules == 400
 
 
 def test_lanes_that_run_together_share_by_what_runs_on_them() -> None:
@@ -91,17 +91,17 @@ def test_idle_time_is_shared_by_busy_time_and_nothing_is_lost() -> None:
     assert meter.idle.seconds == 60
     assert shares["vllm"].seconds == pytest.approx(30 + 45)
     assert shares["ollama"].seconds == pytest.approx(10 + 15)
-    assert sum(use.joules for use in shares.values()) == pytest.approx(meter.whole().joules)
-    assert sum(use.seconds for use in shares.values()) == pytest.approx(meter.whole().seconds)
+    assert sum(use.joules for use in shares.values()) == pytest.approx(meter.total().joules)
+    assert sum(use.seconds for use in shares.values()) == pytest.approx(meter.total().seconds)
 
 
 def test_who_was_never_seen_running_is_charged_nothing() -> None:
     meter = Meter()
     used(10, 100, {}, meter)
-    meter.came("ollama", 5)
+    meter.add_tokens("ollama", 5)
 
     assert meter.shares() == {"ollama": Use(tokens=5, metered=5)}
-    assert meter.whole().joules == 1_000
+    assert meter.total().joules == 1_000
 
 
 # Gaps in the watts
@@ -110,10 +110,10 @@ def test_who_was_never_seen_running_is_charged_nothing() -> None:
 def test_while_no_watts_are_known_neither_energy_nor_tokens_count_for_it() -> None:
     meter = Meter()
     used(10, 100, {"vllm": 1}, meter)
-    meter.came("vllm", 50)
+    meter.add_tokens("vllm", 50)
     used(10, None, {"vllm": 1}, meter)
-    meter.came("vllm", 50)
-    whole = meter.whole()
+    meter.add_tokens("vllm", 50)
+    whole = meter.total()
 
     assert (whole.seconds, whole.joules, whole.tokens, whole.metered) == (20, 1_000, 100, 50)
     assert whole.tokens_per_joule == pytest.approx(0.05)
@@ -121,17 +121,17 @@ def test_while_no_watts_are_known_neither_energy_nor_tokens_count_for_it() -> No
 
 def test_over_a_long_gap_nobody_knows_what_was_drawn() -> None:
     meter = Meter()
-    meter.looked(0, 100, {"vllm": 1})
-    meter.looked(LONGEST_GAP_S + 1, 100, {"vllm": 1})
+    meter.sample(0, 100, {"vllm": 1})
+    meter.sample(LONGEST_GAP_S + 1, 100, {"vllm": 1})
 
-    assert meter.whole() == Use(LONGEST_GAP_S + 1, 0)
+    assert meter.total() == Use(LONGEST_GAP_S + 1, 0)
 
 
 def test_first_look_finds_nothing_used() -> None:
     meter = Meter()
-    meter.looked(1e6, 700, {"vllm": 1})
+    meter.sample(1e6, 700, {"vllm": 1})
 
-    assert meter.whole() == Use()
+    assert meter.total() == Use()
 
 
 # What is told
@@ -157,6 +157,6 @@ def test_statement_says_whose_watts_they_are() -> None:
 
     assert given is not None
     assert measured is not None
-    assert (given["watts"], given["watts_are"]) == (350, "given")
-    assert (given["currency"], measured["currency"]) == ("USD", "EUR")
-    assert measured["watts_are"] == "measured"
+    assert (given.watts, given.watts_are) == (350, "given")
+    assert (given.currency, measured.currency) == ("USD", "EUR")
+    assert measured.watts_are == "measured"

@@ -457,7 +457,7 @@ def test_what_cards_said_long_ago_is_not_told() -> None:
     metrics = Metrics({}, Prices())
     metrics._cards = [Reading(0, "A card", 24 * GIB, GIB, watts=350)]
     metrics._cards_at = time.monotonic() - Timings().readings_valid_s
-    metrics.looked(time.monotonic())
+    metrics.sample(time.monotonic())
 
     assert lines(metrics).all("twolane_gpu_info") == []
     assert metrics.meter.watts is None
@@ -629,7 +629,7 @@ async def apart(start_gateway: StartGateway, **settings: Any) -> AsyncIterator[A
     async with FakeEngine("vllm", ["Small-1B"]) as vllm:
         settings = {**alone(vllm), "metrics": {"port": 0}, "api_keys": [KEY], **settings}
         async with start_gateway(**settings) as running:
-            server = running.gateway.scraped
+            server = running.gateway.metrics_server
             assert server is not None
             async with async_client() as client:
                 yield running, server, client

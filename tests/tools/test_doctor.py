@@ -22,20 +22,23 @@ from backends.fake import GIB, FakeEngine
 from backends.reports import Identity, Loaded
 from gateway import settings
 from gateway.cli import main
+from gateway.doctor.checks.check import Check, Finding, Level, Verdict
+from gateway.doctor.checks.table import CHECKS, run_checks
+from gateway.doctor.collect.collector import look
+from gateway.doctor.collect.engines import Sources
+from gateway.doctor.collect.processes import ListeningSocket, listening_sockets
 from gateway.doctor.command import as_json
-from gateway.doctor.judge import CHECKS, Check, Finding, Level, Verdict, examine
-from gateway.doctor.look import Listener, Places, listening, look
-from gateway.doctor.seen import (
+from gateway.doctor.observations import (
     Disk,
     Docker,
+    ExpectedLane,
     Exposure,
+    Observations,
+    ObservedEngine,
     Port,
     Process,
     Ram,
-    Seen,
-    Server,
-    Unseen,
-    Wanted,
+    Unknown,
 )
 from gateway.gpu.lease import Lease, Owner
 from gateway.gpu.memory import Brake, Card, Driver, Nvml
@@ -54,10 +57,10 @@ FINE = "http://127.0.0.1:11434"
 BAD = (Level.PROBLEM, Level.WARNING, Level.UNKNOWN)
 
 SHELL = Process(1, ("bash",), {}, 16 * GIB, None)
-NO_DRIVER = Unseen("the NVIDIA driver says: NVML Shared Library Not Found")
+NO_DRIVER = Unknown("the NVIDIA driver says: NVML Shared Library Not Found")
 
 
-def box(**parts: Any) -> Seen:
+def box(**parts: Any) -> Observations:
     """A machine without a GPU, and nothing on it."""
     usual: dict[str, Any] = {
         "at": NOW,
@@ -77,7 +80,7 @@ def box(**parts: Any) -> Seen:
         "here": SHELL,
         "disks": (Disk("ollama", "/models", 500 * GIB),),
     }
-    return Seen(**usual | parts)
+    return Observations(**usual | parts)
 
 
 def card(index: int = 0, **parts: Any) -> Card:
@@ -104,7 +107,7 @@ def two_cards(**parts: Any) -> dict[str, Any]:
     }
 
 
-def ollama(*, environment: Mapping[str, str] | None = None, **parts: Any) -> Server:
+def ollama(*, environment: Mapping[str, str] | None = None, **parts: Any) -> ObservedEngine:
     """An Ollama on this machine, as it should be."""
     started = Process(7, ("/usr/bin/ollama", "serve"), environment or {}, 16 * GIB, None)
     usual: dict[str, Any] = {
@@ -118,10 +121,10 @@ def ollama(*, environment: Mapping[str, str] | None = None, **parts: Any) -> Ser
         "sockets": ("127.0.0.1",),
         "process": started,
     }
-    return Server("ollama", FINE, 11434, **usual | parts)
+    return ObservedEngine("ollama", FINE, 11434, **usual | parts)
 
 
-def vllm(*words: str, environment: Mapping[str, str] | None = None, **parts: Any) -> Server:
+def vllm(*words: str, environment: Mapping[str, str] | None = None, **parts: Any) -> ObservedEngine:
     """A vLLM on this machine, as it should be."""
     command = ("/usr/bin/vllm", "serve", "Big", "--max-num-seqs", "32", *words)
     usual: dict[str, Any] = {
@@ -136,11 +139,11 @@ def vllm(*words: str, environment: Mapping[str, str] | None = None, **parts: Any
         "sockets": ("127.0.0.1",),
         "process": Process(8, command, environment or {}, 16 * GIB, None),
     }
-    return Server("vllm", "http://127.0.0.1:8001", 8001, **usual | parts)
+    return ObservedEngine("vllm", "http://127.0.0.1:8001", 8001, **usual | parts)
 
 
-def wanted(model: str = "Big", *, exclusive: bool = False, **lane: Any) -> tuple[Wanted, ...]:
-    return (Wanted("chat", settings.LaneSettings(model=model, **lane), exclusive),)
+def wanted(model: str = "Big", *, exclusive: bool = False, **lane: Any) -> tuple[ExpectedLane, ...]:
+    return (ExpectedLane("chat", settings.LaneSettings(model=model, **lane), exclusive),)
 
 
 def exclusive(**more: Any) -> Settings:
@@ -161,12 +164,12 @@ def exclusive(**more: Any) -> Settings:
     )
 
 
-def of(check: str, seen: Seen) -> list[Finding]:
+def of(check: str, seen: Observations) -> list[Finding]:
     """What one check finds."""
-    return [finding for finding in examine(seen) if finding.check == check]
+    return [finding for finding in run_checks(seen) if finding.check == check]
 
 
-def only(check: str, seen: Seen) -> Finding:
+def only(check: str, seen: Observations) -> Finding:
     [finding] = of(check, seen)
     return finding
 
@@ -175,14 +178,14 @@ def only(check: str, seen: Seen) -> Finding:
 
 
 def test_every_check_finds_something_and_says_why_it_matters() -> None:
-    findings = examine(box())
+    findings = run_checks(box())
 
     assert list(dict.fromkeys(finding.check for finding in findings)) == [c.name for c in CHECKS]
     assert all(finding.saw and finding.why for finding in findings)
 
 
 def test_a_machine_without_cards_has_no_problem_with_cards() -> None:
-    assert [finding for finding in examine(box()) if finding.level in BAD] == []
+    assert [finding for finding in run_checks(box()) if finding.level in BAD] == []
 
 
 def test_the_box_this_is_for_has_no_problem_when_all_is_well() -> None:
@@ -205,24 +208,24 @@ def test_the_box_this_is_for_has_no_problem_when_all_is_well() -> None:
         ),
     )  # fmt: skip
 
-    assert {f.check: f.saw for f in examine(seen) if f.level in BAD} == {}
+    assert {f.check: f.saw for f in run_checks(seen) if f.level in BAD} == {}
 
 
 def test_a_check_that_fails_is_a_finding_and_stops_no_other() -> None:
-    def fails(seen: Seen) -> Iterator[Verdict]:
+    def fails(seen: Observations) -> Iterator[Verdict]:
         yield Verdict(Level.OK, "so far")
         raise ZeroDivisionError("of all things")
 
     checks = (Check("odd", "It matters.", fails), *CHECKS)
-    findings = examine(box(), checks)
+    findings = run_checks(box(), checks)
 
     assert [f.level for f in findings[:2]] == [Level.OK, Level.UNKNOWN]
     assert "ZeroDivisionError: of all things" in findings[1].saw
-    assert findings[2:] == examine(box())
+    assert findings[2:] == run_checks(box())
 
 
 def test_what_nobody_could_see_is_unknown_with_its_reason_in_every_check() -> None:
-    dark = Unseen("it is dark")
+    dark = Unknown("it is dark")
     blind = box(
         **dict.fromkeys(
             ("exposure", "port", "owner", "lease", "profiles", "servers", "nvidia_on_bus",
@@ -231,7 +234,7 @@ def test_what_nobody_could_see_is_unknown_with_its_reason_in_every_check() -> No
         settings=exclusive(), driver=dark,
     )  # fmt: skip
 
-    told = {f.check: (f.level, f.saw) for f in examine(blind)}
+    told = {f.check: (f.level, f.saw) for f in run_checks(blind)}
     assert told.pop("settings")[0] is Level.OK
     assert {level for level, _ in told.values()} == {Level.UNKNOWN}
     assert all("it is dark" in saw for _, saw in told.values())
@@ -247,7 +250,7 @@ async def test_a_look_that_fails_is_unknown_with_the_exceptions_name(tmp_path: P
     (tmp_path / "bus/pci/devices").mkdir(parents=True)
     seen = await look(None, nvml=Nvml(library=Odd()), places=nowhere(tmp_path))
 
-    assert isinstance(seen.driver, Unseen)
+    assert isinstance(seen.driver, Unknown)
     assert seen.driver.why == "the look failed: ZeroDivisionError: of all things"
 
 
@@ -274,7 +277,7 @@ def test_who_may_use_it(found: Exposure, level: Level, said: str) -> None:
     ("found", "level", "said"),
     [
         (Port("127.0.0.1", 8000), Level.OK, "is free"),
-        (Port("127.0.0.1", 0), Level.NONE, "any free port"),
+        (Port("127.0.0.1", 0), Level.NOT_APPLICABLE, "any free port"),
         (Port("10.9.8.7", 8000, here=False), Level.PROBLEM, "no address of this machine"),
         (Port("127.0.0.1", 8000, ("0.0.0.0",), "vllm (process 7)"), Level.PROBLEM, "by vllm"),  # noqa: S104
         (Port("127.0.0.1", 8000, ("127.0.0.1",), "x", ours=True), Level.OK, "a twolane gateway"),
@@ -299,7 +302,7 @@ def test_a_lease_of_another_gateway_is_a_problem(owner: Owner | None, level: Lev
     told = only("lease", box(settings=exclusive(), owner=owner))
 
     assert told.level is level
-    assert only("lease", box(owner=owner)).level is Level.NONE
+    assert only("lease", box(owner=owner)).level is Level.NOT_APPLICABLE
 
 
 def measured(days: float = 1, **more: Any) -> profile.Profile:
@@ -348,11 +351,11 @@ def test_a_profile_of_another_version_of_the_engine_is_doubted() -> None:
 @pytest.mark.parametrize(
     ("parts", "level", "said"),
     [
-        ({}, Level.NONE, "no NVIDIA card"),
+        ({}, Level.NOT_APPLICABLE, "no NVIDIA card"),
         (two_cards(), Level.OK, "driver 570.86, CUDA up to 12.8: NVIDIA GeForce RTX 4090 24.0 GiB"),
         ({"nvidia_on_bus": 1}, Level.PROBLEM, "card on its PCI bus, but: the NVIDIA driver says"),
         ({"driver_loaded": True}, Level.PROBLEM, "driver in the kernel"),
-        ({"nvidia_on_bus": Unseen("no bus")}, Level.UNKNOWN, "no bus"),
+        ({"nvidia_on_bus": Unknown("no bus")}, Level.UNKNOWN, "no bus"),
     ],
 )
 def test_the_driver(parts: dict[str, Any], level: Level, said: str) -> None:
@@ -376,8 +379,8 @@ def test_docker_and_the_cards(
     found = Docker("28.2", runtimes, cdi, "/")
 
     assert only("docker", box(**two_cards(), docker=found)).level is level
-    assert only("docker", box(docker=found)).level is Level.NONE
-    assert only("docker", box(**two_cards())).level is Level.NONE
+    assert only("docker", box(docker=found)).level is Level.NOT_APPLICABLE
+    assert only("docker", box(**two_cards())).level is Level.NOT_APPLICABLE
 
 
 def test_cards_that_do_not_see_each_other_are_said_with_what_follows() -> None:
@@ -388,7 +391,11 @@ def test_cards_that_do_not_see_each_other_are_said_with_what_follows() -> None:
 
     assert without.level is Level.NOTE
     assert "NCCL_P2P_DISABLE=1 and --disable-custom-all-reduce" in without.do
-    assert (unlikely.level, silent.level, single.level) == (Level.NOTE, Level.UNKNOWN, Level.NONE)
+    assert (unlikely.level, silent.level, single.level) == (
+        Level.NOTE,
+        Level.UNKNOWN,
+        Level.NOT_APPLICABLE,
+    )
     assert "4090s as sold do not" in unlikely.saw
 
 
@@ -400,8 +407,8 @@ def test_cards_that_do_not_see_each_other_are_said_with_what_follows() -> None:
         (("-tp=2", "--disable-custom-all-reduce"), {}, Level.WARNING, "NCCL_P2P_DISABLE=1"),
         (("--pipeline-parallel-size", "2"), {"NCCL_P2P_DISABLE": "1"}, Level.OK, ""),
         (("--pipeline-parallel-size", "2"), {}, Level.WARNING, "NCCL_P2P_DISABLE=1"),
-        (("--tensor-parallel-size", "1"), {}, Level.NONE, "one card"),
-        ((), {}, Level.NONE, "one card"),
+        (("--tensor-parallel-size", "1"), {}, Level.NOT_APPLICABLE, "one card"),
+        ((), {}, Level.NOT_APPLICABLE, "one card"),
     ],
 )
 def test_a_vllm_over_such_cards_needs_to_be_told(
@@ -476,12 +483,12 @@ def test_what_a_vllm_that_sleeps_may_pin() -> None:
     def level(**parts: Any) -> Level:
         return only("memlock", box(**parts)).level
 
-    assert level(**two_cards(), servers=(vllm(wanted=wanted()),)) is Level.NONE
-    assert level(servers=(sleeper,)) is Level.NONE  # on the CPU
+    assert level(**two_cards(), servers=(vllm(wanted=wanted()),)) is Level.NOT_APPLICABLE
+    assert level(servers=(sleeper,)) is Level.NOT_APPLICABLE  # on the CPU
     assert level(**two_cards(), servers=(sleeper,)) is Level.OK
     running = replace(sleeper, process=limited)
     assert level(**two_cards(), servers=(running,)) is Level.WARNING
-    away = replace(sleeper, process=Unseen("in a container"))
+    away = replace(sleeper, process=Unknown("in a container"))
     assert level(**two_cards(), servers=(away,), here=limited) is Level.NOTE
 
 
@@ -508,8 +515,11 @@ def test_ram_for_a_vllm_that_sleeps(
     )
 
     assert only("ram", seen).level is level
-    assert only("ram", replace(seen, servers=())).level is Level.NONE
-    assert only("ram", replace(seen, settings=exclusive(gpu={"budget_gib": 4}))).level is Level.NONE
+    assert only("ram", replace(seen, servers=())).level is Level.NOT_APPLICABLE
+    assert (
+        only("ram", replace(seen, settings=exclusive(gpu={"budget_gib": 4}))).level
+        is Level.NOT_APPLICABLE
+    )
 
 
 def test_ram_of_another_machine_is_unknown_and_of_a_container_likely_ours() -> None:
@@ -517,7 +527,7 @@ def test_ram_of_another_machine_is_unknown_and_of_a_container_likely_ours() -> N
     public = vllm(wanted=lane, here=False, addresses=("8.8.8.8",))
     container = vllm(wanted=lane, here=False, addresses=("172.18.0.3",))
 
-    def level(server: Server, **parts: Any) -> Level:
+    def level(server: ObservedEngine, **parts: Any) -> Level:
         return only("ram", box(settings=exclusive(), servers=(server,), **parts)).level
 
     assert level(public, **two_cards()) is Level.UNKNOWN
@@ -528,7 +538,7 @@ def test_ram_of_another_machine_is_unknown_and_of_a_container_likely_ours() -> N
 def test_a_vllm_on_the_cpu_pins_nothing() -> None:
     server = vllm(wanted=wanted(exclusive=True, memory_gib=100))
 
-    assert only("ram", box(settings=exclusive(), servers=(server,))).level is Level.NONE
+    assert only("ram", box(settings=exclusive(), servers=(server,))).level is Level.NOT_APPLICABLE
 
 
 @pytest.mark.parametrize(
@@ -555,7 +565,7 @@ def test_room_for_models(free: float, models: tuple[str, ...], level: Level) -> 
     ("parts", "level", "said"),
     [
         ({}, Level.OK, "big:70b"),
-        ({"answers": Unseen("connection refused")}, Level.WARNING, "connection refused"),
+        ({"answers": Unknown("connection refused")}, Level.WARNING, "connection refused"),
         ({"answers": "vllm"}, Level.PROBLEM, "what answers is vllm"),
         ({"answers": None}, Level.PROBLEM, "no engine we know"),
         ({"wanted": wanted("big:70b")}, Level.OK, "big:70b"),
@@ -572,7 +582,7 @@ def test_whether_an_engine_serves(parts: dict[str, Any], level: Level, said: str
 
 def test_an_engine_that_the_gateway_starts_need_not_run() -> None:
     configured = settings.EngineSettings(urls=(FINE,), command=("ollama", "serve"))
-    server = ollama(answers=Unseen("refused"), configured=configured)
+    server = ollama(answers=Unknown("refused"), configured=configured)
 
     assert only("engine", box(servers=(server,))).level is Level.NOTE
 
@@ -606,7 +616,7 @@ def test_the_version_of_an_ollama(version: str, level: Level, said: str) -> None
         (("127.0.0.1", "::"), Level.WARNING),
         (("192.168.1.5",), Level.WARNING),
         ((), Level.UNKNOWN),
-        (Unseen("no /proc"), Level.UNKNOWN),
+        (Unknown("no /proc"), Level.UNKNOWN),
     ],
 )
 def test_an_engine_that_others_reach_past_the_gateway(sockets: Any, level: Level) -> None:
@@ -634,7 +644,7 @@ def test_an_engine_elsewhere_is_at_a_private_address_or_not() -> None:
 def test_ollamas_context(
     environment: dict[str, str],
     contexts: dict[str, int | None],
-    lane: tuple[Wanted, ...],
+    lane: tuple[ExpectedLane, ...],
     level: Level,
     said: str,
 ) -> None:
@@ -736,7 +746,7 @@ def test_with_nothing_loaded_nobody_can_say_where_it_would_be() -> None:
         ({"sockets": ("0.0.0.0",)}, Level.PROBLEM),  # noqa: S104
         ({"here": False, "addresses": ("172.18.0.3",)}, Level.NOTE),
         ({"here": False, "addresses": ("8.8.8.8",)}, Level.PROBLEM),
-        ({"sleeps": Unseen("it does not answer")}, Level.UNKNOWN),
+        ({"sleeps": Unknown("it does not answer")}, Level.UNKNOWN),
     ],
 )
 def test_who_reaches_the_dev_endpoints(parts: dict[str, Any], level: Level) -> None:
@@ -749,17 +759,17 @@ def test_whether_a_vllm_can_give_its_memory_back() -> None:
     lane = wanted(exclusive=True)
     ours = settings.EngineSettings(urls=("http://127.0.0.1:8001",), command=("vllm",))
 
-    def level(server: Server, **parts: Any) -> Level:
+    def level(server: ObservedEngine, **parts: Any) -> Level:
         return only("sleep", box(**parts, servers=(server,))).level
 
-    assert level(vllm(wanted=wanted())) is Level.NONE
+    assert level(vllm(wanted=wanted())) is Level.NOT_APPLICABLE
     assert level(vllm(wanted=lane)) is Level.PROBLEM
     assert level(vllm(wanted=lane, configured=ours)) is Level.NOTE
     assert level(vllm(wanted=lane, sleeps=True)) is Level.WARNING  # on a CPU
     sleepy = vllm("--enable-sleep-mode", wanted=lane, sleeps=True)
     assert level(sleepy, **two_cards()) is Level.OK
     assert level(vllm(wanted=lane, sleeps=True), **two_cards()) is Level.PROBLEM
-    hidden = vllm(wanted=lane, sleeps=True, process=Unseen("in a container"))
+    hidden = vllm(wanted=lane, sleeps=True, process=Unknown("in a container"))
     assert level(hidden, **two_cards()) is Level.UNKNOWN
 
 
@@ -770,7 +780,7 @@ def test_whether_a_vllm_can_give_its_memory_back() -> None:
         (("vllm", "serve", "--swap-space=4"), Level.PROBLEM),
         (("vllm", "serve", "--disable-log-requests"), Level.PROBLEM),
         (("vllm", "serve"), Level.OK),
-        ((), Level.NONE),
+        ((), Level.NOT_APPLICABLE),
     ],
 )
 def test_options_that_vllm_no_longer_has(words: tuple[str, ...], level: Level) -> None:
@@ -782,9 +792,9 @@ def test_options_that_vllm_no_longer_has(words: tuple[str, ...], level: Level) -
 # Looking, for real
 
 
-def nowhere(folder: Path, **places: Any) -> Places:
+def nowhere(folder: Path, **places: Any) -> Sources:
     """This machine's kernel, a PCI bus of our own, no usual ports, no Docker."""
-    return Places(sys=folder, ports={}, docker="no-such-docker", **places)
+    return Sources(sys=folder, ports={}, docker="no-such-docker", **places)
 
 
 def file(folder: Path, **said: Any) -> Path:
@@ -801,10 +811,10 @@ async def twolane(*arguments: str, **variables: str) -> subprocess.CompletedProc
     return await anyio.run_process(command, check=False, env=environment)
 
 
-async def found(config: Path | None, places: Places, **parts: Any) -> dict[str, Finding]:
+async def found(config: Path | None, places: Sources, **parts: Any) -> dict[str, Finding]:
     """What is found by each check, its first finding; `parts` take the place of what was seen."""
     seen = await look(config, places=places)
-    findings = examine(replace(seen, **parts))
+    findings = run_checks(replace(seen, **parts))
     return {finding.check: finding for finding in reversed(findings)}
 
 
@@ -818,11 +828,11 @@ def test_sockets_that_listen_are_read_from_the_kernel(address: str) -> None:
             pytest.skip(f"no {address} here: {exc}")
         listens.listen()
         idle.bind((address, 0))
-        there = set(listening(Path("/proc")))
+        there = set(listening_sockets(Path("/proc")))
         inode, port = os.fstat(listens.fileno()).st_ino, listens.getsockname()[1]
         other = idle.getsockname()[1]
 
-    assert Listener(address, port, inode) in there
+    assert ListeningSocket(address, port, inode) in there
     assert other not in {one.port for one in there}
 
 
@@ -1060,7 +1070,7 @@ async def test_cards_on_the_bus_are_counted(
 
 async def test_a_driver_is_judged_by_what_it_tells(tmp_path: Path) -> None:
     seen = await look(None, nvml=Nvml(library=two_4090()), places=nowhere(tmp_path))
-    told = {finding.check: finding for finding in examine(seen)}
+    told = {finding.check: finding for finding in run_checks(seen)}
 
     assert told["driver"].saw.startswith("driver 570.86.10, CUDA up to 12.8: NVIDIA GeForce")
     assert told["p2p"].level is Level.NOTE

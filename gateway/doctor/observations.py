@@ -1,4 +1,4 @@
-"""What was seen, as plain data. What could not be seen is `Unseen`, with the reason.
+"""What was seen, as plain data. What could not be seen is `Unknown`, with the reason.
 
 Sizes are bytes.
 """
@@ -24,20 +24,20 @@ NO_SETTINGS = "the settings cannot be used"
 
 
 @dataclass(frozen=True, slots=True)
-class Unseen:
+class Unknown:
     """It could not be looked at, or does not tell; `why` is for people."""
 
     why: str
 
 
-class NotSeen(Exception):
+class NotObserved(Exception):
     """A judgement needs what was not seen; the text says why it was not."""
 
 
-def known(part: T | Unseen) -> T:
-    """What was seen; raises `NotSeen` where it was not."""
-    if isinstance(part, Unseen):
-        raise NotSeen(part.why)
+def require(part: T | Unknown) -> T:
+    """What was seen; raises `NotObserved` where it was not."""
+    if isinstance(part, Unknown):
+        raise NotObserved(part.why)
     return part
 
 
@@ -67,9 +67,9 @@ class Process:
 
     pid: int | None
     command: tuple[str, ...]
-    environment: Mapping[str, str] | Unseen
-    shm: int | Unseen
-    memlock: int | Unseen | None
+    environment: Mapping[str, str] | Unknown
+    shm: int | Unknown
+    memlock: int | Unknown | None
 
     @property
     def name(self) -> str:
@@ -154,7 +154,7 @@ class Exposure:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ExpectedLane:
     """A lane that the settings want of an engine."""
 
     model: str
@@ -163,7 +163,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ObservedEngine:
     """One engine at one URL.
 
     Attributes:
@@ -179,20 +179,20 @@ class Server:
     kind: Kind
     url: str
     port: int
-    answers: Kind | Unseen | None
-    wanted: tuple[Wanted, ...] = ()
+    answers: Kind | Unknown | None
+    wanted: tuple[ExpectedLane, ...] = ()
     configured: EngineSettings | None = None
-    version: str | Unseen = Unseen("it was not asked")
-    models: tuple[str, ...] | Unseen = Unseen("it was not asked")
-    loaded: tuple[Loaded, ...] | Unseen = Unseen("it was not asked")
-    contexts: Mapping[str, int | None] | Unseen = Unseen("it was not asked")
-    identities: Mapping[str, Identity] | Unseen = Unseen("it was not asked")
-    sleeps: bool | Unseen = Unseen("it was not asked")
-    asleep: bool | Unseen = Unseen("it was not asked")
-    addresses: tuple[str, ...] | Unseen = Unseen("it was not looked up")
+    version: str | Unknown = Unknown("it was not asked")
+    models: tuple[str, ...] | Unknown = Unknown("it was not asked")
+    loaded: tuple[Loaded, ...] | Unknown = Unknown("it was not asked")
+    contexts: Mapping[str, int | None] | Unknown = Unknown("it was not asked")
+    identities: Mapping[str, Identity] | Unknown = Unknown("it was not asked")
+    sleeps: bool | Unknown = Unknown("it was not asked")
+    asleep: bool | Unknown = Unknown("it was not asked")
+    addresses: tuple[str, ...] | Unknown = Unknown("it was not looked up")
     here: bool = True
-    sockets: tuple[str, ...] | Unseen = Unseen("it was not looked for")
-    process: Process | Unseen = Unseen("it was not looked for")
+    sockets: tuple[str, ...] | Unknown = Unknown("it was not looked for")
+    process: Process | Unknown = Unknown("it was not looked for")
 
     @property
     def label(self) -> str:
@@ -206,7 +206,7 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Observations:
     """All of it.
 
     Attributes:
@@ -222,17 +222,17 @@ class Seen:
 
     at: float
     source: str
-    settings: Settings | Unseen
-    exposure: Exposure | Unseen
-    port: Port | Unseen
-    lease: str | Unseen
-    owner: Owner | Unseen | None
-    profiles: Mapping[str, Profile | str | None] | Unseen
-    servers: tuple[Server, ...] | Unseen
-    nvidia_on_bus: int | Unseen
+    settings: Settings | Unknown
+    exposure: Exposure | Unknown
+    port: Port | Unknown
+    lease: str | Unknown
+    owner: Owner | Unknown | None
+    profiles: Mapping[str, Profile | str | None] | Unknown
+    servers: tuple[ObservedEngine, ...] | Unknown
+    nvidia_on_bus: int | Unknown
     driver_loaded: bool
-    driver: Driver | Unseen
-    docker: Docker | Unseen | None
-    ram: Ram | Unseen
-    here: Process | Unseen
-    disks: tuple[Disk, ...] | Unseen = field(default=())
+    driver: Driver | Unknown
+    docker: Docker | Unknown | None
+    ram: Ram | Unknown
+    here: Process | Unknown
+    disks: tuple[Disk, ...] | Unknown = field(default=())

@@ -15,17 +15,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import msgspec
 
+from backends.fake.process import FakeProcess
 from backends.fake.script import usage
 from backends.fake.wire import Received
 
-if TYPE_CHECKING:  # the engine makes its kind, and the kind asks the engine
-    from backends.fake.engine import FakeEngine
-
-Name: TypeAlias = str
 Json = dict[str, Any]
 
 CHAT = "/v1/chat/completions"
@@ -35,7 +32,7 @@ GENERATING = frozenset((CHAT, COMPLETIONS, EMBEDDINGS))
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class PlainAnswer:
     """An answer in one piece: JSON, or text, or bytes."""
 
     body: object
@@ -56,9 +53,9 @@ class Told:
 class Refusal(Exception):
     """The request cannot be served; this is what the engine says instead."""
 
-    def __init__(self, told: Told) -> None:
-        super().__init__(told)
-        self.told = told
+    def __init__(self, answer: PlainAnswer) -> None:
+        super().__init__(answer)
+        self.answer = answer
 
 
 @dataclass(slots=True)
@@ -94,10 +91,10 @@ def text(index: int) -> str:
     return f" token{index}" if index else "token0"
 
 
-class Kind(ABC):
-    """One kind of engine. It keeps no state of its own: that is the engine's."""
+class Behaviour(ABC):
+    """What one kind of engine answers. It keeps no state: that is the process's."""
 
-    name: ClassVar[Name]
+    name: ClassVar[str]
     #: Whether a stream's head comes at once, before there is a slot, or with its first token.
     head_first: ClassVar[bool] = False
     #: Whether a model takes memory when somebody asks for it, and not when the process starts.
@@ -110,8 +107,8 @@ class Kind(ABC):
     stream_type: ClassVar[str] = "text/event-stream"
     id_prefix: ClassVar[Mapping[str, str]] = {CHAT: "chatcmpl-", COMPLETIONS: "cmpl-"}
 
-    def __init__(self, engine: FakeEngine) -> None:
-        self.engine = engine
+    def __init__(self, process: FakeProcess) -> None:
+        self.process = process
         self._ids = itertools.count(1)
 
     # What each does its own way
@@ -133,19 +130,19 @@ class Kind(ABC):
     def admit(self, request: Received) -> None:  # noqa: B027 - most take any
         """Let this request in, whatever it asks for, or raise `Refusal`."""
 
-    def deed(self, request: Received) -> str:
+    def operation(self, request: Received) -> str:
         """What this asks for where one path stands for several things, else nothing."""
         return ""
 
     @abstractmethod
-    async def control(self, request: Received) -> Told:
+    async def control(self, request: Received) -> PlainAnswer:
         """The answer to a request that generates nothing; raises `Refusal`."""
 
     @abstractmethod
     def job(self, request: Received) -> Job:
         """What is to be generated; raises `Refusal`."""
 
-    async def ready(self, job: Job) -> None:  # noqa: B027 - most are always
+    async def prepare(self, job: Job) -> None:  # noqa: B027 - most are always
         """Return when the model is where it can start on this."""
 
     @abstractmethod
@@ -164,11 +161,11 @@ class Kind(ABC):
 
     def names(self) -> list[str]:
         """All its models."""
-        return [*self.engine.models, *self.engine.embedding]
+        return [*self.process.models, *self.process.embedding]
 
     def new_job(self, request: Received, body: Json, limit: object = None) -> Job:
         """A job for a body that was found good; `limit` is the longest answer asked for."""
-        tokens, finish = self.engine.tokens, "stop"
+        tokens, finish = self.process.tokens, "stop"
         if isinstance(limit, int) and (limit < tokens or body.get("ignore_eos")):
             tokens, finish = limit, "length"
         if stops := body.get("stop"):
