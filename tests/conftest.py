@@ -7,12 +7,18 @@ import os
 from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from backends.fake import FakeEngine
 from tests.support import rules
 from tests.support.exclusive import Box, boxed
 from tests.support.gateways import StartGateway, run_gateway
+
+# A deadline of milliseconds would measure how busy the machine is.
+hypothesis.settings.register_profile("full", deadline=None)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
+hypothesis.settings.load_profile("full")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -340,6 +340,7 @@ def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         Nvml().free()
 
 
+@pytest.mark.integration
 def test_machine_without_a_driver_is_told_so_and_loads_nothing_to_ask_it() -> None:
     asked = (
         "from gateway.gpu import Nvml; import sys; \ntry: Nvml().free()\nexcept Exception as e: "
@@ -458,6 +459,7 @@ def family() -> Iterator[tuple[int, int]]:
         parent.stdout.close()
 
 
+@pytest.mark.integration
 def test_budget_counts_a_process_and_its_children() -> None:
     with family() as (parent, child):
         budget: Memory = Budget(1 * GIB, lambda: [parent])
@@ -470,6 +472,7 @@ def test_budget_counts_a_process_and_its_children() -> None:
     assert (budget.total(), budget.free(), budget.least()) == (1 * GIB, 1 * GIB, 1 * GIB)
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(), reason="this kernel does not tell what is shared"
 )
@@ -480,6 +483,7 @@ def test_budget_counts_what_is_shared_once() -> None:
     assert used < 150 * MIB  # 96, and two interpreters; counted twice it would be 160
 
 
+@pytest.mark.integration
 def test_budget_counts_an_orphan_until_it_has_gone() -> None:
     with family() as (parent, child):
         budget = Budget(1 * GIB, lambda: [parent])
@@ -493,11 +497,13 @@ def test_budget_counts_an_orphan_until_it_has_gone() -> None:
     assert [pid for pid, _ in orphaned] == [child]
 
 
+@pytest.mark.integration
 def test_budget_that_is_overdrawn_has_nothing_free() -> None:
     with family() as (parent, _):
         assert Budget(10 * MIB, lambda: [parent]).free() == 0
 
 
+@pytest.mark.integration
 def test_budget_knows_engines_as_they_are_started_anew() -> None:
     engines: list[int] = []
     budget = Budget(1 * GIB, lambda: engines)

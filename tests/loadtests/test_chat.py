@@ -10,6 +10,8 @@ import pytest
 from loadtests.measure import samples
 from tests.support.servers import WHOLE, always, locust, scripted
 
+pytestmark = pytest.mark.integration  # programs of their own
+
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:

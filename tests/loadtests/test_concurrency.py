@@ -21,6 +21,8 @@ from loadtests.measure import samples
 from loadtests.measure.samples import Cell, Request
 from tests.support.servers import WHOLE, always, locust, nobody, scripted
 
+pytestmark = pytest.mark.integration  # programs of their own
+
 #: Quick and exact enough: what is measured is checked elsewhere (test_selfcheck).
 QUICK = ["--ttft-s", "0.05", "--gap-s", "0.005", "--tokens", "8"]
 

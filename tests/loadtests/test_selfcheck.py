@@ -125,6 +125,7 @@ def test_where_there_is_none_the_folder_is_asked_after(tmp_path: Path) -> None:
         selfcheck.load(tmp_path)
 
 
+@pytest.mark.integration
 def test_an_engine_that_lies_about_its_times_is_found_out() -> None:
     said = Times(ttft_s=0.1, gap_s=0.02, tokens=16)
 
@@ -136,6 +137,7 @@ def test_an_engine_that_lies_about_its_times_is_found_out() -> None:
     assert seen.errors == 0
 
 
+@pytest.mark.integration
 def test_a_generator_that_does_not_run_is_told_with_its_last_words() -> None:
     gone = known.Running("http://127.0.0.1:9")  # discard: nobody listens
 

@@ -2,6 +2,7 @@
 
 A test is a *unit* test if it is a plain `def` without the mark `integration`: it may open no
 connection and start no program, in every run. A test that waits is a coroutine and never one.
+`make unit` leaves out those that are `slow` because they compute for seconds.
 A test with the mark `alone` measures time: no other test runs beside it, however many workers
 there are.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import inspect
+import multiprocessing.process
 import os
 import socket
 import subprocess
@@ -27,11 +29,12 @@ DOORS: tuple[tuple[type, str], ...] = (
     (socket.socket, "connect"),
     (socket.socket, "connect_ex"),
     (subprocess.Popen, "__init__"),
+    (multiprocessing.process.BaseProcess, "start"),
 )
 
 
 def is_unit(item: pytest.Item) -> bool:
-    """Whether the test belongs to `make unit`."""
+    """Whether the test may neither connect nor start a program."""
     function = getattr(item, "obj", None)
     return not (
         inspect.iscoroutinefunction(function) or item.get_closest_marker("integration") is not None

@@ -33,8 +33,8 @@ OTHER_METERS = {
     name: NotSupported()
     for name in ("EnforcedPowerLimit", "UtilizationRates", "TotalEnergyConsumption")
 }
-#: The stopwatch is checked first, which takes a while.
-pytestmark = pytest.mark.timeout(240)
+#: Programs of their own, and the stopwatch is checked first, which takes a while.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
 def twolane(

@@ -818,6 +818,7 @@ async def found(config: Path | None, places: Sources, **parts: Any) -> dict[str,
     return {finding.check: finding for finding in reversed(findings)}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_sockets_that_listen_are_read_from_the_kernel(address: str) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
