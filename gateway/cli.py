@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gateway import installation
 from gateway.compare.arguments import add_commands as add_compare
 from gateway.doctor.arguments import add_command as add_doctor
 from gateway.errors import UsageError
-from gateway.plan.command import add_command as add_plan
+from gateway.plan.arguments import add_command as add_plan
 from gateway.simulate.arguments import add_command as add_simulate
 
 EXAMPLES = """\
@@ -130,11 +131,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Prints the version; finding it takes longer than all else here, so only when asked."""
+    """Prints the version, which is looked up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        from gateway import installation  # noqa: PLC0415
-
         print(f"twolane {installation.version()}")  # noqa: T201 - a command's way to speak
         parser.exit()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -17,6 +16,8 @@ MAKE = {"embedded": "make serve", "load": "make load"}
 
 def version() -> str:
     """The version of the package; `pyproject.toml` is where it is written."""
+    import importlib.metadata  # noqa: PLC0415 - it takes longer than all else here
+
     return importlib.metadata.version("twolane")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from backends.fake import FakeEngine
+from backends.fake import FakeEngine, status
 from tests.support.gateways import StartGateway
 from tests.support.models import alone, chat
 
@@ -41,6 +41,28 @@ async def test_status_draws_lanes_and_decisions(start_gateway: StartGateway) -> 
     for word in (b"vllm", b"assumed profile", b"demand 0", b"the model's only lane"):
         assert word in drawn.stdout
     assert json.loads(told.stdout)["models"]["m"]["lane"] == "vllm"
+
+
+async def test_status_shows_names_with_brackets_as_they_are(start_gateway: StartGateway) -> None:
+    async with FakeEngine("vllm", ["Small-1B"]) as vllm:
+        settings = alone(vllm)
+        settings["models"] = {"a[/b]": settings["models"]["m"]}
+        async with start_gateway(**settings) as running:
+            drawn = await twolane("status", "--url", running.url)
+
+    assert (drawn.returncode, drawn.stderr) == (0, b"")
+    assert b"a[/b] (assumed profile)" in drawn.stdout
+
+
+async def test_status_of_something_else_says_so() -> None:
+    async with FakeEngine("vllm", ["Small-1B"]) as other:
+        said = await twolane("status", "--url", f"{other.url}/v1/models?")
+        other.script(status(200, body={"hello": "world"}), path="/status")
+        strange = await twolane("status", "--url", other.url)
+
+    assert (said.returncode, strange.returncode) == (2, 2)
+    assert b"is this a twolane gateway?" in strange.stderr
+    assert b"Traceback" not in said.stderr + strange.stderr
 
 
 async def test_status_sends_the_key(start_gateway: StartGateway) -> None:

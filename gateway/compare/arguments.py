@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gateway import installation
 from gateway.errors import UsageError
 
 COMPARE_EXAMPLES = """\
@@ -249,5 +250,5 @@ def _require_load_extra() -> None:
     if missing:
         raise UsageError(
             f"{' and '.join(missing)} not installed; measuring needs the extra `load`: "
-            "pip install 'twolane[load]'"
+            + installation.install("load")
         )

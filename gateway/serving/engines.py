@@ -19,6 +19,7 @@ from backends.errors import BackendError
 from backends.kinds import EMBEDDED, KINDS, Kind
 from backends.processes.supervised import Supervised
 from backends.transport import http
+from gateway import installation
 from gateway.serving import discovery
 from gateway.settings import Settings, SettingsError, Timings
 
@@ -80,7 +81,7 @@ class EnginePool:
         """Run every engine that has a command, except those that wait for the GPU."""
         for kind in self._settings.engines:
             if kind not in besides and (process := self.process(kind)) is not None:
-                self._restarting[asyncio.create_task(process.keep())] = process
+                self._restarting[asyncio.create_task(process.keep_running())] = process
 
     async def start_embedded(self) -> None:
         """Start the embedded engine; raises SettingsError where that is not possible."""
@@ -91,7 +92,7 @@ class EnginePool:
             raise SettingsError(
                 f"Found {', '.join(others)} and {last}, and the embedded engine is not "
                 "installed. Start one of them, name yours in a configuration file, or install "
-                "the extra: pip install 'twolane[embedded]'."
+                f"the embedded engine: {installation.install('embedded')}"
             )
         if not gguf.is_file():
             raise SettingsError(f"embedded.model: there is no file {gguf}")
@@ -99,7 +100,7 @@ class EnginePool:
                    "--slots", str(own.slots), "--context", str(own.context)]  # fmt: skip
         output = self._temporary_log(EMBEDDED)
         log.info("starting the embedded engine on %s (log: %s)", gguf.name, output)
-        self.embedded = Supervised(command, output, tells_url=True)
+        self.embedded = Supervised(command, output, reports_url=True)
         self._processes.append(self.embedded)
         try:
             await self.embedded.start(deadline_s=self._timings.embedded_start_s)

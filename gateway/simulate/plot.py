@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from gateway import installation
 from gateway.errors import UsageError
 from gateway.simulate.choices import ALWAYS, CLAIRVOYANT, OURS
 from gateway.simulate.comparison import SimulationRecord
@@ -23,7 +24,7 @@ def check_plot(path: Path) -> None:
     except ImportError as exc:
         raise UsageError(
             "--plot needs matplotlib, which comes with the extra `load`: "
-            "pip install 'twolane[load]'"
+            f"{installation.install('load')}"
         ) from exc
     mpl.use("agg")
 

@@ -37,7 +37,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 def test_the_gateway_of_the_wheel_is_up_and_waits_for_its_engines(box: Box) -> None:
     ready = box.get("/ready")
 
-    assert (ready["ready"], ready["gpu"]["step"]) == (False, "free")
+    assert ready["ready"] is False
     assert list(box.get("/status")["models"]) == ["smollm2"]
 
 

@@ -24,8 +24,9 @@ from backends.fake import GIB, FakeEngine, Silence, status
 from backends.transport import sse
 from gateway.errors import GatewayError
 from gateway.gpu.memory import Nvml, Reading
-from gateway.observe import metrics as told
+from gateway.observe.counters import ENDINGS, FAILED_OUTCOMES, error_codes
 from gateway.observe.metrics import Metrics
+from gateway.observe.samples import COUNTERS, GAUGES
 from gateway.relay.exchange import Exchange
 from gateway.settings import Prices, SettingsError, Timings
 from tests.gpu.test_memory import Info, NotSupported, Told, two_4090
@@ -558,14 +559,14 @@ async def test_no_prompt_no_key_and_no_address_is_in_it(
 
 def test_every_way_to_fail_is_a_label_of_its_own() -> None:
     metrics = Metrics({}, Prices())
-    codes = set(told._codes(GatewayError))
+    codes = set(error_codes(GatewayError))
     for code in codes:
         metrics.write(exchange(outcome=code, usage=None))
 
     counted = [s for s in lines(metrics).samples if s.name == "twolane_requests_total"]
     assert {"queue_full", "waited_too_long", "no_engine", "draining", "engine_silent"} <= codes
     assert {sample.labels["outcome"] for sample in counted} == codes
-    assert not told.FAILURES - codes - told.ENDINGS
+    assert not FAILED_OUTCOMES - codes - ENDINGS
 
 
 # The text
@@ -608,7 +609,7 @@ def documented() -> str:
 
 def labels_of(name: str) -> tuple[str, ...]:
     """The labels of what is looked up, or else of what prometheus_client counts."""
-    looked_up = {**told.GAUGES, **told.COUNTERS}
+    looked_up = {**GAUGES, **COUNTERS}
     if name in looked_up:
         return looked_up[name][1]
     counted = Metrics({}, Prices())._registry._names_to_collectors[name]

@@ -1,4 +1,4 @@
-"""What fits, by arithmetic: held to the published sizes, to what engines log, and to the facts."""
+"""`twolane plan`, compared with published sizes, with what engines log, and with the facts."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ import re
 import shlex
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from dataclasses import replace as changed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from gateway import cli, settings
 from gateway.cli import main
+from gateway.errors import UsageError
 from gateway.gpu.memory import Nvml
-from gateway.plan import command as plan
+from gateway.plan.machine import detect_cards
 from gateway.serving import discovery
-from gateway.settings import SettingsError
-from gateway.sizing import fit, weights
-from gateway.sizing.fit import Cards, Plan, Wish
-from gateway.sizing.weights import GIB, KNOWN, Weights, named
+from gateway.sizing.assumptions import SLEEPING_VLLM_GIB, VLLM_OVERHEAD_GIB
+from gateway.sizing.cards import Cards, parse_cards
+from gateway.sizing.figures import Plan, Requirements
+from gateway.sizing.files import read_weights
+from gateway.sizing.fit import make_plan
+from gateway.sizing.known import KNOWN_MODELS, weights_by_name
+from gateway.sizing.quantization import estimate_weights
+from gateway.sizing.shapes import GIB, PlannedEngine, Shape, Weights
+from gateway.sizing.vllm_fit import VllmPlanner
 from tests.gpu.test_memory import Driver, Info
 
 ROOT = Path(__file__).parents[2]
@@ -34,32 +40,31 @@ SMOLLM2 = ROOT / ".engines/smollm2"
 
 #: The box of the facts: two RTX 4090, 96 GB.
 BOX = Cards(2, 23.5, "2x24", "4090", 1008, 165.2)
-AWQ, Q4_K_M = named("llama-3.3-70b", "vllm"), named("llama-3.3-70b", "ollama")
+AWQ, Q4_K_M = weights_by_name("llama-3.3-70b", "vllm"), weights_by_name("llama-3.3-70b", "ollama")
 NEEDS_SMOLLM2 = pytest.mark.skipif(
     not (SMOLLM2 / "config.json").exists(), reason="no weights for vLLM: make engines"
 )
 
 
 def planned(
-    ollama: Weights | None = Q4_K_M, vllm: Weights | None = AWQ, cards: Cards = BOX, **wish: Any
+    ollama: Weights | None = Q4_K_M, vllm: Weights | None = AWQ, cards: Cards = BOX, **required: Any
 ) -> Plan:
-    return fit.plan(ollama, vllm, cards, Wish(**{"ram": 96.0, **wish}))
+    return make_plan(ollama, vllm, cards, Requirements(**{"ram_gib": 96.0, **required}))
 
 
-def tokens_s(streams: int, **wish: Any) -> float:
-    """The bound on so many streams of vLLM, whether their KV fits or not."""
-    thinking = fit._Thinking(BOX, Wish(), wish.get("kv", "auto"), 2, 1)
-    bound = thinking.vllm_tokens_s(AWQ, streams)
+def tokens_s(streams: int) -> float:
+    """The bound on so many streams of vLLM, whether or not their KV cache fits."""
+    bound = VllmPlanner(BOX, Requirements(), "auto", 2, 1).tokens_s(AWQ, streams)
     assert bound is not None
     return bound
 
 
-# The facts: every figure of the tables "What fits" and "Speed limits" that is arithmetic
+# The facts: every figure of the tables "What fits" and "Speed limits" that can be computed
 
 
 def facts() -> dict[str, tuple[float, float, float]]:
-    """What is computed, and the least and most that the facts say."""
-    box, qwen = planned(), named("qwen2.5:72b", "ollama")
+    """Each computed figure, and the least and most that the facts say."""
+    box, qwen = planned(), weights_by_name("qwen2.5:72b", "ollama")
     ollama, vllm = box.lanes["ollama"], box.lanes["vllm"]
     assert box.pinned_ram_gib
     assert ollama.speed
@@ -101,20 +106,25 @@ def test_two_70b_are_never_resident_together() -> None:
     asked = planned(placement="shared")
 
     assert planned().placement == "exclusive"
-    assert "there are 47.0" in asked.faults[0]
+    assert "the cards have 47.0 GiB" in asked.faults[0]
     assert "--placement exclusive" in asked.faults[0]
 
 
-def test_32_way_on_70b_is_decided_by_kv() -> None:
-    of_16, of_32 = planned().lanes["vllm"].at
+def test_the_kv_cache_limits_a_70b_to_21_of_32_requests() -> None:
+    of_16, of_32 = planned().lanes["vllm"].load_points
 
     assert (of_32.needed_tokens, of_32.running, of_32.queued) == (48_000, 21, 11)
     assert (of_16.needed_tokens, of_16.queued) == (24_000, 0)
 
 
-def test_qwen_72b_in_q4_k_m_is_part_on_the_cpu_and_it_says_what_would_fit() -> None:
-    asked = planned(named("qwen2.5:72b", "ollama"), named("qwen2.5-72b", "vllm"))
-    smaller = planned(named("qwen2.5:72b-instruct-q4_K_S", "ollama"), named("qwen2.5-72b", "vllm"))
+def test_qwen_72b_in_q4_k_m_runs_partly_on_the_cpu_and_the_fault_says_what_would_fit() -> None:
+    asked = planned(
+        weights_by_name("qwen2.5:72b", "ollama"), weights_by_name("qwen2.5-72b", "vllm")
+    )
+    smaller = planned(
+        weights_by_name("qwen2.5:72b-instruct-q4_K_S", "ollama"),
+        weights_by_name("qwen2.5-72b", "vllm"),
+    )
 
     assert asked.lanes["ollama"].on_cpu_gib > 0
     assert "Q4_K_S (40.9 GiB, 1 x 3,072 tokens)" in asked.faults[0]
@@ -122,7 +132,7 @@ def test_qwen_72b_in_q4_k_m_is_part_on_the_cpu_and_it_says_what_would_fit() -> N
     assert smaller.lanes["ollama"].context == 3072
 
 
-# Sizes, held to what is published and to what real engines log
+# Sizes, compared with what is published and with what real engines log
 
 
 @pytest.mark.parametrize(
@@ -144,8 +154,8 @@ def test_qwen_72b_in_q4_k_m_is_part_on_the_cpu_and_it_says_what_would_fit() -> N
         ("mistral-small:24b", 14.33),
     ],
 )
-def test_what_is_reckoned_of_a_gguf_is_its_size(model: str, gigabytes: float) -> None:
-    assert named(model, "ollama").total / 1e9 == pytest.approx(gigabytes, rel=0.005)
+def test_the_computed_size_of_a_gguf_is_its_published_size(model: str, gigabytes: float) -> None:
+    assert weights_by_name(model, "ollama").total / 1e9 == pytest.approx(gigabytes, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +165,13 @@ def test_what_is_reckoned_of_a_gguf_is_its_size(model: str, gigabytes: float) ->
      ("qwen3-14b", 14.77), ("mistral-small-24b", 23.57), ("gemma-3-27b", 27.43)],
 )  # fmt: skip
 def test_each_known_shape_has_the_models_parameters(name: str, billions: float) -> None:
-    assert KNOWN[name].shape.parameters / 1e9 == pytest.approx(billions, rel=0.001)
+    assert KNOWN_MODELS[name].shape.parameters / 1e9 == pytest.approx(billions, rel=0.001)
 
 
 def test_every_known_model_has_its_parameters_tested() -> None:
     mark = test_each_known_shape_has_the_models_parameters.pytestmark[0]  # type: ignore[attr-defined]
 
-    assert {name for name, _ in mark.args[1]} == set(KNOWN)
+    assert {name for name, _ in mark.args[1]} == set(KNOWN_MODELS)
 
 
 def test_embeddings_stay_at_16_bit_in_awq() -> None:
@@ -170,9 +180,9 @@ def test_embeddings_stay_at_16_bit_in_awq() -> None:
 
 
 @NEEDS_SMOLLM2
-def test_kv_is_what_real_engines_took() -> None:
+def test_the_kv_cache_is_as_large_as_in_real_engines() -> None:
     """As logged here by Ollama 0.24 (45.00 MiB, 2048 cells, f16) and vLLM 0.32 (1 GiB)."""
-    shape = weights.read(SMOLLM2).shape
+    shape = read_weights(SMOLLM2).shape
 
     assert shape.kv_bytes(2048, 16) == 45 * 1024**2
     assert GIB / shape.kv_bytes(1, 16) // 16 * 16 == 46_592
@@ -185,7 +195,7 @@ def test_kv_is_what_real_engines_took() -> None:
 def test_the_packaged_gguf_is_read() -> None:
     path = discovery.packaged_model()
     assert path
-    read = weights.read(path)
+    read = read_weights(path)
 
     assert (read.scheme, read.parameters) == ("Q4_1", 134_515_008)
     assert read.shape.kv_heads == 3
@@ -195,31 +205,31 @@ def test_the_packaged_gguf_is_read() -> None:
 
 @NEEDS_SMOLLM2
 def test_the_same_model_in_safetensors_has_the_same_shape() -> None:
-    read = weights.read(SMOLLM2)
+    read = read_weights(SMOLLM2)
     path = discovery.packaged_model()
 
     assert (read.parameters, read.scheme) == (134_515_008, "bfloat16 16 bit")
     assert read.total == 2 * read.parameters
-    assert path is None or weights.read(path).shape == read.shape
+    assert path is None or read_weights(path).shape == read.shape
 
 
 F32, Q4_K = 0, 12
 
 
-def gguf(path: Path, **said: Any) -> Path:
-    """A small GGUF; `said` changes its metadata, `kind` its tensors' type, `cut` its end."""
-    kind = said.pop("kind", F32)
-    cut = said.pop("cut", None)
-    extra = said.pop("extra", {})
+def gguf(path: Path, **metadata: Any) -> Path:
+    """A small GGUF; `metadata` changes its metadata, `kind` its tensors' type, `cut` its end."""
+    kind = metadata.pop("kind", F32)
+    cut = metadata.pop("cut", None)
+    extra = metadata.pop("extra", {})
     tensors = {"token_embd.weight": (256, 32), "blk.0.ffn_up.weight": (256, 512),
                "output.weight": (256, 32), **extra}  # fmt: skip
-    arch = said.pop("arch", "llama")
+    arch = metadata.pop("arch", "llama")
     pairs = {
         "general.architecture": arch, f"{arch}.block_count": 2, f"{arch}.embedding_length": 256,
         f"{arch}.attention.head_count": 4, f"{arch}.attention.head_count_kv": 2,
         f"{arch}.feed_forward_length": 512, "tokenizer.ggml.tokens": ["word"] * 5000,
         "tokenizer.ggml.scores": [0] * 5000,
-        **said,
+        **metadata,
     }  # fmt: skip
 
     def text(value: str) -> bytes:
@@ -252,39 +262,39 @@ def gguf(path: Path, **said: Any) -> Path:
     return path
 
 
-def test_a_gguf_tells_its_sizes_by_its_types(tmp_path: Path) -> None:
-    read = weights.read(gguf(tmp_path / "a.gguf", kind=Q4_K))
+def test_the_sizes_of_a_gguf_follow_from_its_tensor_types(tmp_path: Path) -> None:
+    read = read_weights(gguf(tmp_path / "a.gguf", kind=Q4_K))
 
     assert (read.embedding, read.body) == (256 * 32 * 4.5 / 8, 256 * 512 * 4.5 / 8)
-    assert read.shape == weights.Shape(2, 256, 4, 2, 512, 32, 64)
+    assert read.shape == Shape(2, 256, 4, 2, 512, 32, 64)
 
 
 def test_all_parts_of_a_split_gguf_count(tmp_path: Path) -> None:
     for n in (1, 2):
         gguf(tmp_path / f"a-0000{n}-of-00002.gguf", **{"split.count": 2})
-    whole, part = (tmp_path / "a-00002-of-00002.gguf", weights.read(gguf(tmp_path / "b.gguf")))
+    whole, part = (tmp_path / "a-00002-of-00002.gguf", read_weights(gguf(tmp_path / "b.gguf")))
 
-    assert weights.read(whole).parameters == 2 * part.parameters
+    assert read_weights(whole).parameters == 2 * part.parameters
     (tmp_path / "a-00001-of-00002.gguf").unlink()
-    with pytest.raises(SettingsError, match="a-00001-of-00002"):
-        weights.read(whole)
+    with pytest.raises(UsageError, match="a-00001-of-00002"):
+        read_weights(whole)
 
 
-def test_of_a_mixture_only_the_experts_in_use_are_read(tmp_path: Path) -> None:
+def test_a_token_reads_only_the_experts_that_it_uses(tmp_path: Path) -> None:
     experts = {"blk.0.ffn_up_exps.weight": (256, 512, 8)}
     used = {"llama.expert_count": 8, "llama.expert_used_count": 2}
-    dense = weights.read(gguf(tmp_path / "a.gguf"))
-    mixed = weights.read(gguf(tmp_path / "b.gguf", extra=experts, **used))
+    dense = read_weights(gguf(tmp_path / "a.gguf"))
+    mixed = read_weights(gguf(tmp_path / "b.gguf", extra=experts, **used))
 
     assert mixed.total - dense.total == 8 * 256 * 512 * 4
     assert mixed.read - dense.read == 2 * 256 * 512 * 4
     assert mixed.active - dense.active == 2 * 256 * 512
 
 
-def test_layers_with_a_window_keep_no_more_than_it(tmp_path: Path) -> None:
-    said = {"gemma3.attention.sliding_window": 100, "gemma3.block_count": 12}
-    path = gguf(tmp_path / "a.gguf", arch="gemma3", **said)
-    shape = weights.read(path).shape
+def test_layers_with_a_window_cache_no_more_than_the_window(tmp_path: Path) -> None:
+    metadata = {"gemma3.attention.sliding_window": 100, "gemma3.block_count": 12}
+    path = gguf(tmp_path / "a.gguf", arch="gemma3", **metadata)
+    shape = read_weights(path).shape
 
     assert (shape.windowed, shape.window) == (10, 100)
     assert shape.kv_bytes(1000, 16) == 2 * 2 * 64 * 2 * (2 * 1000 + 10 * 100)
@@ -298,10 +308,12 @@ GROUPS_OF_128 = {"quant_method": "awq", "bits": 4, "group_size": 128}
 
 
 def folder(
-    path: Path, tensors: dict[str, tuple[str, list[int]]] | None = None, **said: Any
+    path: Path, tensors: dict[str, tuple[str, list[int]]] | None = None, **config_changes: Any
 ) -> Path:
     path.mkdir(exist_ok=True)
-    config = {key: value for key, value in {**CONFIG, **said}.items() if value is not None}
+    config = {
+        key: value for key, value in {**CONFIG, **config_changes}.items() if value is not None
+    }
     (path / "config.json").write_text(json.dumps(config))
     if tensors:
         sizes = {"F16": 2, "I32": 4, "BF16": 2}
@@ -318,27 +330,27 @@ def folder(
 
 
 def test_a_config_alone_is_enough_for_the_arithmetic(tmp_path: Path) -> None:
-    read = weights.read(folder(tmp_path / "m", quantization_config=GROUPS_OF_128) / "config.json")
+    read = read_weights(folder(tmp_path / "m", quantization_config=GROUPS_OF_128) / "config.json")
 
     assert read.total == AWQ.total
     assert (read.group, read.scheme) == (128, "AWQ 4 bit, group 128")
 
 
-def test_an_index_tells_the_sum(tmp_path: Path) -> None:
+def test_the_index_has_the_sum(tmp_path: Path) -> None:
     path = folder(tmp_path / "m")
     (path / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 141107412992}}')
 
-    assert weights.read(path).total == 141_107_412_992
+    assert read_weights(path).total == 141_107_412_992
 
 
-def test_safetensors_headers_tell_packed_weights(tmp_path: Path) -> None:
+def test_packed_weights_are_counted_from_safetensors_headers(tmp_path: Path) -> None:
     tensors = {
         "model.embed_tokens.weight": ("F16", [32, 64]),
         "model.layers.0.mlp.up_proj.qweight": ("I32", [64, 16]),  # 64 x 128 in 4 bit
         "model.layers.0.mlp.up_proj.scales": ("F16", [1, 128]),
         "lm_head.weight": ("F16", [32, 64]),
     }
-    read = weights.read(
+    read = read_weights(
         folder(tmp_path / "m", tensors, quantization_config=GROUPS_OF_128, num_hidden_layers=1)
     )
 
@@ -363,26 +375,26 @@ def test_safetensors_headers_tell_packed_weights(tmp_path: Path) -> None:
     ],
 )
 def test_the_engines_own_names_are_understood(
-    text: str, engine: weights.Engine, scheme: str, key: str
+    text: str, engine: PlannedEngine, scheme: str, key: str
 ) -> None:
-    read = named(text, engine)
+    read = weights_by_name(text, engine)
 
     assert (read.name, read.scheme) == (text, scheme)
-    assert read.shape == KNOWN[key].shape
+    assert read.shape == KNOWN_MODELS[key].shape
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_every_known_name_fits_on_the_box_or_says_what_would(name: str) -> None:
-    thought = planned(named(name, "ollama"), named(name, "vllm"))
+    plan = planned(weights_by_name(name, "ollama"), weights_by_name(name, "vllm"))
 
-    assert all("What would fit" in fault for fault in thought.faults)
-    assert set(thought.lanes) == {"ollama", "vllm"}
-
-
-# What must always hold
+    assert all("What would fit" in fault for fault in plan.faults)
+    assert set(plan.lanes) == {"ollama", "vllm"}
 
 
-MODELS = [(named(name, "ollama"), named(name, "vllm")) for name in KNOWN]
+# Properties
+
+
+MODELS = [(weights_by_name(name, "ollama"), weights_by_name(name, "vllm")) for name in KNOWN_MODELS]
 SIZES = st.sampled_from([16.0, 23.5, 47.0, 79.0])
 
 
@@ -396,9 +408,9 @@ def test_more_slots_and_more_context_never_need_less(
     pair: tuple[Weights, Weights], gib: float, slots: int, context: int
 ) -> None:
     def needs(n: int, tokens: int) -> float:
-        endless = changed(pair[0], longest=None)
-        thought = planned(endless, None, changed(BOX, gib=gib), ollama_slots=n, context=tokens)
-        return thought.lanes["ollama"].memory_gib
+        endless = replace(pair[0], longest=None)
+        plan = planned(endless, None, structs.replace(BOX, gib=gib), ollama_slots=n, context=tokens)
+        return plan.lanes["ollama"].memory_gib
 
     assert needs(slots, context) <= needs(slots + 1, context)
     assert needs(slots, context) <= needs(slots, context + 512)
@@ -407,12 +419,18 @@ def test_more_slots_and_more_context_never_need_less(
 @given(
     pair=st.sampled_from(MODELS), gib=SIZES, tokens=st.integers(100, 20_000), n=st.integers(1, 200)
 )
-def test_longer_requests_never_run_more_at_once_and_nobody_is_lost(
+def test_longer_requests_never_run_more_concurrently_and_every_request_is_counted(
     pair: tuple[Weights, Weights], gib: float, tokens: int, n: int
 ) -> None:
-    cards = changed(BOX, gib=gib)
-    short = planned(None, pair[1], cards, tokens=tokens, at=(n,)).lanes["vllm"].at[0]
-    long = planned(None, pair[1], cards, tokens=tokens + 100, at=(n,)).lanes["vllm"].at[0]
+    cards = structs.replace(BOX, gib=gib)
+    short = (
+        planned(None, pair[1], cards, tokens=tokens, concurrency=(n,)).lanes["vllm"].load_points[0]
+    )
+    long = (
+        planned(None, pair[1], cards, tokens=tokens + 100, concurrency=(n,))
+        .lanes["vllm"]
+        .load_points[0]
+    )
 
     assert long.running <= short.running <= n
     assert short.running + short.queued == n
@@ -422,8 +440,8 @@ def test_longer_requests_never_run_more_at_once_and_nobody_is_lost(
 def test_larger_cards_never_hold_less(
     pair: tuple[Weights, Weights], gib: float, more: float
 ) -> None:
-    small = planned(*pair, cards=changed(BOX, gib=gib), placement="exclusive")
-    large = planned(*pair, cards=changed(BOX, gib=gib + more), placement="exclusive")
+    small = planned(*pair, cards=structs.replace(BOX, gib=gib), placement="exclusive")
+    large = planned(*pair, cards=structs.replace(BOX, gib=gib + more), placement="exclusive")
 
     for engine in small.lanes:
         for kind, tokens in small.lanes[engine].tokens_alone.items():
@@ -432,27 +450,27 @@ def test_larger_cards_never_hold_less(
 
 
 @given(pair=st.sampled_from(MODELS), gib=SIZES)
-def test_what_shares_the_cards_fits_on_each(pair: tuple[Weights, Weights], gib: float) -> None:
-    thought = planned(*pair, cards=changed(BOX, gib=gib), ram=None)
-    if thought.placement != "shared":
+def test_a_shared_placement_fits_on_each_card(pair: tuple[Weights, Weights], gib: float) -> None:
+    plan = planned(*pair, cards=structs.replace(BOX, gib=gib), ram_gib=None)
+    if plan.placement != "shared":
         return
-    ollama, vllm = thought.lanes["ollama"], thought.lanes["vllm"]
+    ollama, vllm = plan.lanes["ollama"], plan.lanes["vllm"]
 
     assert ollama.memory_gib / 2 + vllm.utilization * gib <= gib
-    assert vllm.weights_card_gib + fit.VLLM_BESIDE < vllm.utilization * gib
+    assert vllm.weights_card_gib + VLLM_OVERHEAD_GIB < vllm.utilization * gib
     assert vllm.tokens >= vllm.context
     assert ollama.environment["OLLAMA_SCHED_SPREAD"] == "1"
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
-def test_both_ways_of_two_ranks_hold_half_each(tensor: int, pipeline: int) -> None:
+def test_two_ranks_hold_half_of_the_weights_each(tensor: int, pipeline: int) -> None:
     lane = planned(tensor=tensor, pipeline=pipeline).lanes["vllm"]
 
     assert lane.weights_card_gib == pytest.approx(18.5, abs=0.05)
     assert lane.tokens == pytest.approx(32_855, rel=0.01)
 
 
-def test_pipeline_is_slower_for_one_and_without_all_reduces_not_for_many() -> None:
+def test_pipeline_parallel_is_slower_for_one_stream_and_not_for_prefill() -> None:
     tp, pp = (planned(tensor=t, pipeline=3 - t).lanes["vllm"] for t in (2, 1))
     assert tp.speed
     assert pp.speed
@@ -461,20 +479,20 @@ def test_pipeline_is_slower_for_one_and_without_all_reduces_not_for_many() -> No
     assert pp.speed.prefill == pytest.approx(tp.speed.prefill)
 
 
-def test_a_model_that_heads_cannot_halve_is_put_into_stages() -> None:
-    nine = weights.of(weights.Shape(30, 576, 9, 3, 1536, 49152, 64), "BF16", "m", "")
+def test_a_model_with_an_odd_number_of_heads_is_pipeline_parallel() -> None:
+    nine = estimate_weights(Shape(30, 576, 9, 3, 1536, 49152, 64), "BF16", "m", "")
     lane = planned(None, nine).lanes["vllm"]
 
     assert (lane.tensor, lane.pipeline) == (1, 2)
 
 
-def test_cards_without_fp8_get_16_bit_kv() -> None:
-    assert planned(cards=plan._cards("2x3090")).lanes["vllm"].kv == "auto"
+def test_cards_without_fp8_get_a_16_bit_kv_cache() -> None:
+    assert planned(cards=parse_cards("2x3090")).lanes["vllm"].kv == "auto"
 
 
 def test_too_little_ram_for_a_sleeping_vllm_is_a_fault() -> None:
-    assert "pins 44 to 50 GiB" in planned(ram=48).faults[0]
-    assert planned(ram=96).faults == ()
+    assert "pins 44 to 50 GiB" in planned(ram_gib=48).faults[0]
+    assert planned(ram_gib=96).faults == ()
 
 
 def test_an_engine_alone_is_planned_too() -> None:
@@ -486,12 +504,12 @@ def test_an_engine_alone_is_planned_too() -> None:
 
 
 @dataclass
-class Told(Info):
+class ReservedInfo(Info):
     reserved: int = 0
 
 
 class NamedDriver(Driver):
-    """As tests.test_gpu's, with cards that have names and keep some memory for themselves."""
+    """The driver of tests.gpu, with cards that have names and reserve some memory."""
 
     NVMLError_FunctionNotFound = Driver.NVMLError_NotSupported
     nvmlMemory_v2 = 2  # noqa: N815 - the library's name
@@ -505,26 +523,26 @@ class NamedDriver(Driver):
         self, handle: tuple[int, int], version: int = 1
     ) -> Info:
         info = super().nvmlDeviceGetMemoryInfo(handle)
-        if version == 2 and not isinstance(info, Told):
+        if version == 2 and not isinstance(info, ReservedInfo):
             raise self.NVMLError_FunctionNotFound
         return info
 
 
-def test_the_cards_are_asked_what_can_be_used_of_them() -> None:
-    driver = NamedDriver([Told(24 * GIB, 0, GIB // 2), Told(24 * GIB, 0, GIB // 4)])
-    cards = plan.found(Nvml(library=driver))
+def test_the_usable_memory_of_the_cards_is_detected() -> None:
+    driver = NamedDriver([ReservedInfo(24 * GIB, 0, GIB // 2), ReservedInfo(24 * GIB, 0, GIB // 4)])
+    cards = detect_cards(Nvml(library=driver))
 
-    assert (cards.count, cards.gib, cards.name, cards.told) == (2, 23.5, "4090", "2x23.50@4090")
-    assert plan._cards(cards.told) == cards  # what is written makes the same plan elsewhere
+    assert (cards.count, cards.gib, cards.name, cards.spec) == (2, 23.5, "4090", "2x23.50@4090")
+    assert parse_cards(cards.spec) == cards  # the written command makes the same plan elsewhere
 
 
-def test_an_old_driver_and_an_unknown_card_are_no_obstacle() -> None:
+def test_an_old_driver_and_an_unknown_card_are_supported() -> None:
     driver = NamedDriver([Info(16 * GIB, 0)])
     driver.name = "NVIDIA Something"
-    cards = plan.found(Nvml(library=driver))
+    cards = detect_cards(Nvml(library=driver))
 
     assert (cards.count, cards.gib, cards.name) == (1, 16.0, None)
-    assert planned(None, named("llama-3.1-8b", "vllm"), cards).lanes["vllm"].speed is None
+    assert planned(None, weights_by_name("llama-3.1-8b", "vllm"), cards).lanes["vllm"].speed is None
 
 
 @pytest.mark.parametrize(
@@ -533,8 +551,8 @@ def test_an_old_driver_and_an_unknown_card_are_no_obstacle() -> None:
      ("1x5090", 31.33, "5090"), ("4x48", 47.0, None), ("2x24.0", 24.0, "4090"),
      ("2x23.6@3090", 23.6, "3090")],
 )  # fmt: skip
-def test_cards_are_said_by_size_or_kind(text: str, gib: float, name: str | None) -> None:
-    cards = plan._cards(text)
+def test_cards_are_named_by_size_or_kind(text: str, gib: float, name: str | None) -> None:
+    cards = parse_cards(text)
 
     assert (round(cards.gib, 2), cards.name) == (gib, name)
 
@@ -549,12 +567,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> s
     except SystemExit as exc:
         ended = int(str(exc.code))
     assert ended == code
-    said = capsys.readouterr()
-    return said.err if code == 2 else said.out
+    output = capsys.readouterr()
+    return output.err if code == 2 else output.out
 
 
 @pytest.mark.parametrize("file", WRITTEN, ids=lambda path: path.name)
-def test_what_is_in_the_repository_is_what_plan_writes(
+def test_plan_writes_the_files_of_the_repository(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     [command] = re.findall(r"^#   (twolane plan .*) --write$", file.read_text(), re.MULTILINE)
@@ -564,14 +582,14 @@ def test_what_is_in_the_repository_is_what_plan_writes(
     assert (tmp_path / ".env").read_bytes() == file.read_bytes()
     read = settings.load(tmp_path / "twolane.yaml", {}, {})
     [(name, model)] = read.models.items()
-    said = dict(re.findall(r"^([A-Z_]+)=(.*)$", file.read_text(), re.MULTILINE))
-    assert said["MODEL"] == name
-    assert said["PLACEMENT"] == model.placement
-    assert said["VLLM_MODEL"] == model.lanes["vllm"].model
-    assert int(said["OLLAMA_CONTEXT"]) == model.lanes["ollama"].context
+    variables = dict(re.findall(r"^([A-Z_]+)=(.*)$", file.read_text(), re.MULTILINE))
+    assert variables["MODEL"] == name
+    assert variables["PLACEMENT"] == model.placement
+    assert variables["VLLM_MODEL"] == model.lanes["vllm"].model
+    assert int(variables["OLLAMA_CONTEXT"]) == model.lanes["ollama"].context
 
 
-def test_the_example_is_the_70b_pair_and_pairs_of_both_placements_are_there() -> None:
+def test_the_example_is_the_70b_pair_and_both_placements_have_a_pair() -> None:
     placements = {re.findall("^PLACEMENT=(.*)$", f.read_text(), re.MULTILINE)[0] for f in PAIRS}
 
     assert (ROOT / ".env.example").read_bytes() == (
@@ -581,9 +599,9 @@ def test_the_example_is_the_70b_pair_and_pairs_of_both_placements_are_there() ->
 
 
 def test_every_variable_of_compose_is_written() -> None:
-    said = re.findall(r"^([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    names = re.findall(r"^([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
 
-    assert said == [
+    assert names == [
         "MODEL", "PLACEMENT", "OLLAMA_MODEL", "OLLAMA_SLOTS", "OLLAMA_CONTEXT",
         "OLLAMA_KV_CACHE_TYPE", "OLLAMA_MEMORY_GIB", "VLLM_MODEL", "VLLM_SLOTS", "VLLM_CONTEXT",
         "VLLM_KV_CACHE_DTYPE", "VLLM_TENSOR_PARALLEL", "VLLM_PIPELINE_PARALLEL",
@@ -594,37 +612,37 @@ def test_every_variable_of_compose_is_written() -> None:
 
 
 @pytest.mark.parametrize("file", PAIRS, ids=lambda path: path.name)
-def test_memory_that_must_be_free_can_be_seen_free_beside_a_sleeping_vllm(file: Path) -> None:
-    said = dict(re.findall(r"^([A-Z_]+)=(.*)$", file.read_text(), re.MULTILINE))
-    asleep = 2 * fit.ASLEEP if said["PLACEMENT"] == "exclusive" else 0
+def test_the_required_memory_can_be_free_beside_a_sleeping_vllm(file: Path) -> None:
+    variables = dict(re.findall(r"^([A-Z_]+)=(.*)$", file.read_text(), re.MULTILINE))
+    asleep = 2 * SLEEPING_VLLM_GIB if variables["PLACEMENT"] == "exclusive" else 0
 
-    assert float(said["OLLAMA_MEMORY_GIB"]) <= 47 - asleep
-    assert float(said["VLLM_MEMORY_GIB"]) <= 47 - asleep
+    assert float(variables["OLLAMA_MEMORY_GIB"]) <= 47 - asleep
+    assert float(variables["VLLM_MEMORY_GIB"]) <= 47 - asleep
 
 
 LLAMA = ["llama-3.3-70b", "--cards", "2x24", "--ram", "96"]
 
 
-def test_nothing_is_written_over_unless_it_is_forced(
+def test_a_file_is_overwritten_only_with_force(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / ".env").write_text("MINE=1\n")
 
-    said = run(capsys, *LLAMA, "--write", str(tmp_path), code=2)
+    output = run(capsys, *LLAMA, "--write", str(tmp_path), code=2)
 
-    assert ".env is there already, nothing is written; --force" in said
+    assert ".env exists already, so nothing was written; to overwrite it add --force" in output
     assert not (tmp_path / "twolane.yaml").exists()
     assert (tmp_path / ".env").read_text() == "MINE=1\n"
     assert "written:" in run(capsys, *LLAMA, "--write", str(tmp_path), "--force")
     assert "MODEL=llama-3.3-70b" in (tmp_path / ".env").read_text()
 
 
-def test_what_does_not_fit_is_not_written_and_ends_with_1(
+def test_a_plan_that_does_not_fit_is_not_written_and_exits_with_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = run(capsys, "qwen2.5-72b", "--cards", "2x24", "--write", str(tmp_path), code=1)
+    output = run(capsys, "qwen2.5-72b", "--cards", "2x24", "--write", str(tmp_path), code=1)
 
-    assert "would run on the CPU" in " ".join(said.split())
+    assert "would run on the CPU" in " ".join(output.split())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -635,43 +653,43 @@ def test_one_engine_alone_writes_no_env(tmp_path: Path, capsys: pytest.CaptureFi
     assert list(settings.load(tmp_path / "twolane.yaml", {}, {}).models) == ["llama-3.1-8b"]
 
 
-def test_the_table_says_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    said = " ".join(run(capsys, *LLAMA).split())
+def test_the_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    output = " ".join(run(capsys, *LLAMA).split())
 
     for words in (
-        "fits, exclusive: one engine has the cards at a time: 39.6 + 37.0 = 76.6 GiB",
+        "fits, exclusive: one engine holds the cards at a time: 39.6 + 37.0 = 76.6 GiB",
         "--tensor-parallel-size 2", "--kv-cache-dtype fp8", "--enable-sleep-mode",
         "NCCL_P2P_DISABLE=1 VLLM_SERVER_DEV_MODE=1", "OLLAMA_CONTEXT_LENGTH=8192",
         "pins 44 to 50 GiB", "53.5", "assumed",
     ):  # fmt: skip
-        assert words in said
+        assert words in output
 
 
-def test_json_is_the_plan_for_a_program(capsys: pytest.CaptureFixture[str]) -> None:
-    said = json.loads(run(capsys, *LLAMA, "--json"))
+def test_the_plan_is_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = json.loads(run(capsys, *LLAMA, "--json"))
 
-    assert said["fits"] is True
-    assert said["lanes"]["vllm"]["at"][1]["running"] == 21
-    assert said["lanes"]["ollama"]["weights"]["scheme"] == "Q4_K_M"
-    assert said["command"] == "twolane plan llama-3.3-70b --cards 2x24 --ram 96"
+    assert printed["fits"] is True
+    assert printed["lanes"]["vllm"]["at"][1]["running"] == 21
+    assert printed["lanes"]["ollama"]["weights"]["scheme"] == "Q4_K_M"
+    assert printed["command"] == "twolane plan llama-3.3-70b --cards 2x24 --ram 96"
 
 
-def test_a_shape_by_hand_is_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_is_given_by_its_shape(capsys: pytest.CaptureFixture[str]) -> None:
     shape = "layers=80,hidden=8192,heads=64,kv-heads=8,intermediate=28672,vocab=128256"
-    said = json.loads(
+    printed = json.loads(
         run(capsys, "--ollama", "my-70b", "--vllm", "my-70b-awq", "--shape", shape, "--cards",
             "2x24", "--json")
     )  # fmt: skip
 
-    assert said["name"] == "my-70b"
-    assert said["lanes"]["vllm"]["weights_gib"] == pytest.approx(AWQ.total / GIB)
+    assert printed["name"] == "my-70b"
+    assert printed["lanes"]["vllm"]["weights_gib"] == pytest.approx(AWQ.total / GIB)
 
 
 def test_every_example_of_the_help_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["plan", "--help"])
-    said = capsys.readouterr().out.replace("\\\n", "")
-    examples = re.findall(r"^  twolane (plan .*)$", said, re.MULTILINE)
+    output = capsys.readouterr().out.replace("\\\n", "")
+    examples = re.findall(r"^  twolane (plan .*)$", output, re.MULTILINE)
 
     assert ended.value.code == 0
     assert len(examples) == 7
@@ -697,34 +715,34 @@ BROKEN: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize(
-    ("engine", "name", "said"),
+    ("engine", "name", "message"),
     [
         ("ollama", "no.gguf", "there is no such file"),
         ("ollama", "cut.gguf", "ends within its header, after 300 bytes"),
-        ("ollama", "half.gguf", "it was not downloaded whole"),
-        ("ollama", "empty.gguf", "is no GGUF file"),
-        ("ollama", "not.gguf", "is no GGUF file"),
+        ("ollama", "half.gguf", "the download is incomplete"),
+        ("ollama", "empty.gguf", "is not a GGUF file"),
+        ("ollama", "not.gguf", "is not a GGUF file"),
         ("ollama", "new.gguf", "is of type 99, which is not known here"),
         ("ollama", "less.gguf", "its header has no llama.block_count"),
         ("ollama", "mla.gguf", "latent attention"),
         ("vllm", "nokeys", "num_hidden_layers, hidden_size missing"),
-        ("vllm", "nojson", "is no JSON"),
+        ("vllm", "nojson", "is not valid JSON"),
         ("vllm", "short", "ends within its header"),
         ("vllm", "noconfig", "No such file"),
         ("vllm", "no/config.json", "there is no such file"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told(
-    engine: str, name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_unusable_file_is_reported(
+    engine: str, name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if name in BROKEN:
         BROKEN[name](tmp_path / name)
 
-    assert said in run(capsys, f"--{engine}", str(tmp_path / name), "--cards", "2x24", code=2)
+    assert message in run(capsys, f"--{engine}", str(tmp_path / name), "--cards", "2x24", code=2)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["lama-3.3-70b"], "nearest: llama-3.3-70b"),
         (["llama3.3:70b"], "do you mean llama-3.3-70b?"),
@@ -732,69 +750,69 @@ def test_a_file_that_cannot_be_used_is_told(
         (["--ollama", "zzz"], "(llama-3.3-70b, llama-3.1-8b"),
         (["--vllm", "qwen2.5-7b-q4_k_m"], "known are BF16, FP8, GPTQ, AWQ"),
         (["--vllm", "x", "--shape", "layers=80"], "heads, hidden, intermediate, vocab missing"),
-        (["--vllm", "x", "--shape", "layers=many"], "is no NAME=NUMBER"),
+        (["--vllm", "x", "--shape", "layers=many"], "is not NAME=NUMBER"),
         ([], "no model is named"),
-        (["llama-3.3-70b", "--cards", "0x24"], "are no cards"),
-        (["llama-3.3-70b", "--cards", "24"], "are no cards"),
+        (["llama-3.3-70b", "--cards", "0x24"], "does not name cards"),
+        (["llama-3.3-70b", "--cards", "24"], "does not name cards"),
         (["llama-3.3-70b", "--cards", "2x0.2"], "is not known here"),
         (["llama-3.3-70b", "--cards", "2xTITAN"], "cards known by name"),
         (["llama-3.3-70b", "--cards", "2x24@TITAN"], "TITAN is not known here"),
         (["llama-3.3-70b", "--tp", "3"], "3 ranks, and there are 2 cards"),
-        (["llama-3.3-70b", "--cards", "3x24", "--tp", "3"], "it has 64 heads. --tp 1 or 2 would"),
+        (["llama-3.3-70b", "--cards", "3x24", "--tp", "3"], "it has 64 heads. Take --tp 1 or 2"),
         (["qwen2.5-7b", "--cards", "8x24", "--tp", "8"], "it has 28 heads"),
         (["llama-3.3-70b", "--pp", "99", "--cards", "99x24"], "the model has 80 layers"),
         (["llama-3.3-70b", "--cards", "2x3090", "--vllm-kv", "fp8"], "take --vllm-kv auto"),
-        (["llama-3.3-70b", "--context", "0"], "is no whole number above zero"),
-        (["llama-3.3-70b", "--utilization", "95"], "is no share of a card"),
-        (["llama-3.3-70b", "--ram", "-1"], "is no number above zero"),
+        (["llama-3.3-70b", "--context", "0"], "is not a whole number above zero"),
+        (["llama-3.3-70b", "--utilization", "95"], "is not a share of a card"),
+        (["llama-3.3-70b", "--ram", "-1"], "is not a number above zero"),
     ],
 )
-def test_a_mistake_is_told_in_a_line_with_what_to_do(
-    arguments: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_a_mistake_is_reported_in_a_line_with_what_to_do(
+    arguments: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cards = [] if "--cards" in arguments else ["--cards", "2x24"]
 
-    assert said in run(capsys, *arguments, *cards, code=2)
+    assert message in run(capsys, *arguments, *cards, code=2)
 
 
-def test_awq_groups_that_two_cards_cannot_halve_are_told() -> None:
-    unpadded = weights.of(KNOWN["qwen2.5-72b"].shape, "AWQ", "m", "")
+def test_awq_groups_that_two_cards_cannot_halve_are_reported() -> None:
+    unpadded = estimate_weights(KNOWN_MODELS["qwen2.5-72b"].shape, "AWQ", "m", "")
 
-    with pytest.raises(SettingsError, match="231 groups of 128"):
+    with pytest.raises(UsageError, match="231 groups of 128"):
         planned(None, unpadded, tensor=2)
     assert planned(None, unpadded).lanes["vllm"].pipeline == 2
-    assert named("qwen2.5-72b", "vllm").shape.intermediate == 29696
+    assert weights_by_name("qwen2.5-72b", "vllm").shape.intermediate == 29696
 
 
 @pytest.mark.parametrize("cards", ["1x24", "1x8"])
-def test_what_fits_nowhere_is_told_with_what_would(
+def test_what_fits_nowhere_is_reported_with_what_would_fit(
     cards: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = " ".join(run(capsys, "llama-3.3-70b", "--cards", cards, code=1).split())
+    output = " ".join(run(capsys, "llama-3.3-70b", "--cards", cards, code=1).split())
 
-    assert (said.count("does not fit vLLM"), said.count("does not fit Ollama")) == (1, 1)
+    assert (output.count("does not fit vLLM"), output.count("does not fit Ollama")) == (1, 1)
     if cards == "1x24":
-        assert said.count("a smaller model") == 2
+        assert output.count("a smaller model") == 2
 
 
 def test_no_more_context_is_planned_than_a_model_was_made_for(tmp_path: Path) -> None:
-    short = weights.read(folder(tmp_path / "m", max_position_embeddings=4096,
+    short = read_weights(folder(tmp_path / "m", max_position_embeddings=4096,
                                 quantization_config=GROUPS_OF_128))  # fmt: skip
 
     assert planned(None, short).lanes["vllm"].context == 4096
-    with pytest.raises(SettingsError, match="was made for 4096 tokens"):
+    with pytest.raises(UsageError, match="was made for 4096 tokens"):
         planned(None, short, context=8192)
 
 
-def test_no_bound_is_told_of_what_runs_on_the_cpu() -> None:
-    lane = planned(named("qwen2.5:72b", "ollama"), None, context=8192).lanes["ollama"]
+def test_a_model_partly_on_the_cpu_has_no_speed_bound() -> None:
+    lane = planned(weights_by_name("qwen2.5:72b", "ollama"), None, context=8192).lanes["ollama"]
 
     assert lane.on_cpu_gib > 0
     assert lane.speed is None
-    assert {one.bound_tokens_s for one in lane.at} == {None}
+    assert {one.bound_tokens_s for one in lane.load_points} == {None}
 
 
-def test_a_context_that_does_not_fit_is_told_with_one_that_does() -> None:
+def test_a_context_that_does_not_fit_is_reported_with_one_that_does() -> None:
     [fault] = planned(vllm=None, context=65536).faults
 
     assert "--ollama-slots 1 --context 25600;" in fault

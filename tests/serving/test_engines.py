@@ -1,0 +1,95 @@
+"""The engines that a gateway starts, and the logs that it leaves behind."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.settings import SettingsError, Timings
+from tests.support.gateways import StartGateway
+from tests.support.servers import nobody
+
+AT_ONCE = Timings(first_probe_wait_s=0.05)
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, empty."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def left_in(folder: Path) -> list[Path]:
+    """All that is in a folder."""
+    return list(folder.iterdir())
+
+
+def logs(folder: Path) -> list[Path]:
+    """The logs in temporary folders."""
+    return list(folder.glob("*/*.log"))
+
+
+def started_by(command: list[str], url: str, **engine: Any) -> dict[str, Any]:
+    """Settings of a gateway that starts its only engine by this command."""
+    return {
+        "engines": {"ollama": {"urls": [url], "command": command, **engine}},
+        "models": {"m": {"lanes": {"ollama": {"model": "m"}}}},
+    }
+
+
+async def test_the_log_of_an_engine_goes_with_the_gateway(
+    start_gateway: StartGateway, temporary: Path
+) -> None:
+    url = nobody()
+    port = url.rpartition(":")[2]
+    command = [sys.executable, "-m", "backends.fake", "--kind", "ollama", "--port", port]
+    async with start_gateway(**started_by(command, url), timings=AT_ONCE) as running:
+        await running.until(lambda gateway: gateway.ready().ready, 20)
+        during = logs(temporary)
+
+    assert len(during) == 1
+    assert left_in(temporary) == []
+
+
+async def test_the_log_of_an_engine_that_failed_stays_and_is_named(
+    start_gateway: StartGateway, temporary: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such model')"]
+    async with start_gateway(**started_by(command, nobody()), timings=AT_ONCE) as running:
+        await running.until(lambda _: "started again" in caplog.text, 20)
+
+    [log] = logs(temporary)
+    assert "no such model" in log.read_text()
+    assert f"kept the output of an engine that has failed: {log}" in caplog.text
+
+
+async def test_a_log_that_the_operator_has_named_is_his(
+    start_gateway: StartGateway, temporary: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such model')"]
+    log = tmp_path / "mine.log"
+    how = started_by(command, nobody(), log=str(log))
+    async with start_gateway(**how, timings=AT_ONCE) as running:
+        await running.until(lambda _: log.exists() and "no such model" in log.read_text(), 20)
+
+    assert left_in(temporary) == []
+
+
+async def test_the_log_of_an_embedded_engine_that_does_not_start_is_named(
+    start_gateway: StartGateway, temporary: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"no model")
+
+    with pytest.raises(SettingsError) as caught:
+        async with start_gateway(embedded={"model": str(broken)}):
+            pass
+
+    [log] = logs(temporary)
+    assert str(log) in str(caught.value)
