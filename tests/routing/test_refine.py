@@ -94,6 +94,7 @@ def test_answers_as_measured_change_nothing_whatever_their_length() -> None:
     assert refined.requests == 8 * 3000
 
 
+@pytest.mark.slow
 @given(
     factors=st.lists(st.floats(0.6, 1.7), min_size=8, max_size=8),
     noise=st.floats(0.0, 0.3),
@@ -292,6 +293,7 @@ def days(believed: Profile, true: Profile, demands: range, *, learn: bool) -> Da
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("demands", [range(1, 5), range(2, 13), range(8, 17)])
 def test_noise_never_moves_lanes_that_are_equal(demands: range) -> None:
     equal = profile({"ollama": queueing, "vllm": queueing})
@@ -299,6 +301,7 @@ def test_noise_never_moves_lanes_that_are_equal(demands: range) -> None:
     assert days(equal, equal, demands, learn=True).moves == 0
 
 
+@pytest.mark.slow
 def test_noise_around_the_crossover_moves_it_no_more_than_before() -> None:
     before = days(CROSSING, CROSSING, range(6, 11), learn=False).moves
     after = days(CROSSING, CROSSING, range(6, 11), learn=True).moves
@@ -307,6 +310,7 @@ def test_noise_around_the_crossover_moves_it_no_more_than_before() -> None:
     assert after <= before * 1.05
 
 
+@pytest.mark.slow
 def test_where_the_profile_is_wrong_by_half_less_than_half_of_that_is_lost() -> None:
     slower = profile({"ollama": lambda n: 1.5 * queueing(n), "vllm": batching})
 
