@@ -22,36 +22,43 @@ from locust.env import Environment
 from locust.runners import LocalRunner, WorkerRunner
 
 from loadtests.measure import samples, stopwatch
-from loadtests.measure.load import BadOptions, above_zero, adding, at_least, preflight, the_host
-from loadtests.measure.people import (
-    SEATS,
-    Notes,
-    as_program,
-    begun,
-    leads,
-    refuse,
+from loadtests.measure.locustfile import (
+    USERS_PER_WORKER,
+    RequestLog,
+    abort_start,
+    is_leader,
+    on_write_failure,
+    run_as_locust,
+    run_line,
     runner,
-    stop_writing,
+)
+from loadtests.measure.options import (
+    BadOptions,
+    host_target,
+    option_adder,
+    preflight,
+    require_at_least,
+    require_positive,
 )
 from loadtests.measure.prompts import TOPICS, Prompts
 from loadtests.measure.samples import SamplesError, Writer
 from loadtests.measure.stopwatch import BadTarget, Target, Timing
 
 #: What a chat page says before anything else.
-SYSTEM = "You are a helpful assistant. Answer shortly where you can."
+CHAT_SYSTEM_PROMPT = "You are a helpful assistant. Answer shortly where you can."
 #: Spread of the time people think, of its logarithm: some are back at once, some get a coffee.
-SPREAD = 1.0
+THINK_TIME_SIGMA = 1.0
 #: What people wait after an answer that failed, seconds.
-AFTER_A_FAILURE_S = 5.0
+CHAT_RETRY_S = 5.0
 
 
-class Member(User):
+class ChatUser(User):
     """One person of the team."""
 
     def on_start(self) -> None:
-        """Take a seat, and a moment: not everybody begins at once."""
+        """Take a next_user, and a moment: not everybody begins at once."""
         self._team: Team = self.environment.team
-        self._seat = self._team.seat()
+        self._seat = self._team.next_user()
         self._dice = random.Random(f"{self._team.seed}/{self._seat}")
         self._number = 0
         gevent.sleep(self._dice.uniform(0, self._team.think_s))
@@ -60,12 +67,12 @@ class Member(User):
     def chat(self) -> None:
         """One chat, from its first question to its last."""
         topic = self._dice.choice(TOPICS)
-        said = [{"role": "system", "content": SYSTEM}]
+        said = [{"role": "system", "content": CHAT_SYSTEM_PROMPT}]
         for turn in range(self._dice.randint(1, 2 * self._team.turns - 1)):
             question = self._team.prompts.prompt(topic, turn, 0, self._seat, self._number)
             said.append({"role": "user", "content": question})
             timing = self._ask(said)
-            gevent.sleep(self._thinks_s() if timing.error is None else AFTER_A_FAILURE_S)
+            gevent.sleep(self._thinks_s() if timing.error is None else CHAT_RETRY_S)
             if timing.error is not None:
                 return  # a new chat, as people do
             said.append({"role": "assistant", "content": timing.text})
@@ -74,7 +81,7 @@ class Member(User):
         """One turn; who loses patience hangs up somewhere in the answer."""
         team, timing = self._team, Timing()
         longest = max(1, round(team.tokens_out * self._dice.lognormvariate(-0.125, 0.5)))
-        asked = stopwatch.body(team.target, said, min(longest, 4 * team.tokens_out))
+        asked = stopwatch.request_body(team.target, said, min(longest, 4 * team.tokens_out))
         leaves = self._dice.random() < team.hang_up
         answer = gevent.spawn(stopwatch.ask, team.target, asked, timing)
         try:
@@ -83,7 +90,7 @@ class Member(User):
         finally:
             if not answer.ready():  # our own patience, or the end of the test
                 answer.kill()
-                timing.failed("cut")
+                timing.fail("cut")
             team.notes.add(
                 timing, target=team.target.label, loop="chat", level=team.people, repetition=1,
                 user=self._seat, number=self._number, phase=team.phase,
@@ -92,8 +99,8 @@ class Member(User):
         return timing
 
     def _thinks_s(self) -> float:
-        mean = math.log(self._team.think_s) - SPREAD**2 / 2
-        return min(20 * self._team.think_s, self._dice.lognormvariate(mean, SPREAD))
+        mean = math.log(self._team.think_s) - THINK_TIME_SIGMA**2 / 2
+        return min(20 * self._team.think_s, self._dice.lognormvariate(mean, THINK_TIME_SIGMA))
 
 
 class Team:
@@ -107,11 +114,11 @@ class Team:
 
     def __init__(self, environment: Environment) -> None:
         options: Any = environment.parsed_options
-        above_zero(options, "think_s", "patience_s")
-        at_least(1, options, "turns", "tokens_in", "tokens_out")
+        require_positive(options, "think_s", "patience_s")
+        require_at_least(1, options, "turns", "tokens_in", "tokens_out")
         if not 0 <= options.hang_up <= 1:
             raise BadOptions(f"--hang-up {options.hang_up}: it is a share, from 0 to 1")
-        self.target: Target = the_host(options)
+        self.target: Target = host_target(options)
         self.think_s: float = options.think_s
         self.patience_s: float = options.patience_s
         self.hang_up: float = options.hang_up
@@ -123,18 +130,18 @@ class Team:
         self.phase: samples.Phase = "warm-up"
         self._environment = environment
         self._writer = Writer(Path(options.raw))
-        self.notes = Notes(environment, self._writer)
+        self.notes = RequestLog(environment, self._writer)
         self._seats = 0
 
     def begin(self) -> None:
         """Say in the raw file how it was called, and see that anybody answers."""
-        self._writer.write(begun(self._environment))
+        self._writer.write(run_line(self._environment))
         preflight(self.target)
 
-    def seat(self) -> int:
+    def next_user(self) -> int:
         """A number for a person."""
         its = runner(self._environment)
-        first = SEATS * max(0, its.worker_index) if isinstance(its, WorkerRunner) else 0
+        first = USERS_PER_WORKER * max(0, its.worker_index) if isinstance(its, WorkerRunner) else 0
         self._seats += 1
         return first + self._seats - 1
 
@@ -146,7 +153,7 @@ class Team:
 
 @events.init_command_line_parser.add_listener
 def _add_options(parser: Any, **_: Any) -> None:
-    add = adding(parser, "a team's day")
+    add = option_adder(parser, "a team's day")
     add("--think-s", type=float, default=20.0, help="between answer and question, mean (20)")
     add("--turns", type=int, default=4, help="of a chat, mean (4)")
     add("--hang-up", type=float, default=0.05, help="share of answers nobody waits for (0.05)")
@@ -163,8 +170,8 @@ def _take_part(environment: Environment, **_: Any) -> None:
         environment.team.complete(user_count)  # type: ignore[attr-defined]
 
     environment.events.spawning_complete.add_listener(all_are_here)
-    if leads(environment):
-        runner(environment).register_message("broken", stop_writing)
+    if is_leader(environment):
+        runner(environment).register_message("broken", on_write_failure)
     if _at_once(environment):
         _gather(environment)
 
@@ -189,13 +196,13 @@ def _gather(environment: Environment) -> None:
     environment.process_exit_code = None
     try:
         team = Team(environment)
-        if leads(environment):
+        if is_leader(environment):
             team.begin()
     except (BadOptions, BadTarget, SamplesError) as exc:
-        refuse(environment, str(exc))
+        abort_start(environment, str(exc))
         raise gevent.GreenletExit from exc  # the start is off; the page is still there
     environment.team = team  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
-    as_program(__file__)
+    run_as_locust(__file__)

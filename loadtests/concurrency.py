@@ -6,8 +6,8 @@
 A cell is one target at one level, once. Its users start together and ask without a pause:
 first the warm-up, then the rounds that count, then on, so that the level is kept until the
 last one's last counted answer is there. Every request is a line of the raw file (`samples`);
-Locust's tables show TTFT and E2E. The process that leads (`Matrix`) goes from cell to cell;
-those that have users (`Crowd`) are told by messages, and tell when a user has all its answers.
+Locust's tables show TTFT and E2E. The process that is_leader (`CellsShape`) goes from cell to cell;
+those that have users (`UserPool`) are told by messages, and tell when a user has all its answers.
 `python -m loadtests.concurrency --help` lists its options: Locust's own help comes too early.
 """
 
@@ -27,26 +27,33 @@ from locust.env import Environment
 from locust.runners import MasterRunner, Runner
 
 from loadtests.measure import samples
-from loadtests.measure.crowd import BEAT_S, Crowd
-from loadtests.measure.load import BadOptions, Cell, Load, add_options, preflight, read_options
-from loadtests.measure.people import (
-    as_program,
-    begun,
-    complain,
-    leads,
-    refuse,
+from loadtests.measure.locustfile import (
+    abort_start,
+    is_leader,
+    on_write_failure,
+    print_message,
+    report_failure,
+    run_as_locust,
+    run_line,
     runner,
-    say,
-    stop_writing,
+)
+from loadtests.measure.options import (
+    BadOptions,
+    Load,
+    PlannedCell,
+    add_options,
+    preflight,
+    read_options,
 )
 from loadtests.measure.samples import SamplesError, Writer
+from loadtests.measure.user_pool import LAG_SAMPLE_S, UserPool
 
 #: Seconds a person waits after a request that failed: who is down need not be beaten.
-AFTER_A_FAILURE_S = 0.5
+RETRY_PAUSE_S = 0.5
 #: Arrivals within so many seconds of an open loop do not count.
 OPEN_WARM_UP_S = 5.0
 #: How long workers may take to tell how they fared, seconds.
-METERS_S = 5.0
+METER_TIMEOUT_S = 5.0
 
 Ticks: TypeAlias = Generator[tuple[int, float], None, None]
 
@@ -54,57 +61,57 @@ Ticks: TypeAlias = Generator[tuple[int, float], None, None]
 # In every process that has users
 
 
-class Person(User):
+class ConcurrentUser(User):
     """Asks without a pause for as long as the cell lasts; in an open loop, lets others come."""
 
     @task
     def live(self) -> None:
         """The whole life; Locust ends it with the cell."""
-        crowd: Crowd = self.environment.crowd
-        cell = crowd.cell
+        pool: UserPool = self.environment.user_pool
+        cell = pool.cell
         if cell is None:
-            gevent.sleep(BEAT_S)
+            gevent.sleep(LAG_SAMPLE_S)
         elif cell.loop == "open":
-            self._let_them_come(crowd, cell)
+            self._run_open_loop(pool, cell)
         else:
-            self._ask_again_and_again(crowd, cell)
+            self._run_closed_loop(pool, cell)
 
-    def _ask_again_and_again(self, crowd: Crowd, cell: Cell) -> None:
-        seat = crowd.seat()
-        warm_up, rounds = crowd.load.warm_up, crowd.load.rounds_of(cell)
+    def _run_closed_loop(self, pool: UserPool, cell: PlannedCell) -> None:
+        next_user = pool.next_user()
+        warm_up, rounds = pool.load.warm_up, pool.load.rounds_of(cell)
         for number in itertools.count():
             phase: samples.Phase = "measured"
             if number < warm_up:
                 phase = "warm-up"
             elif rounds is not None and number >= warm_up + rounds:
                 phase = "trailing"
-            answered = crowd.ask(cell, seat, number, phase)
+            answered = pool.ask(cell, next_user, number, phase)
             if rounds is not None and number == warm_up + rounds - 1:
-                crowd.finished(cell)
+                pool.finished(cell)
             if not answered:
-                gevent.sleep(AFTER_A_FAILURE_S)
+                gevent.sleep(RETRY_PAUSE_S)
 
-    def _let_them_come(self, crowd: Crowd, cell: Cell) -> None:
+    def _run_open_loop(self, pool: UserPool, cell: PlannedCell) -> None:
         """Arrivals of a Poisson process; each worker has its share of them."""
-        place = crowd.load.seed, cell.repetition, cell.level, crowd.seat()
+        place = pool.load.seed, cell.repetition, cell.level, pool.next_user()
         dice = random.Random(str(place))  # the same moments for every target
-        share = max(1, crowd.load.arrivals // crowd.workers)
+        share = max(1, pool.load.arrivals // pool.workers)
         left = [share]
         people: Any = gevent.pool.Group()
 
         def arrive(phase: samples.Phase) -> None:
-            crowd.ask(cell, crowd.seat(), 0, phase)
+            pool.ask(cell, pool.next_user(), 0, phase)
             if phase == "measured":
                 left[0] -= 1
                 if not left[0]:
-                    crowd.finished(cell)
+                    pool.finished(cell)
 
         began = time.perf_counter()
         due_s = 0.0
         measured = 0
         try:
             while True:
-                due_s += dice.expovariate(cell.level / crowd.workers)
+                due_s += dice.expovariate(cell.level / pool.workers)
                 gevent.sleep(max(0.0, began + due_s - time.perf_counter()))
                 phase: samples.Phase = "trailing"
                 if due_s < OPEN_WARM_UP_S:
@@ -117,10 +124,10 @@ class Person(User):
             people.kill()
 
 
-# In the one process that leads
+# In the one process that is_leader
 
 
-class Matrix(LoadTestShape):
+class CellsShape(LoadTestShape):
     """Leads from cell to cell; Locust asks it every second how many users there should be."""
 
     use_common_options: ClassVar[bool] = True
@@ -143,7 +150,7 @@ class Matrix(LoadTestShape):
         try:
             return next(self._leading, None)
         except (BadOptions, SamplesError) as exc:
-            tell = refuse if self._began is None else complain
+            tell = abort_start if self._began is None else report_failure
             tell(self._environment, str(exc))
             return None
 
@@ -153,7 +160,7 @@ class Matrix(LoadTestShape):
             try:
                 self._leading.close()
             except SamplesError as exc:
-                complain(self._environment, str(exc))
+                report_failure(self._environment, str(exc))
             self._leading = None
 
     def _lead(self) -> Ticks:
@@ -161,7 +168,7 @@ class Matrix(LoadTestShape):
         self._environment.process_exit_code = None
         load = read_options(self._environment.parsed_options, self.users)
         writer = Writer(load.raw)
-        writer.write(begun(self._environment))
+        writer.write(run_line(self._environment))
         for target in load.targets:
             preflight(target)
         self._began = time.monotonic()
@@ -177,13 +184,13 @@ class Matrix(LoadTestShape):
                 outcome = ending
                 yield 0, users
                 self._runner.send_message("over", {"number": cell.number})
-                until = time.monotonic() + METERS_S
+                until = time.monotonic() + METER_TIMEOUT_S
                 while len(self._metered) < self._workers and time.monotonic() < until:
                     yield 0, users
             finally:
                 writer.write(self._measured(cell, outcome, began))
                 if outcome != "complete":
-                    say(f"{cell.name}: {outcome}")
+                    print_message(f"{cell.name}: {outcome}")
             if self._time_is_up(load):
                 return
             rested = time.monotonic() + load.cooldown_s
@@ -203,7 +210,7 @@ class Matrix(LoadTestShape):
     def _workers(self) -> int:
         return self._runner.worker_count if isinstance(self._runner, MasterRunner) else 1
 
-    def _announce(self, cell: Cell, load: Load) -> None:
+    def _announce(self, cell: PlannedCell, load: Load) -> None:
         self._number = cell.number
         self._finished = 0
         self._given_up = ""
@@ -235,7 +242,7 @@ class Matrix(LoadTestShape):
             return False
         return time.monotonic() - self._began > load.run_s
 
-    def _measured(self, cell: Cell, outcome: str, began: float) -> samples.Cell:
+    def _measured(self, cell: PlannedCell, outcome: str, began: float) -> samples.Cell:
         told = self._metered
         return samples.Cell(
             cell.target.label, cell.loop, cell.level, cell.repetition,
@@ -275,11 +282,11 @@ def _take_part(environment: Environment, **_: Any) -> None:
     shape, options = environment.shape_class, environment.parsed_options
     assert options is not None  # noqa: S101 - Locust was called with them
     if not isinstance(environment.runner, MasterRunner):
-        environment.crowd = Crowd(environment)  # type: ignore[attr-defined]
-    if isinstance(shape, Matrix) and leads(environment):
+        environment.user_pool = UserPool(environment)  # type: ignore[attr-defined]
+    if isinstance(shape, CellsShape) and is_leader(environment):
         for name in ("finished", "hopeless", "metered"):
             runner(environment).register_message(name, getattr(shape, name))
-        runner(environment).register_message("broken", stop_writing)
+        runner(environment).register_message("broken", on_write_failure)
         environment.events.test_stop.add_listener(shape.ended)
         # Locust heeds SIGTERM only after the shape has ended.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -289,4 +296,4 @@ def _take_part(environment: Environment, **_: Any) -> None:
 
 
 if __name__ == "__main__":
-    as_program(__file__)
+    run_as_locust(__file__)

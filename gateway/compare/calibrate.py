@@ -19,12 +19,12 @@ from gateway.errors import UsageError
 from gateway.routing import profile
 from loadtests.analysis import crossover, rows
 from loadtests.measure import experiment, samples
-from loadtests.measure.calibrate import crossing, mean_seconds, measure
+from loadtests.measure.calibrate import crossing_level, mean_seconds, measure
 from loadtests.measure.experiment import ExperimentError, Plan, Subject
 from loadtests.measure.generator import VisitFailed
 from loadtests.measure.itinerary import Visit
 from loadtests.measure.matrix import Session
-from loadtests.measure.progress import Progressing
+from loadtests.measure.progress import ProgressBar
 from loadtests.measure.samples import SamplesError
 
 
@@ -49,7 +49,7 @@ async def _calibrated(args: argparse.Namespace, console: Console) -> None:
             lanes = Lanes(read, model, client, folder)
             entrants = {one.label: one for one in lanes.entrants()}
             visits = [Visit(label, 1, plan.levels) for label in entrants]
-            with Progressing(console, plan, visits) as view:
+            with ProgressBar(console, plan, visits) as view:
                 async with Session(folder, plan, entrants, view) as session:
                     await measure(session, plan.levels, args.minutes)
                     subjects = session.subjects
@@ -105,5 +105,5 @@ def _crossover(labels: Sequence[str], cells: rows.Cells) -> profile.Crossover | 
     )
     if known.level is not None:
         return profile.Crossover(known.level, known.low, known.high)
-    level = crossing(*(mean_seconds(cells, label) for label in labels))
+    level = crossing_level(*(mean_seconds(cells, label) for label in labels))
     return profile.Crossover(level) if level is not None else None

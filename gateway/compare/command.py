@@ -49,7 +49,7 @@ def _begun(args: argparse.Namespace) -> tuple[argparse.Namespace, Path, Experime
     """What to measure, and where: as said now, or as it was said of what is gone on with."""
     machine = experiment.this_machine(_packages())
     if args.resume:
-        found = matrix.resumed(args.resume, experiment.load(args.resume), machine)
+        found = matrix.check_same_machine(args.resume, experiment.load(args.resume), machine)
         said = args.parser.parse_args([*shlex.split(found.command)[2:]])
         said.key, said.unchecked = args.key, args.unchecked
         return said, args.resume, found
@@ -59,7 +59,13 @@ def _begun(args: argparse.Namespace) -> tuple[argparse.Namespace, Path, Experime
         args.cell_s, prompts=args.prompts or "",
     )  # fmt: skip
     begun = Experiment(
-        experiment.VERSION, time.time(), machine, plan, (), limits, command_line(args.key)
+        experiment.EXPERIMENT_VERSION,
+        time.time(),
+        machine,
+        plan,
+        (),
+        limits,
+        command_line(args.key),
     )
     folder = args.out or Path(time.strftime("compare-%Y%m%d-%H%M"))
     if (folder / experiment.EXPERIMENT).exists():
@@ -98,7 +104,7 @@ async def _compared(asked: argparse.Namespace, console: Console) -> int:
         begun = msgspec.structs.replace(
             begun,
             subjects=tuple(one.subject for one in entrants),
-            cost=experiment.Cost(**cost.model_dump()),
+            cost=experiment.Prices(**cost.model_dump()),
         )
         checked = await _checked(args, folder, begun, console)
         console.print(f"measuring {', '.join(labels)} into [bold]{folder}[/]")

@@ -23,8 +23,8 @@ from gateway.gpu.handover import Occupant
 from gateway.settings import Settings
 from loadtests.measure.experiment import Subject
 from loadtests.measure.generator import VisitFailed
-from loadtests.measure.load import for_others
 from loadtests.measure.matrix import Entrant
+from loadtests.measure.options import shareable_command
 from loadtests.measure.stopwatch import Target
 
 
@@ -78,7 +78,7 @@ class Lanes:
             engine=kind,
             slots=slots or lane.slots or KINDS[kind].slots,
             context=lane.context,
-            command=shlex.join(for_others(own.command)),
+            command=shlex.join(shareable_command(own.command)),
         )
         target = Target(subject.label, url, lane.model, key)
         return Entrant(subject, target, partial(self._serving, occupant, subject))

@@ -19,12 +19,13 @@ import msgspec
 from backends.errors import BackendError
 from backends.processes.supervised import Supervised
 from backends.transport import http
+from backends.transport.origin import Origin
 from gateway import settings
 from gateway.settings import Settings
 from loadtests.measure.experiment import Subject
 from loadtests.measure.generator import VisitFailed
-from loadtests.measure.load import for_others
 from loadtests.measure.matrix import Entrant
+from loadtests.measure.options import shareable_command
 from loadtests.measure.stopwatch import Target
 
 GATEWAY = "gateway"
@@ -57,7 +58,7 @@ def in_front(
         model=name,
         engine=GATEWAY,
         version=metadata.version("twolane"),
-        command=shlex.join(for_others(["twolane", "serve", *arguments])),
+        command=shlex.join(shareable_command(["twolane", "serve", *arguments])),
         before=tuple(before),
     )
     key = next(iter(read.keys()), None)
@@ -90,7 +91,7 @@ async def _until_settled(url: str, process: Supervised) -> None:
         while process.running:
             with contextlib.suppress(http.HttpError, msgspec.DecodeError):
                 answer = await client.request(
-                    http.Origin.of(url), "GET", "/ready", {}, b"", connect_s=2, head_s=5
+                    Origin.of(url), "GET", "/ready", {}, b"", connect_s=2, head_s=5
                 )
                 said = msgspec.json.decode(await answer.read_all(2**20))
                 answer.close(reuse=False)
@@ -102,7 +103,7 @@ async def _until_settled(url: str, process: Supervised) -> None:
             if time.monotonic() > deadline:
                 raise BackendError(f"after {READY_S:g} s {waits}")
             await asyncio.sleep(0.2)
-    raise BackendError(process.last_words())
+    raise BackendError(process.exit_report())
 
 
 def gateway_arguments(args: argparse.Namespace) -> list[str]:

@@ -16,8 +16,8 @@ from gateway.serving import discovery
 from gateway.settings import Settings
 from loadtests.measure import matrix
 from loadtests.measure.experiment import Subject
-from loadtests.measure.load import for_others
 from loadtests.measure.matrix import Entrant
+from loadtests.measure.options import shareable_command
 from loadtests.measure.stopwatch import Target
 
 
@@ -27,7 +27,7 @@ async def other_targets(targets: Sequence[Target], client: http.Client) -> list[
     for target in targets:
         kind = await discovery.kind_of(client, target.url)
         subject = Subject(target.label, target.url, target.model, engine=kind or "")
-        found.append(Entrant(subject, target, partial(matrix.as_it_is, subject)))
+        found.append(Entrant(subject, target, partial(matrix.already_running, subject)))
     return found
 
 
@@ -38,7 +38,7 @@ async def configured_model(
     overrides: dict[str, Any] = {"pair": dict(args.pair)} if args.pair else {}
     read = settings.load(args.config, overrides, settings.environment())
     if not read.engines:
-        found = await discovery.find(client, discovery.USUAL, own_port=0)
+        found = await discovery.find(client, discovery.USUAL_PORTS, own_port=0)
         engines = {kind: settings.EngineSettings(urls=(url,)) for kind, url in found.items()}
         read = read.model_copy(update={"engines": engines})
     models = read.served()
@@ -61,4 +61,4 @@ async def configured_model(
 
 def command_line(key: str | None = None) -> str:
     """The command that was called, without the key."""
-    return shlex.join(["twolane", *for_others(sys.argv[1:], key)])
+    return shlex.join(["twolane", *shareable_command(sys.argv[1:], key)])

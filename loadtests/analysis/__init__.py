@@ -1,1 +1,1 @@
-"""What do the samples say? Figures computed from them; nothing is read, written or asked."""
+"""What do the samples say? Pure arithmetic: nothing is read, written or requested here."""

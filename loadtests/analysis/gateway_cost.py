@@ -1,4 +1,4 @@
-"""What a gateway costs, against the lanes it stands before."""
+"""The latency that a gateway adds to the lanes behind it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import msgspec
 from loadtests.analysis.rows import Row
 
 
-class Cost(msgspec.Struct, frozen=True):
-    """What a gateway costs at a level, against the better of the lanes it stands before.
+class GatewayCost(msgspec.Struct, frozen=True):
+    """Latency through a gateway at a level, beside the fastest lane behind it.
 
     Attributes:
-        lane: The one whose median E2E is lower.
-        e2e_s: Median, through the gateway and on the lane; `ttft_s` alike.
-        is_noise: There are repetitions of both whose E2E cannot be told apart.
+        lane: The lane with the lowest median E2E.
+        e2e_s: Median E2E through the gateway and on the lane, seconds.
+        ttft_s: Median TTFT through the gateway and on the lane, seconds.
+        is_noise: The difference is not significant: the repetitions' E2E medians overlap.
     """
 
     gateway: str
@@ -26,20 +27,20 @@ class Cost(msgspec.Struct, frozen=True):
     is_noise: bool
 
 
-def gateway_costs(table: Iterable[Row], gateway: str, before: Sequence[str]) -> list[Cost]:
-    """At every level at which the gateway and one of its lanes were measured."""
-    found = []
+def gateway_costs(table: Iterable[Row], gateway: str, before: Sequence[str]) -> list[GatewayCost]:
+    """One cost a level at which the gateway and one of its lanes were measured."""
+    costs = []
     by_key = {(row.target, row.level): row for row in table}
     for (target, level), row in by_key.items():
         lanes = [by_key[label, level] for label in before if (label, level) in by_key]
-        there = [(lane.e2e.median, lane) for lane in lanes if lane.e2e and lane.ttft]
-        if target != gateway or row.e2e is None or row.ttft is None or not there:
+        by_e2e = [(lane.e2e.median, lane) for lane in lanes if lane.e2e and lane.ttft]
+        if target != gateway or row.e2e is None or row.ttft is None or not by_e2e:
             continue
-        best = min(there, key=lambda one: one[0])[1]
+        best = min(by_e2e, key=lambda pair: pair[0])[1]
         assert best.e2e is not None  # noqa: S101 - for the type checker
         assert best.ttft is not None  # noqa: S101
-        found.append(
-            Cost(
+        costs.append(
+            GatewayCost(
                 gateway,
                 level,
                 best.target,
@@ -48,4 +49,4 @@ def gateway_costs(table: Iterable[Row], gateway: str, before: Sequence[str]) -> 
                 row.e2e.overlaps(best.e2e),
             )
         )
-    return found
+    return costs

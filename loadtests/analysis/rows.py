@@ -1,4 +1,11 @@
-"""Rows."""
+"""From requests to rows: the figures of a target at a level, over all repetitions.
+
+A cell is a target at a level in one repetition; a row has all repetitions of it. A latency is
+made of answered requests of the phase `measured`; failed ones are counted beside it. A rate
+(tokens, requests or requests in flight) refers to the window of a cell: from the start of
+its first measured request to the end of its last one. There requests of all phases count,
+since all of them were load.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +21,28 @@ from loadtests.analysis.spread import Spread, Summary, percentile
 from loadtests.measure.experiment import Limits
 from loadtests.measure.samples import Cell, Line, Request, by_cell
 
-#: With fewer requests of each user than this, a median says little.
-ENOUGH_ROUNDS = 10
-#: Share of the requests that must keep the limits for a level to keep them.
-KEEPING = 0.95
-#: What the generator may use of a core in its busiest process: above that it queues itself.
-CPU_MOST = 0.85
-#: How late the generator may be, as a share of the median TTFT: in the median, where it
-#: shows in every figure, and in the 99th percentile, where it shows in the tails alone.
-LATE_P50 = 0.02
-LATE_P99 = 0.25
+#: With fewer answers per user than this a median is ill-defined.
+MIN_ROUNDS = 10
+#: Share of the measured requests that must meet the SLO for a level to meet it.
+SLO_SHARE = 0.95
+#: CPU share of one core that a process of the load generator may use: above it, it queues itself.
+MAX_CPU = 0.85
+#: Scheduling lag that the generator may have, as a share of the median TTFT: at the median,
+#: where it shows in every figure, and at the 99th percentile, where only tails show it.
+MAX_LAG_P50 = 0.02
+MAX_LAG_P99 = 0.25
 Cells: TypeAlias = Sequence[tuple[Cell, list[Request]]]
 Quantity: TypeAlias = Literal["e2e", "ttft", "tpot", "tokens"]
 
 
 class Repetition(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A cell: medians in seconds of what was answered, and what is said of a second.
+    """The figures of one cell: medians in seconds, and rates over its window.
 
     Attributes:
-        rounds: Requests that a user had answered, mean.
-        at_once: Requests in flight, mean over the window.
-        good_per_s: Requests a second that kept the limits.
-        outcome: `complete`, or why it is not.
+        rounds: Answered measured requests per user, mean.
+        concurrency: Requests in flight, mean over the window.
+        good_per_s: Goodput: requests per second that meet the SLO.
+        outcome: `complete`, or the reason why it is not.
     """
 
     number: int
@@ -45,7 +52,7 @@ class Repetition(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens_per_s: float
     requests_per_s: float
     good_per_s: float
-    at_once: float
+    concurrency: float = msgspec.field(name="at_once")
     cpu: float
     lag_p50_s: float
     lag_p99_s: float
@@ -56,18 +63,19 @@ class Repetition(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Row(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A target at a level.
+    """The figures of a target at a level.
 
     Attributes:
         asked: Measured requests, however they ended.
-        errors: How many went wrong, by what was said of it.
-        cut: How many we hung up on, because the time of the cell was over.
-        early: Answers that ended before they had the tokens asked for.
-        uncounted: Answers without `usage`: their tokens are chunks.
-        good: Answers that kept the limits.
-        gap_p50_s: Between two chunks.
-        tokens_in: Of a prompt, median, by the server's count.
-        tokens_out: Of an answer, median, by the server's count.
+        concurrency: Requests in flight, mean over the window.
+        errors: Failed requests, by error message.
+        cut: Requests that the generator cancelled because the cell's time was up.
+        ended_early: Answers that ended before the requested number of tokens.
+        uncounted: Answers without `usage`: their chunks are counted as tokens.
+        good: Answers that meet the SLO.
+        gap_p50_s: Median time between two chunks.
+        tokens_in: Tokens of a prompt by the server's count, median.
+        tokens_out: Tokens of an answer by the server's count, median.
     """
 
     target: str
@@ -77,7 +85,7 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens_per_s: Spread
     requests_per_s: Spread
     good_per_s: Spread
-    at_once: Spread
+    concurrency: Spread = msgspec.field(name="at_once")
     e2e: Summary | None = None
     ttft: Summary | None = None
     tpot: Summary | None = None
@@ -87,7 +95,7 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens_out: float | None = None
     errors: dict[str, int] = {}
     cut: int = 0
-    early: int = 0
+    ended_early: int = msgspec.field(default=0, name="early")
     uncounted: int = 0
     good: int = 0
 
@@ -100,22 +108,22 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.asked - self.failed - self.cut
 
     @property
-    def early_share(self) -> float:
-        return self.early / self.answered if self.answered else 0.0
+    def ended_early_share(self) -> float:
+        return self.ended_early / self.answered if self.answered else 0.0
 
     @property
-    def keeps(self) -> bool:
-        """Whether enough of its requests keep the limits; one that failed keeps none."""
-        return self.asked > 0 and self.good >= KEEPING * self.asked
+    def meets_slo(self) -> bool:
+        """Whether enough of its requests meet the SLO; a failed one does not."""
+        return self.asked > 0 and self.good >= SLO_SHARE * self.asked
 
     @property
-    def is_thin(self) -> bool:
-        """Whether a user had too few answers in a repetition for a median."""
-        return any(one.rounds < ENOUGH_ROUNDS for one in self.repetitions)
+    def has_few_samples(self) -> bool:
+        """Whether a repetition has fewer than `MIN_ROUNDS` answers per user."""
+        return any(one.rounds < MIN_ROUNDS for one in self.repetitions)
 
     @property
     def unfinished(self) -> list[str]:
-        """Why repetitions of it are not complete."""
+        """The reasons why repetitions are not complete."""
         return [
             f"repetition {one.number}: {one.outcome}"
             for one in self.repetitions
@@ -123,8 +131,8 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
         ]
 
     def by_repetition(self, quantity: Quantity) -> dict[int, float]:
-        """Median of a quantity, or tokens a second, where there is any."""
-        found = {
+        """The median of a quantity, or the tokens per second, of each repetition that has it."""
+        values = {
             one.number: {
                 "e2e": one.e2e_s,
                 "ttft": one.ttft_s,
@@ -133,37 +141,37 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
             }[quantity]
             for one in self.repetitions
         }
-        return {number: value for number, value in found.items() if value is not None}
+        return {number: value for number, value in values.items() if value is not None}
 
     def value(self, quantity: Quantity) -> float | None:
-        """Median of a quantity over all requests, or tokens a second."""
+        """The median of a quantity over all requests, or the tokens per second."""
         if quantity == "tokens":
             return self.tokens_per_s.value or None
         summary: Summary | None = getattr(self, quantity)
         return None if summary is None else summary.median
 
     def saturation(self) -> str:
-        """How the load generator was too busy to be believed; empty if it was not."""
+        """How the load generator was saturated, in words; empty if it was not."""
         if self.ttft is None:
             return ""
         ttft = self.ttft.median
         for one in self.repetitions:
-            late = one.lag_p50_s > LATE_P50 * ttft or one.lag_p99_s > LATE_P99 * ttft
-            if late or one.cpu > CPU_MOST:
+            late = one.lag_p50_s > MAX_LAG_P50 * ttft or one.lag_p99_s > MAX_LAG_P99 * ttft
+            if late or one.cpu > MAX_CPU:
                 return (
-                    f"the load generator was saturated at {self.level} at once on {self.target}, "
-                    f"repetition {one.number}: {one.cpu:.2f} of a core in its busiest process, "
-                    f"late by {1000 * one.lag_p50_s:.1f} ms in the median and "
-                    f"{1000 * one.lag_p99_s:.1f} ms in the 99th percentile, where the median "
-                    f"TTFT was {1000 * ttft:.0f} ms"
+                    f"the load generator was saturated at concurrency {self.level} on "
+                    f"{self.target}, repetition {one.number}: its busiest process used "
+                    f"{one.cpu:.2f} of a core and lagged by {1000 * one.lag_p50_s:.1f} ms (p50) "
+                    f"and {1000 * one.lag_p99_s:.1f} ms (p99), at a median TTFT of "
+                    f"{1000 * ttft:.0f} ms"
                 )
         return ""
 
 
 def closed_cells(lines: Iterable[Line]) -> Cells:
-    """The cells of the closed loop, each once: the last that is complete, or else the last.
+    """The cells of the closed loop, each once: its last complete run, or else its last run.
 
-    What other loops left in the file is no figure at so many at once.
+    Cells of other loops are left out: they have no fixed concurrency.
     """
     best: dict[tuple[str, float, int], tuple[Cell, list[Request]]] = {}
     for cell, requests in by_cell(lines):
@@ -175,12 +183,12 @@ def closed_cells(lines: Iterable[Line]) -> Cells:
 
 
 def make_rows(cells: Cells, *, tokens_out: int, limits: Limits) -> list[Row]:
-    """Every target at every level, targets in the order in which they came.
+    """A row for every target and level, targets in the order of the cells.
 
     Args:
-        cells: As `closed_cells` has them.
-        tokens_out: What was asked for; fewer is early.
-        limits: What a good request keeps.
+        cells: From `closed_cells`.
+        tokens_out: Requested tokens of an answer; one with fewer ended early.
+        limits: The SLO of a request.
     """
     order = list(dict.fromkeys(cell.target for cell, _ in cells))
     by_row: dict[tuple[str, float], list[tuple[Cell, list[Request]]]] = {}
@@ -205,19 +213,19 @@ def _row(cells: Cells, tokens_out: int, limits: Limits) -> Row:
         tokens_per_s=Spread.of([one.tokens_per_s for one in repetitions]),
         requests_per_s=Spread.of([one.requests_per_s for one in repetitions]),
         good_per_s=Spread.of([one.good_per_s for one in repetitions]),
-        at_once=Spread.of([one.at_once for one in repetitions]),
+        concurrency=Spread.of([one.concurrency for one in repetitions]),
         e2e=Summary.of([one.e2e_s for one in its] for its in answered),
-        ttft=Summary.of(_there(one.ttft_s for one in its) for its in answered),
-        tpot=Summary.of(_there(tpot_s(one) for one in its) for its in answered),
+        ttft=Summary.of(_known(one.ttft_s for one in its) for its in answered),
+        tpot=Summary.of(_known(tpot_s(one) for one in its) for its in answered),
         gap_p50_s=percentile(gaps, 0.5) if gaps else None,
         gap_p99_s=percentile(gaps, 0.99) if gaps else None,
         tokens_in=_median(one.tokens_in for one in good),
         tokens_out=_median(one.tokens_out for one in good),
         errors=dict(Counter(one.error for one in every if one.error and one.error != "cut")),
         cut=sum(one.error == "cut" for one in every),
-        early=sum(is_early(one, tokens_out) for one in good),
+        ended_early=sum(ended_early(one, tokens_out) for one in good),
         uncounted=sum(not one.tokens_out for one in good),
-        good=sum(keeps(one, limits) for one in good),
+        good=sum(meets_slo(one, limits) for one in good),
     )
 
 
@@ -237,8 +245,8 @@ def _repetition(cell: Cell, requests: Sequence[Request], limits: Limits) -> Repe
         rounds=len(answered) / max(1, len(users)),
         tokens_per_s=tokens_per_s(cell, requests),
         requests_per_s=len(ended) / window_s,
-        good_per_s=sum(keeps(one, limits) for one in ended) / window_s,
-        at_once=at_once(cell, requests),
+        good_per_s=sum(meets_slo(one, limits) for one in ended) / window_s,
+        concurrency=mean_concurrency(cell, requests),
         cpu=cell.cpu,
         lag_p50_s=cell.lag_p50_s,
         lag_p99_s=cell.lag_p99_s,
@@ -249,31 +257,31 @@ def _repetition(cell: Cell, requests: Sequence[Request], limits: Limits) -> Repe
     )
 
 
-def _there(values: Iterable[float | None]) -> list[float]:
+def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
 def _median(values: Iterable[float | None]) -> float | None:
-    there = _there(values)
-    return statistics.median(there) if there else None
+    known = _known(values)
+    return statistics.median(known) if known else None
 
 
 def tpot_s(one: Request) -> float | None:
-    """What a token took after the first; where the server counted none, what a chunk took."""
+    """Seconds per output token after the first; seconds per chunk if the server sent no usage."""
     if one.tokens_out is None and one.gaps_s:
         return statistics.fmean(one.gaps_s)
     return one.tpot_s
 
 
-def is_early(one: Request, tokens_out: int) -> bool:
-    """Whether an answer ended before it had the tokens asked for."""
+def ended_early(one: Request, tokens_out: int) -> bool:
+    """Whether an answer ended before the requested number of tokens."""
     if one.tokens_out is None:
         return one.finish == "stop"
     return one.tokens_out < tokens_out
 
 
-def keeps(one: Request, limits: Limits) -> bool:
-    """Whether an answer kept what is stated; one of a single token has no TPOT to miss."""
+def meets_slo(one: Request, limits: Limits) -> bool:
+    """Whether an answer meets every stated limit; one of a single token has no TPOT to miss."""
     if limits.ttft_s is not None and (one.ttft_s is None or one.ttft_s > limits.ttft_s):
         return False
     if limits.tpot_s is not None and (tpot_s(one) or 0.0) > limits.tpot_s:
@@ -282,25 +290,25 @@ def keeps(one: Request, limits: Limits) -> bool:
 
 
 def tokens_per_s(cell: Cell, requests: Iterable[Request]) -> float:
-    """Tokens that came while the cell was measured, a second of it, whoever they were for.
+    """Output tokens per second of a cell's window, of requests of all phases.
 
-    A token counts when its chunk came, and a chunk of a request is worth its tokens over
-    its chunks; where the server told no tokens, the cell's median worth, or else one.
+    A token counts at the time of its chunk. A chunk has its request's tokens over chunks;
+    without usage it has the median of the cell's other requests, or else one token.
     """
     streamed = [one for one in requests if one.ttft_s is not None]
-    told = [one.tokens_out / (len(one.gaps_s) + 1) for one in streamed if one.tokens_out]
-    usual = statistics.median(told) if told else 1.0
+    counted = [one.tokens_out / (len(one.gaps_s) + 1) for one in streamed if one.tokens_out]
+    usual = statistics.median(counted) if counted else 1.0
     tokens = 0.0
-    for one in streamed:
-        first = one.start + (one.ttft_s or 0.0)
-        came = itertools.accumulate(one.gaps_s, initial=first)
-        inside = sum(cell.began <= at <= cell.ended for at in came)
-        worth = one.tokens_out / (len(one.gaps_s) + 1) if one.tokens_out else usual
-        tokens += inside * worth
+    for request in streamed:
+        first = request.start + (request.ttft_s or 0.0)
+        arrivals = itertools.accumulate(request.gaps_s, initial=first)
+        inside = sum(cell.began <= at <= cell.ended for at in arrivals)
+        chunks = len(request.gaps_s) + 1
+        tokens += inside * (request.tokens_out / chunks if request.tokens_out else usual)
     return tokens / max(cell.ended - cell.began, 1e-9)
 
 
-def at_once(cell: Cell, requests: Iterable[Request]) -> float:
+def mean_concurrency(cell: Cell, requests: Iterable[Request]) -> float:
     """Requests in flight, mean over the window."""
     inside = (
         min(cell.ended, one.start + one.e2e_s) - max(cell.began, one.start) for one in requests
@@ -309,10 +317,10 @@ def at_once(cell: Cell, requests: Iterable[Request]) -> float:
 
 
 def ratio(above: Row, below: Row, quantity: Quantity) -> Spread | None:
-    """One over the other: of the medians of all, and within each repetition of both."""
+    """`above` over `below`: of the overall medians, with the ratios within each repetition."""
     a, b = above.value(quantity), below.value(quantity)
     if not a or not b:
         return None
     over, under = above.by_repetition(quantity), below.by_repetition(quantity)
-    each = [over[number] / under[number] for number in over.keys() & under.keys()]
-    return Spread(a / b, min([*each, a / b]), max([*each, a / b]))
+    ratios = [over[number] / under[number] for number in over.keys() & under.keys()]
+    return Spread(a / b, min([*ratios, a / b]), max([*ratios, a / b]))

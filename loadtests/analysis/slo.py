@@ -1,4 +1,4 @@
-"""Up to which level a target meets the SLO."""
+"""Up to how many concurrent requests a target meets the SLO."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import msgspec
 from loadtests.analysis.rows import Row
 
 
-class Kept(msgspec.Struct, frozen=True):
-    """How far a target keeps the limits, by levels that were measured and nothing between them.
+class SloBracket(msgspec.Struct, frozen=True):
+    """The measured levels between which a target stops meeting the SLO.
 
     Attributes:
-        level: The highest up to which every level keeps them; None: not even the lowest.
-        fails: The lowest that does not; None: all measured keep them.
+        level: The highest level up to which every level meets it; None: not even the lowest.
+        fails: The lowest level that misses it; None: every measured level meets it.
     """
 
     target: str
@@ -23,21 +23,21 @@ class Kept(msgspec.Struct, frozen=True):
     fails: int | None
 
     @property
-    def between(self) -> int | None:
-        """The level to measure next to know it closer; None: it is known closely enough."""
+    def next_level(self) -> int | None:
+        """The level to measure next; None if the bracket is narrow enough."""
         low = self.level or 0
         if self.fails is None or self.fails - low <= max(1, low // 8):
             return None
         return (low + self.fails) // 2
 
 
-def kept(table: Iterable[Row]) -> list[Kept]:
-    """Of every target; its levels in order."""
-    found = []
-    for target, its in itertools.groupby(table, key=lambda row: row.target):
-        levels = list(its)
-        keeping = list(itertools.takewhile(lambda row: row.keeps, levels))
-        others = levels[len(keeping) :]
-        level = keeping[-1].level if keeping else None
-        found.append(Kept(target, level, others[0].level if others else None))
-    return found
+def slo_brackets(table: Iterable[Row]) -> list[SloBracket]:
+    """One bracket a target; `table` has the rows of a target together, levels ascending."""
+    brackets = []
+    for target, rows_of_target in itertools.groupby(table, key=lambda row: row.target):
+        levels = list(rows_of_target)
+        passing = list(itertools.takewhile(lambda row: row.meets_slo, levels))
+        others = levels[len(passing) :]
+        level = passing[-1].level if passing else None
+        brackets.append(SloBracket(target, level, others[0].level if others else None))
+    return brackets

@@ -1,4 +1,8 @@
-"""Percentiles, and values with the spread of their repetitions."""
+"""Percentiles, and values with the spread of their repetitions.
+
+Percentiles are linear between the two nearest values: of n sorted values, p lies at place
+p * (n - 1), counted from 0 (definition 7 of Hyndman and Fan, numpy's default).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import msgspec
 
 
 def percentile(values: Sequence[float], p: float) -> float:
-    """The value below which a share `p` of them lies; `values` need no order."""
+    """The value below which the share `p` (0 to 1) of `values` lies; they need no order."""
     ordered = sorted(values)
     place = p * (len(ordered) - 1)
     low = math.floor(place)
@@ -19,7 +23,7 @@ def percentile(values: Sequence[float], p: float) -> float:
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """A value, and the lowest and highest of the repetitions it is the median of."""
+    """The median of several repetitions, with the lowest and the highest of them."""
 
     value: float
     low: float
@@ -27,16 +31,16 @@ class Spread(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one repetition."""
+        """The spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """What the requests of all repetitions took, seconds.
+    """A latency over the requests of all repetitions, seconds.
 
     Attributes:
-        low: Median of the repetition whose median is lowest.
-        high: The same, highest.
+        low: The lowest median of a repetition.
+        high: The highest median of a repetition.
     """
 
     count: int
@@ -50,16 +54,16 @@ class Summary(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, by_repetition: Iterable[Sequence[float]]) -> Summary | None:
-        """None where there is no value at all."""
-        there = [values for values in by_repetition if values]
-        if not there:
+        """The summary of all values; None if there is none."""
+        repetitions = [values for values in by_repetition if values]
+        if not repetitions:
             return None
-        every = [value for values in there for value in values]
-        medians = [statistics.median(values) for values in there]
+        every = [value for values in repetitions for value in values]
+        medians = [statistics.median(values) for values in repetitions]
         p90, p95, p99 = (percentile(every, p) for p in (0.9, 0.95, 0.99))
         mean, median = statistics.fmean(every), statistics.median(every)
         return cls(len(every), mean, median, p90, p95, p99, min(medians), max(medians))
 
     def overlaps(self, other: Summary) -> bool:
-        """Whether there are repetitions of both that cannot be told apart."""
+        """Whether the medians of the repetitions overlap: the difference is not significant."""
         return self.low <= other.high and other.low <= self.high

@@ -21,7 +21,7 @@ import psutil
 import uvloop
 
 from loadtests.bench.script import (
-    WORDS,
+    ANSWER_WORDS,
     Answer,
     BrokenAnswer,
     Script,
@@ -33,7 +33,7 @@ from loadtests.bench.script import (
 # --- the meter ----------------------------------------------------------------------------
 
 
-class Meter:
+class ProcessMeter:
     """CPU seconds, wake-ups and memory of a process and all below it."""
 
     def __init__(self, pid: int) -> None:
@@ -105,7 +105,7 @@ class FirstTokens(msgspec.Struct, tag=True):
         return 20 + 0.2 * self.requests * len(self.ports)
 
 
-class Streamed(msgspec.Struct, tag=True):
+class StreamsResult(msgspec.Struct, tag=True):
     """What the streams came to. `elapsed_s` is from the first request to the last [DONE]."""
 
     events: int
@@ -116,7 +116,7 @@ class Streamed(msgspec.Struct, tag=True):
     peak_rss_mb: float = 0.0
 
 
-class Answered(msgspec.Struct, tag=True):
+class JsonsResult(msgspec.Struct, tag=True):
     """What the short answers came to."""
 
     requests: int
@@ -125,20 +125,20 @@ class Answered(msgspec.Struct, tag=True):
     asked: int = 0  # the warm-up included
 
 
-class Started(msgspec.Struct, tag=True):
+class FirstTokensResult(msgspec.Struct, tag=True):
     """The TTFT of every request, in milliseconds."""
 
     ttft_ms: dict[str, list[float]]
 
 
-class Failed(msgspec.Struct, tag=True):
+class JobFailed(msgspec.Struct, tag=True):
     """An answer was broken."""
 
     why: str
 
 
 Job: TypeAlias = Streams | Jsons | FirstTokens
-Result: TypeAlias = Streamed | Answered | Started | Failed
+Result: TypeAlias = StreamsResult | JsonsResult | FirstTokensResult | JobFailed
 
 
 # --- the load -----------------------------------------------------------------------------
@@ -213,7 +213,7 @@ async def connected(ports: Iterable[int]) -> AsyncIterator[list[Connection]]:
         await asyncio.sleep(0)  # a loop closes them in its next turn
 
 
-async def load_streams(job: Streams) -> Streamed:
+async def load_streams(job: Streams) -> StreamsResult:
     """Run the streams and check every one of them; raises `BrokenAnswer`.
 
     What is counted begins with the requests and ends with the last [DONE], so that the
@@ -221,12 +221,17 @@ async def load_streams(job: Streams) -> Streamed:
     both sides are made before, by a short stream on each.
     """
     scripts = [
-        Script(tokens=job.tokens, period_ms=job.period_ms, spread=job.spread, first=n % len(WORDS))
+        Script(
+            tokens=job.tokens,
+            period_ms=job.period_ms,
+            spread=job.spread,
+            first=n % len(ANSWER_WORDS),
+        )
         for n in range(job.streams)
     ]
     requests = [chat_request(script) for script in scripts]
     hello = Script(tokens=2, period_ms=job.period_ms)
-    meter = None if job.proxy is None else Meter(job.proxy)
+    meter = None if job.proxy is None else ProcessMeter(job.proxy)
     async with connected(itertools.repeat(job.port, job.streams)) as connections:
         warm = await asyncio.gather(*(c.ask(chat_request(hello)) for c in connections))
         for answer in warm:
@@ -235,7 +240,7 @@ async def load_streams(job: Streams) -> Streamed:
         began = time.monotonic()
         asked = zip(connections, requests, strict=True)
         answers = await asyncio.gather(*(c.ask(request) for c, request in asked))
-        result = Streamed(0, 0, time.monotonic() - began)
+        result = StreamsResult(0, 0, time.monotonic() - began)
         if meter is not None:
             result.cpu_s, result.wakes = meter.cpu_s() - cpu_s, meter.wakes() - wakes
             result.peak_rss_mb = meter.peak_mb()
@@ -245,7 +250,7 @@ async def load_streams(job: Streams) -> Streamed:
     return result
 
 
-async def load_jsons(job: Jsons) -> Answered:
+async def load_jsons(job: Jsons) -> JsonsResult:
     """Ask without a pause and check every answer; raises `BrokenAnswer`."""
     request = chat_request(Script(), stream=False)
     good: set[bytes] = set()  # bodies that were looked into: most answers are the same bytes
@@ -261,14 +266,14 @@ async def load_jsons(job: Jsons) -> Answered:
                 good.add(answer.body())
             answered += 1
 
-    meter = None if job.proxy is None else Meter(job.proxy)
+    meter = None if job.proxy is None else ProcessMeter(job.proxy)
     async with connected(itertools.repeat(job.port, job.connections)) as connections:
         users = asyncio.gather(*(user(connection) for connection in connections))
         await asyncio.sleep(min(0.5, job.seconds / 4))  # until the pools of both are warm
         cpu_s = 0.0 if meter is None else meter.cpu_s()
         began, before = time.monotonic(), answered
         await asyncio.sleep(job.seconds)
-        result = Answered(answered - before, time.monotonic() - began)
+        result = JsonsResult(answered - before, time.monotonic() - began)
         if meter is not None:
             result.cpu_s = meter.cpu_s() - cpu_s
         over = True
@@ -277,7 +282,7 @@ async def load_jsons(job: Jsons) -> Answered:
     return result
 
 
-async def load_first_tokens(job: FirstTokens) -> Started:
+async def load_first_tokens(job: FirstTokens) -> FirstTokensResult:
     """One short stream after the other, the ways in another order each time."""
     script = Script(tokens=2)
     request = chat_request(script)
@@ -292,7 +297,7 @@ async def load_first_tokens(job: FirstTokens) -> Started:
                 answer = await connections[way].ask(request)
                 stream = read_stream(answer, script)
                 ttft_ms[way].append((stream.first_word_at - answer.asked_at) * 1000)
-    return Started(ttft_ms)
+    return FirstTokensResult(ttft_ms)
 
 
 def rotated(ways: Sequence[str], turn: int) -> tuple[str, ...]:
@@ -301,7 +306,7 @@ def rotated(ways: Sequence[str], turn: int) -> tuple[str, ...]:
     return (*ways[shift:], *ways[:shift])
 
 
-async def do(job: Job) -> Result:
+async def run_job(job: Job) -> Result:
     """Whatever the job is; a broken answer is a result as well."""
     try:
         async with asyncio.timeout(job.patience_s()):
@@ -313,14 +318,16 @@ async def do(job: Job) -> Result:
                 case FirstTokens():
                     return await load_first_tokens(job)
     except BrokenAnswer as broken:
-        return Failed(str(broken))
+        return JobFailed(str(broken))
     except TimeoutError:
-        return Failed(f"no end after {job.patience_s():g} s: an answer never came or never ended")
+        return JobFailed(
+            f"no end after {job.patience_s():g} s: an answer never came or never ended"
+        )
 
 
-def generate_load() -> None:
+def serve_jobs() -> None:
     """Be the client: a job a line on stdin, its result a line on stdout."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         for line in sys.stdin:
-            result = runner.run(do(msgspec.json.decode(line, type=Job)))
+            result = runner.run(run_job(msgspec.json.decode(line, type=Job)))
             print(msgspec.json.encode(result).decode(), flush=True)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import httptools
 import msgspec
 
-from loadtests.bench.script import CHAT, JSON_TEXT, MODEL, WORDS, Script, _Delta
+from loadtests.bench.script import ANSWER_WORDS, BENCH_MODEL, CHAT_PATH, JSON_TEXT, Script, _Delta
 
 # --- the exchange, and what makes it whole ------------------------------------------------
 
@@ -41,7 +41,7 @@ def _event(
         "id": "chatcmpl-8f1d5c52b0a94e57a1c64e1f9f7d3b6a",
         "object": "chat.completion.chunk",
         "created": 1758000000,
-        "model": MODEL,
+        "model": BENCH_MODEL,
         "choices": choices,
         **extra,
     }
@@ -63,7 +63,7 @@ STREAM_HEAD = (
     b"transfer-encoding: chunked\r\n\r\n"
 )
 ROLE_EVENT = _event(_choice({"role": "assistant", "content": ""}))
-WORD_EVENTS = tuple(_event(_choice({"content": word})) for word in WORDS)
+WORD_EVENTS = tuple(_event(_choice({"content": word})) for word in ANSWER_WORDS)
 FINISH_EVENT = _event(_choice({}, "stop"))
 STREAM_END = _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 JSON_ANSWER = _http(
@@ -72,7 +72,7 @@ JSON_ANSWER = _http(
         "id": "chatcmpl-8f1d5c52b0a94e57a1c64e1f9f7d3b6a",
         "object": "chat.completion",
         "created": 1758000000,
-        "model": MODEL,
+        "model": BENCH_MODEL,
         "choices": [
             {
                 "index": 0,
@@ -91,10 +91,12 @@ PAGES = {
         "200 OK",
         {
             "object": "list",
-            "data": [{"id": MODEL, "object": "model", "owned_by": "vllm", "max_model_len": 32768}],
+            "data": [
+                {"id": BENCH_MODEL, "object": "model", "owned_by": "vllm", "max_model_len": 32768}
+            ],
         },
     ),
-    b"/openapi.json": _http("200 OK", {"paths": {CHAT: {}, "/v1/completions": {}}}),
+    b"/openapi.json": _http("200 OK", {"paths": {CHAT_PATH: {}, "/v1/completions": {}}}),
     b"/metrics": _http(
         "200 OK",
         b'vllm:num_requests_running{model_name="bench"} 0.0\n'
@@ -104,10 +106,10 @@ PAGES = {
     ),
 }
 NOT_FOUND = _http("404 Not Found", {"detail": "Not Found"})
-SEEN = "/bench/seen"
+ENGINE_LOG_PATH = "/bench/seen"
 
 
-class Note(msgspec.Struct):
+class MarkedRequest(msgspec.Struct):
     """When the engine had a marked request in hand, and when its connection was gone.
 
     Both on CLOCK_MONOTONIC, which all processes of a Linux machine share.
@@ -117,20 +119,20 @@ class Note(msgspec.Struct):
     lost_at: float | None = None
 
 
-class Seen(msgspec.Struct):
+class EngineLog(msgspec.Struct):
     """What the engine has seen: connections made to it, and marked requests by marker."""
 
     connections: int
-    notes: dict[str, Note]
+    notes: dict[str, MarkedRequest]
 
 
-class _Ask(msgspec.Struct):
+class _ChatRequest(msgspec.Struct):
     messages: list[_Delta]
     stream: bool = False
     stream_options: dict[str, Any] | None = None
 
 
-_decode_ask = msgspec.json.Decoder(_Ask).decode
+_decode_request = msgspec.json.Decoder(_ChatRequest).decode
 _decode_script = msgspec.json.Decoder(Script).decode
 
 
@@ -138,7 +140,7 @@ class _Metronome:
     """Gives every stream a token each period: all of them at once, or spread over it.
 
     At once is how an engine that batches sends them: a step of vLLM makes a token for
-    every stream that runs, each a chunk and a write of its own. Spread evenly, a proxy
+    every stream that runs, each a chunk and a write of its own. RoundsSpread evenly, a proxy
     wakes for nearly every chunk, and what that costs in the kernel, the same for all, hides
     what proxies differ in (a bare relay in Python came to 0.8 of nginx, and to 0.5 in
     steps). As fast as it goes, chunks pile up in the sockets and are relayed by the dozen.
@@ -152,7 +154,7 @@ class _Metronome:
     def __init__(self, loop: asyncio.AbstractEventLoop, period_ms: int, *, spread: bool) -> None:
         beats = period_ms * 1000 // self.BEAT_US if spread else 1
         self._beat_ns = period_ms * 1_000_000 // beats
-        self._beats: list[dict[_Exchange, None]] = [{} for _ in range(beats)]
+        self._beats: list[dict[_EngineConnection, None]] = [{} for _ in range(beats)]
         self._next = 0
         self._last_given = 0
         self._streams = 0
@@ -162,7 +164,7 @@ class _Metronome:
             raise OSError(ctypes.get_errno(), "timerfd_create")
         loop.add_reader(self._timer, self._tick)
 
-    def add(self, exchange: _Exchange) -> None:
+    def add(self, exchange: _EngineConnection) -> None:
         self._last_given = (self._last_given + 1) % len(self._beats)
         self._beats[self._last_given][exchange] = None
         self._streams += 1
@@ -193,7 +195,7 @@ class _Metronome:
             self._beat_every(0)
 
 
-class _Exchange(asyncio.Protocol):
+class _EngineConnection(asyncio.Protocol):
     """A connection of the engine's; where it streams, the stream."""
 
     def __init__(self, engine: _Engine) -> None:
@@ -205,7 +207,7 @@ class _Exchange(asyncio.Protocol):
         self._sent = 0
         self._wants_usage = False
         self._gone = False
-        self._note: Note | None = None
+        self._note: MarkedRequest | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -234,18 +236,20 @@ class _Exchange(asyncio.Protocol):
         self._body += body
 
     def on_message_complete(self) -> None:
-        if self._url != CHAT.encode():
-            if self._url == SEEN.encode():
+        if self._url != CHAT_PATH.encode():
+            if self._url == ENGINE_LOG_PATH.encode():
                 self._transport.write(_http("200 OK", self._engine.seen))
             else:
                 self._transport.write(PAGES.get(self._url, NOT_FOUND))
             return
-        ask = _decode_ask(self._body)
+        ask = _decode_request(self._body)
         said = ask.messages[-1].content or "{}"
         self._script = _decode_script(said) if said.startswith("{") else Script(tokens=1)
         self._note = None
         if self._script.marker:
-            self._note = self._engine.seen.notes[self._script.marker] = Note(time.monotonic())
+            self._note = self._engine.seen.notes[self._script.marker] = MarkedRequest(
+                time.monotonic()
+            )
         if self._script.hold and not self._script.tokens:
             return
         if ask.stream:
@@ -255,7 +259,7 @@ class _Exchange(asyncio.Protocol):
 
     # A stream
 
-    def _begin(self, ask: _Ask) -> None:
+    def _begin(self, ask: _ChatRequest) -> None:
         self._sent = 0
         self._wants_usage = (ask.stream_options or {}).get("include_usage") is True
         self._transport.write(STREAM_HEAD + ROLE_EVENT)
@@ -283,7 +287,7 @@ class _Engine:
     """What the connections share: what was seen, and who keeps the time."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.seen = Seen(0, {})
+        self.seen = EngineLog(0, {})
         self._loop = loop
         self._metronomes: dict[tuple[int, bool], _Metronome] = {}
 
@@ -298,7 +302,9 @@ async def serve_engine() -> None:
     """Be the engine, say the port on stdout, and end with stdin: no orphan is left."""
     loop = asyncio.get_running_loop()
     engine = _Engine(loop)
-    server = await loop.create_server(lambda: _Exchange(engine), "127.0.0.1", 0, backlog=4096)
+    server = await loop.create_server(
+        lambda: _EngineConnection(engine), "127.0.0.1", 0, backlog=4096
+    )
     print(server.sockets[0].getsockname()[1], flush=True)
     over = asyncio.Event()
     loop.add_reader(sys.stdin.fileno(), over.set)

@@ -64,7 +64,7 @@ Measured: TypeAlias = tuple[Measures, list[str]]
 
 
 @dataclass(frozen=True)
-class Spread:
+class RoundsSpread:
     """What the rounds came to."""
 
     low: float
@@ -72,7 +72,7 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float]) -> RoundsSpread:
         """The spread of at least one value."""
         return cls(min(values), statistics.median(values), max(values))
 
@@ -94,7 +94,7 @@ class Verdict:
         return f"{self.floor.measure}: {self.median:.3g}, the floor is {self.floor}"
 
 
-def compare(measures: Measures) -> None:
+def add_ratios(measures: Measures) -> None:
     """Add the ratios and differences, each formed within its round."""
 
     def per_round(
@@ -112,10 +112,10 @@ def compare(measures: Measures) -> None:
             measures.setdefault(ADDED_TTFT, {})[way] = values
 
 
-def judge(measures: Measures) -> list[Verdict]:
+def verdicts_of(measures: Measures) -> list[Verdict]:
     """Every floor beside the median of its rounds."""
     verdicts = []
     for floor in FLOORS:
         values = measures.get(floor.measure, {}).get(GATEWAY)
-        verdicts.append(Verdict(floor, Spread.of(values).median if values else None))
+        verdicts.append(Verdict(floor, RoundsSpread.of(values).median if values else None))
     return verdicts

@@ -21,10 +21,10 @@ import uvloop
 from rich.console import Console
 
 from loadtests.bench.fast_client import (
-    generate_load,
+    serve_jobs,
 )
 from loadtests.bench.fast_engine import serve_engine
-from loadtests.bench.floors import Measured, judge
+from loadtests.bench.floors import Measured, verdicts_of
 from loadtests.bench.rounds import Settings, measure
 from loadtests.bench.script import BenchError
 from loadtests.bench.tables import save, show
@@ -144,7 +144,7 @@ def main(
     show(console, settings, measures, notes)
     if asked.json is not None:
         save(asked.json, argv, settings, measures, notes)
-    missed = [verdict for verdict in judge(measures) if verdict.missed]
+    missed = [verdict for verdict in verdicts_of(measures) if verdict.missed]
     for verdict in missed:
         progress.print(f"missed: {verdict}", style="red", markup=False)
     return 1 if missed else 0
@@ -156,6 +156,6 @@ if __name__ == "__main__":
         case ["engine"]:
             uvloop.run(serve_engine())
         case ["client"]:
-            generate_load()
+            serve_jobs()
         case arguments:
             sys.exit(main(arguments))

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import cast
 
 from loadtests.bench.fast_client import (
-    Answered,
     FirstTokens,
+    FirstTokensResult,
     Job,
     Jsons,
-    Meter,
+    JsonsResult,
+    ProcessMeter,
     Result,
-    Started,
-    Streamed,
     Streams,
+    StreamsResult,
     rotated,
 )
 from loadtests.bench.floors import (
@@ -37,7 +37,7 @@ from loadtests.bench.floors import (
     TTFT,
     Measured,
     Measures,
-    compare,
+    add_ratios,
 )
 from loadtests.bench.script import BenchError
 from loadtests.bench.ways import (
@@ -46,13 +46,13 @@ from loadtests.bench.ways import (
     GATEWAY,
     NGINX,
     WAYS,
-    HangUps,
+    DisconnectTimer,
     Way,
     client_running,
+    engine_log,
     engine_running,
     gateway_running,
     nginx_running,
-    seen,
 )
 
 
@@ -98,10 +98,10 @@ class Bench:
     measures: Measures = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def note(self, measure: str, way: str, value: float) -> None:
+    def record(self, measure: str, way: str, value: float) -> None:
         self.measures.setdefault(measure, {}).setdefault(way, []).append(value)
 
-    def remark(self, text: str) -> None:
+    def add_note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
 
@@ -109,7 +109,7 @@ class Bench:
         """All rounds; raises `BenchError` where one has no result."""
         for way in self.ways.values():
             if way.proxy is not None:
-                self.note(RSS_IDLE, way.name, Meter(way.proxy).rss_mb())
+                self.record(RSS_IDLE, way.name, ProcessMeter(way.proxy).rss_mb())
         for turn in range(self.settings.rounds):
             order = [self.ways[name] for name in rotated(tuple(self.ways), turn)]
             self.say(
@@ -122,65 +122,65 @@ class Bench:
             self._first_tokens(turn)
             for way in order:
                 self._hang_ups(way)
-        compare(self.measures)
+        add_ratios(self.measures)
 
     def _streams(self, way: Way) -> None:
         wanted = self.settings
         job = Streams(
             way.port, way.proxy, wanted.streams, wanted.tokens, wanted.period_ms, wanted.spread
         )
-        with self._naming(way, "streams"):
-            got = cast("Streamed", self.load(job))
-        self.note(STREAM_RATE, way.name, got.events / got.elapsed_s)
-        self.note(STREAM_READS, way.name, got.events / got.reads)
+        with self._naming_errors(way, "streams"):
+            got = cast("StreamsResult", self.load(job))
+        self.record(STREAM_RATE, way.name, got.events / got.elapsed_s)
+        self.record(STREAM_READS, way.name, got.events / got.reads)
         if way.proxy is not None:
-            self.note(STREAM_COST, way.name, got.events / self._enough(way, got.cpu_s))
-            self.note(STREAM_WAKES, way.name, got.wakes / got.events)
-            self.note(RSS_PEAK, way.name, got.peak_rss_mb)
+            self.record(STREAM_COST, way.name, got.events / self._usable_cpu_s(way, got.cpu_s))
+            self.record(STREAM_WAKES, way.name, got.wakes / got.events)
+            self.record(RSS_PEAK, way.name, got.peak_rss_mb)
         kept_up = wanted.tokens * wanted.period_ms / 1000 / got.elapsed_s
         if kept_up < 0.9:
             slow = f"{way.name} took {1 / kept_up:.2f} times as long as the tokens were spread over"
             if way.name == DIRECT and kept_up < 0.5:
                 raise BenchError(f"{slow}: this machine is too slow for the load, lower --rate")
-            self.remark(f"{slow}: it fell behind, or the machine had other things to do")
+            self.add_note(f"{slow}: it fell behind, or the machine had other things to do")
 
     def _jsons(self, way: Way) -> None:
         wanted = self.settings
         job = Jsons(way.port, way.proxy, wanted.json_connections, wanted.seconds)
-        before = seen(self.engine.port).connections
-        with self._naming(way, "JSON"):
-            got = cast("Answered", self.load(job))
-        made = seen(self.engine.port).connections - before
-        self.note(JSON_RATE, way.name, got.requests / got.elapsed_s)
+        before = engine_log(self.engine.port).connections
+        with self._naming_errors(way, "JSON"):
+            got = cast("JsonsResult", self.load(job))
+        made = engine_log(self.engine.port).connections - before
+        self.record(JSON_RATE, way.name, got.requests / got.elapsed_s)
         if way.proxy is not None:
-            self.note(JSON_COST, way.name, got.requests / self._enough(way, got.cpu_s))
-            self.note(JSON_CONNECTIONS, way.name, made / got.asked)
+            self.record(JSON_COST, way.name, got.requests / self._usable_cpu_s(way, got.cpu_s))
+            self.record(JSON_CONNECTIONS, way.name, made / got.asked)
 
     def _first_tokens(self, turn: int) -> None:
         ports = {name: self.ways[name].port for name in rotated(tuple(self.ways), turn)}
-        got = cast("Started", self.load(FirstTokens(ports, self.settings.ttft_requests)))
+        got = cast("FirstTokensResult", self.load(FirstTokens(ports, self.settings.ttft_requests)))
         for name, values in got.ttft_ms.items():
-            self.note(TTFT, name, statistics.median(values))
+            self.record(TTFT, name, statistics.median(values))
 
     def _hang_ups(self, way: Way) -> None:
-        hang_ups = HangUps(way, self.engine.port)
+        hang_ups = DisconnectTimer(way, self.engine.port)
         for case in CASES:
             if case == "queued" and way.name != GATEWAY:
                 continue  # only the gateway has a queue
-            with self._naming(way, f"hang-up, {case}"):
+            with self._naming_errors(way, f"hang-up, {case}"):
                 times = [hang_ups.time_ms(case) for _ in range(self.settings.hang_ups)]
-            self.note(HANG_UP[case], way.name, max(times))
+            self.record(HANG_UP[case], way.name, max(times))
 
-    def _enough(self, way: Way, cpu_s: float) -> float:
+    def _usable_cpu_s(self, way: Way, cpu_s: float) -> float:
         # The kernel tells CPU time in ticks of 10 ms.
         if cpu_s < 0.2:
-            self.remark(
+            self.add_note(
                 f"{way.name} used {cpu_s:.2f} CPU seconds: too few to divide by, run longer"
             )
         return max(0.01, cpu_s)
 
     @contextmanager
-    def _naming(self, way: Way, what: str) -> Iterator[None]:
+    def _naming_errors(self, way: Way, what: str) -> Iterator[None]:
         try:
             yield
         except BenchError as exc:
@@ -207,6 +207,6 @@ def measure(settings: Settings, say: Callable[[str], None]) -> Measured:
         busy = os.getloadavg()[0]
         bench = Bench(settings, ways, Way("engine", port, pid), load, say)
         if busy > BUSY * (os.cpu_count() or 1):
-            bench.remark(f"the machine was not idle before the start: load average {busy:.1f}")
+            bench.add_note(f"the machine was not idle before the start: load average {busy:.1f}")
         bench.run()
         return bench.measures, bench.notes

@@ -18,13 +18,13 @@ class BrokenAnswer(BenchError):
     """An answer was not what the engine said: a fast proxy that breaks answers is not fast."""
 
 
-MODEL = "bench"
+BENCH_MODEL = "bench"
 API_KEY = "bench-key-0123456789"
-CHAT = "/v1/chat/completions"
+CHAT_PATH = "/v1/chat/completions"
 # No two neighbours are alike, and each stream begins at another one: a token that is lost,
 # doubled, swapped or taken from the stream next door shows in the text.
-WORDS = tuple(f" w{n:02d}" for n in range(97))
-JSON_TEXT = "It is done: " + "".join(WORDS[:12])
+ANSWER_WORDS = tuple(f" w{n:02d}" for n in range(97))
+JSON_TEXT = "It is done: " + "".join(ANSWER_WORDS[:12])
 
 
 class Script(msgspec.Struct, omit_defaults=True):
@@ -44,24 +44,26 @@ class Script(msgspec.Struct, omit_defaults=True):
 
     def text(self) -> str:
         """All that a whole answer says."""
-        words = itertools.islice(itertools.cycle(WORDS), self.first, self.first + self.tokens)
+        words = itertools.islice(
+            itertools.cycle(ANSWER_WORDS), self.first, self.first + self.tokens
+        )
         return "".join(words)
 
 
 # About what a chat page sends in front of a first question.
-SYSTEM = (
+BENCH_SYSTEM_PROMPT = (
     "You are a helpful assistant. Answer in the language of the question, briefly and "
     "to the point. Where you are not certain, say so. Use lists only where they help, and "
     "put code into fenced blocks that name the language. Do not repeat the question. "
 )
 
 
-def chat_request(script: Script, *, stream: bool = True, model: str = MODEL) -> bytes:
+def chat_request(script: Script, *, stream: bool = True, model: str = BENCH_MODEL) -> bytes:
     """A whole HTTP request for a chat, head and body, as an OpenAI client writes it."""
     body: dict[str, Any] = {
         "model": model,
         "messages": [
-            {"role": "system", "content": SYSTEM},
+            {"role": "system", "content": BENCH_SYSTEM_PROMPT},
             {"role": "user", "content": msgspec.json.encode(script).decode()},
         ],
         "max_tokens": script.tokens or 16,
@@ -71,7 +73,7 @@ def chat_request(script: Script, *, stream: bool = True, model: str = MODEL) -> 
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     content = msgspec.json.encode(body)
     head = (
-        f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\n"
+        f"POST {CHAT_PATH} HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\n"
         f"content-type: application/json\r\nuser-agent: overhead\r\n"
         f"authorization: Bearer {API_KEY}\r\ncontent-length: {len(content)}\r\n\r\n"
     )
@@ -82,7 +84,7 @@ class _Delta(msgspec.Struct):
     content: str | None = None
 
 
-class _Said(msgspec.Struct):
+class _Choice(msgspec.Struct):
     delta: _Delta = msgspec.field(default_factory=_Delta)
     message: _Delta = msgspec.field(default_factory=_Delta)
     finish_reason: str | None = None
@@ -93,7 +95,7 @@ class _Tokens(msgspec.Struct):
 
 
 class _Chunk(msgspec.Struct):
-    choices: list[_Said] = []
+    choices: list[_Choice] = []
     usage: _Tokens | None = None
     error: msgspec.Raw = msgspec.Raw()
 

@@ -16,7 +16,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from loadtests.bench.floors import MEASURES, Measures, Spread, judge
+from loadtests.bench.floors import MEASURES, Measures, RoundsSpread, verdicts_of
 from loadtests.bench.rounds import Settings
 from loadtests.bench.script import BenchError
 from loadtests.bench.ways import (
@@ -57,7 +57,7 @@ def show(console: Console, settings: Settings, measures: Measures, notes: Sequen
         table.add_column(name, justify="right")
     for measure, ways in ((name, measures[name]) for name in MEASURES if name in measures):
         for shown, way in zip((measure, *[""] * len(ways)), ways, strict=False):
-            spread = Spread.of(ways[way])
+            spread = RoundsSpread.of(ways[way])
             table.add_row(
                 shown, way, *(_figure(v) for v in (spread.low, spread.median, spread.high))
             )
@@ -66,7 +66,7 @@ def show(console: Console, settings: Settings, measures: Measures, notes: Sequen
     floors.add_column("median of the rounds")
     for name in ("measured", "floor", "goal", ""):
         floors.add_column(name, justify="right")
-    for verdict in judge(measures):
+    for verdict in verdicts_of(measures):
         floor, median = verdict.floor, verdict.median
         floors.add_row(
             floor.measure,
@@ -117,13 +117,13 @@ def save(
     notes: Sequence[str],
 ) -> None:
     """Write everything that was measured, each round of it."""
-    verdicts = judge(measures)
+    verdicts = verdicts_of(measures)
     report = {
         "machine": machine(argv),
         "settings": settings,
         "rounds": measures,
         "summary": {
-            measure: {way: Spread.of(values) for way, values in ways.items()}
+            measure: {way: RoundsSpread.of(values) for way, values in ways.items()}
             for measure, ways in measures.items()
         },
         "floors": [

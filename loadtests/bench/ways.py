@@ -23,9 +23,16 @@ from typing import Any, Self
 
 import msgspec
 
-from loadtests.bench.fast_client import Failed, Job, Result
-from loadtests.bench.fast_engine import SEEN, Note, Seen
-from loadtests.bench.script import API_KEY, MODEL, BenchError, BrokenAnswer, Script, chat_request
+from loadtests.bench.fast_client import Job, JobFailed, Result
+from loadtests.bench.fast_engine import ENGINE_LOG_PATH, EngineLog, MarkedRequest
+from loadtests.bench.script import (
+    API_KEY,
+    BENCH_MODEL,
+    BenchError,
+    BrokenAnswer,
+    Script,
+    chat_request,
+)
 
 DIRECT, NGINX, GATEWAY = "direct", "nginx", "gateway"
 WAYS = (DIRECT, NGINX, GATEWAY)
@@ -69,7 +76,7 @@ http {{
 
 NARROW = "narrow"  # the same lane with a single slot, so that a request can be made to wait
 # Nothing is switched off: keys, admission, telemetry, health. (JSON is YAML as well.)
-GATEWAY_LANES = {MODEL: {"slots": 1024, "queue": 1024}, NARROW: {"slots": 1, "queue": 16}}
+GATEWAY_LANES = {BENCH_MODEL: {"slots": 1024, "queue": 1024}, NARROW: {"slots": 1, "queue": 16}}
 
 
 @dataclass(frozen=True)
@@ -99,12 +106,12 @@ def fetch(port: int, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
         connection.close()
 
 
-def seen(engine: int) -> Seen:
+def engine_log(engine: int) -> EngineLog:
     """What the engine has seen so far."""
-    return msgspec.json.decode(fetch(engine, SEEN)[1], type=Seen)
+    return msgspec.json.decode(fetch(engine, ENGINE_LOG_PATH)[1], type=EngineLog)
 
 
-def until(happened: Callable[[], bool], what: str, within_s: float = 5.0) -> None:
+def wait_until(happened: Callable[[], bool], what: str, within_s: float = 5.0) -> None:
     """Return when it has happened; raises `BenchError` where it does not."""
     deadline = time.monotonic() + within_s
     while not happened():
@@ -163,7 +170,7 @@ def client_running() -> Iterator[Callable[[Job], Result]]:
             if not line:
                 raise BenchError("the load generator died; what it said is above")
             result: Result = msgspec.json.decode(line, type=Result)
-            if isinstance(result, Failed):
+            if isinstance(result, JobFailed):
                 raise BrokenAnswer(result.why)
             return result
 
@@ -195,7 +202,7 @@ def proxy_running(
         ) as process,
     ):
         try:
-            until(is_ready, f"200 from {name} at {path}", within_s=30)
+            wait_until(is_ready, f"200 from {name} at {path}", within_s=30)
         except BenchError as exc:
             raise BenchError(f"{exc}\n{_tail(log)}") from exc
         yield Way(name, port, process.pid)
@@ -236,7 +243,7 @@ def gateway_running(engine: int, scratch: Path) -> contextlib.AbstractContextMan
         "api_keys": [API_KEY],
         "engines": {"vllm": {"urls": [f"http://127.0.0.1:{engine}"]}},
         "models": {
-            name: {"lanes": {"vllm": {"model": MODEL, **lane}}}
+            name: {"lanes": {"vllm": {"model": BENCH_MODEL, **lane}}}
             for name, lane in GATEWAY_LANES.items()
         },
     }
@@ -252,7 +259,7 @@ def gateway_running(engine: int, scratch: Path) -> contextlib.AbstractContextMan
 NEVER_MS = 2000.0
 
 
-class Caller:
+class RawClient:
     """A client of one request, on a plain socket, which can be hung up at an exact time."""
 
     def __init__(self, port: int, request: bytes) -> None:
@@ -265,7 +272,7 @@ class Caller:
     def __exit__(self, *exc: object) -> None:
         self._socket.close()
 
-    def hear(self, events: int) -> None:
+    def read_events(self, events: int) -> None:
         """Return when so many events have come; raises `BenchError` where they do not."""
         heard = b""
         while heard.count(b"data: ") < events:
@@ -284,7 +291,7 @@ class Caller:
         return now
 
 
-class HangUps:
+class DisconnectTimer:
     """Hangs up on one way to the engine and tells how long the engine did not know."""
 
     def __init__(self, way: Way, engine: int) -> None:
@@ -303,13 +310,13 @@ class HangUps:
             tokens=3 if case == "mid-stream" else 0, hold=True, marker=next(self._markers)
         )
         request = chat_request(script, stream=case != "non-stream")
-        with Caller(self._way.port, request) as caller:
-            self._until_one_came(script.marker)
+        with RawClient(self._way.port, request) as caller:
+            self._wait_for_any(script.marker)
             if case == "mid-stream":
-                caller.hear(4)  # the role and three words
+                caller.read_events(4)  # the role and three words
             closed_at = caller.hang_up()
         with suppress(BenchError):
-            until(lambda: self._lost_at(script.marker) is not None, case, NEVER_MS / 1000)
+            wait_until(lambda: self._lost_at(script.marker) is not None, case, NEVER_MS / 1000)
         lost_at = self._lost_at(script.marker)
         return NEVER_MS if lost_at is None else (lost_at - closed_at) * 1000
 
@@ -322,35 +329,35 @@ class HangUps:
         waits = "a request that waits for the only slot"
         with ExitStack() as calls:
 
-            def call(script: Script) -> Caller:
+            def call(script: Script) -> RawClient:
                 request = chat_request(script, model=NARROW)
-                return calls.enter_context(Caller(self._way.port, request))
+                return calls.enter_context(RawClient(self._way.port, request))
 
             holding = call(holder)
-            holding.hear(1)
+            holding.read_events(1)
             leaving = call(leaver)
-            until(lambda: self._waiting() == 1, waits)
+            wait_until(lambda: self._waiting() == 1, waits)
             call(behind)
-            until(lambda: self._waiting() == 2, f"{waits}, behind another")
+            wait_until(lambda: self._waiting() == 2, f"{waits}, behind another")
             closed_at = leaving.hang_up()
             with suppress(BenchError):
-                until(lambda: self._waiting() == 1, "the queue to be shorter", NEVER_MS / 1000)
+                wait_until(lambda: self._waiting() == 1, "the queue to be shorter", NEVER_MS / 1000)
             dropped_ms = min(NEVER_MS, (time.monotonic() - closed_at) * 1000)
             holding.hang_up()
-            self._until_one_came(behind.marker, leaver.marker)
+            self._wait_for_any(behind.marker, leaver.marker)
             self._leavers.add(leaver.marker)  # with those of earlier tries: not later either
             if not self._notes().keys().isdisjoint(self._leavers):
                 raise BrokenAnswer("a request was sent whose client had hung up in the queue")
         return dropped_ms
 
-    def _notes(self) -> dict[str, Note]:
-        return seen(self._engine).notes
+    def _notes(self) -> dict[str, MarkedRequest]:
+        return engine_log(self._engine).notes
 
     def _lost_at(self, marker: str) -> float | None:
         return self._notes()[marker].lost_at
 
-    def _until_one_came(self, *markers: str) -> None:
-        until(lambda: not self._notes().keys().isdisjoint(markers), "a request at the engine")
+    def _wait_for_any(self, *markers: str) -> None:
+        wait_until(lambda: not self._notes().keys().isdisjoint(markers), "a request at the engine")
 
     def _waiting(self) -> int:
         status, body = fetch(self._way.port, "/status")

@@ -20,9 +20,9 @@ from loadtests.measure.itinerary import Visit
 from loadtests.measure.matrix import Session
 
 #: Repetitions of what lies around the crossover; a spread needs three.
-REPETITIONS = 3
+CALIBRATION_REPETITIONS = 3
 #: Levels on each side of the crossover that are measured again.
-AROUND = 2
+LEVELS_EACH_SIDE = 2
 
 
 def bracket(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, int] | None:
@@ -34,10 +34,10 @@ def bracket(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, int] |
     return None
 
 
-def between(a: Mapping[int, float], b: Mapping[int, float]) -> int | None:
+def next_level(a: Mapping[int, float], b: Mapping[int, float]) -> int | None:
     """The level to measure next: near where the straight lines cross; None: near enough.
 
-    Kept to the middle half, so that noise at one end cannot hold it there.
+    SloBracket to the middle half, so that noise at one end cannot hold it there.
     """
     found = bracket(a, b)
     if found is None:
@@ -46,11 +46,11 @@ def between(a: Mapping[int, float], b: Mapping[int, float]) -> int | None:
     if high - low <= max(1, low // 8):
         return None
     quarter = (high - low) / 4
-    wanted = round(min(high - quarter, max(low + quarter, crossing(a, b) or 0)))
+    wanted = round(min(high - quarter, max(low + quarter, crossing_level(a, b) or 0)))
     return min(high - 1, max(low + 1, wanted))
 
 
-def crossing(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
+def crossing_level(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
     """Where the straight lines cross, if the faster one changes."""
     found = bracket(a, b)
     if found is None:
@@ -60,7 +60,7 @@ def crossing(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
     return low + (high - low) * gap_low / (gap_low + gap_high)
 
 
-def around(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, ...]:
+def levels_around(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, ...]:
     """The levels that decide: on both sides of the crossover, or all where there is none."""
     levels = sorted(a.keys() & b.keys())
     found = bracket(a, b)
@@ -68,7 +68,7 @@ def around(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, ...]:
         return tuple(levels)
     below = [level for level in levels if level <= found[0]]
     above = [level for level in levels if level >= found[1]]
-    return tuple(below[-AROUND:] + above[:AROUND])
+    return tuple(below[-LEVELS_EACH_SIDE:] + above[:LEVELS_EACH_SIDE])
 
 
 def mean_seconds(cells: rows.Cells, label: str) -> dict[int, float]:
@@ -98,17 +98,19 @@ async def measure(session: Session, levels: Sequence[int], minutes: float) -> No
 
     await visit(tuple(levels), 1)
     while time.monotonic() < deadline:
-        level = between(*seen(raw, labels)) if len(labels) > 1 else None
+        level = next_level(*measured_seconds(raw, labels)) if len(labels) > 1 else None
         if level is None:
             break
         await visit((level,), 1)
-    for repetition in range(2, REPETITIONS + 1):
+    for repetition in range(2, CALIBRATION_REPETITIONS + 1):
         if time.monotonic() < deadline:
-            decisive = around(*seen(raw, labels)) if len(labels) > 1 else tuple(levels)
+            decisive = (
+                levels_around(*measured_seconds(raw, labels)) if len(labels) > 1 else tuple(levels)
+            )
             await visit(decisive, repetition)
 
 
-def seen(raw: Path, labels: Sequence[str]) -> tuple[dict[int, float], dict[int, float]]:
+def measured_seconds(raw: Path, labels: Sequence[str]) -> tuple[dict[int, float], dict[int, float]]:
     """Mean seconds by level of the first two, as the raw file has them."""
     cells = rows.closed_cells(samples.read(raw))
     first, second = (mean_seconds(cells, label) for label in labels[:2])

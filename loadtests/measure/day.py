@@ -32,15 +32,15 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from loadtests.measure.prompts import TOPICS, WORDS
+from loadtests.measure.prompts import PROMPT_WORDS, TOPICS
 from loadtests.measure.stopwatch import BadTarget, Target
 
 #: Ollama's own time is the measure of phases with up to so many people, vLLM's above.
-QUIET = 2
+MAX_OLLAMA_PEOPLE = 2
 
 
 @dataclass
-class Seen:
+class Observation:
     """What one request showed; seconds from just before it was sent."""
 
     e2e_s: float = 0.0
@@ -51,7 +51,7 @@ class Seen:
     reason: str | None = None
     error: str | None = None
 
-    def look(self, event: dict[str, Any], at_s: float) -> None:
+    def process_event(self, event: dict[str, Any], at_s: float) -> None:
         """Take note of one event of the stream."""
         if event.get("error"):
             self.error = str(event["error"])
@@ -64,7 +64,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DayRequest:
     """One request of one person."""
 
     target: str
@@ -72,7 +72,7 @@ class Asked:
     people: int
     person: int
     turn: int
-    seen: Seen
+    seen: Observation
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,16 @@ class Day:
         """
         number = random.Random(f"{self.seed}/{target}/{asked}").randrange(10**6)
         dice = random.Random(f"{self.seed}/{asked}")
-        words = " ".join(dice.choices(WORDS, k=45))
+        words = " ".join(dice.choices(PROMPT_WORDS, k=45))
         return (
             f"{number}. Write a long story about the {dice.choice(TOPICS)}, "
             f"and use these words: {words}."
         )
 
 
-async def ask(client: httpx.AsyncClient, target: Target, prompt: str, tokens: int) -> Seen:
+async def ask(client: httpx.AsyncClient, target: Target, prompt: str, tokens: int) -> Observation:
     """Ask once, streaming."""
-    seen = Seen()
+    seen = Observation()
     body = {
         "model": target.model,
         "messages": [{"role": "user", "content": prompt}],
@@ -119,16 +119,16 @@ async def ask(client: httpx.AsyncClient, target: Target, prompt: str, tokens: in
                 seen.error = f"{answer.status_code}: {(await answer.aread()).decode()[:200]}"
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
-                    seen.look(json.loads(line[6:]), time.perf_counter() - began)
+                    seen.process_event(json.loads(line[6:]), time.perf_counter() - began)
     except httpx.HTTPError as exc:
         seen.error = f"{type(exc).__name__}: {exc}"
     seen.e2e_s = time.perf_counter() - began
     return seen
 
 
-async def run(day: Day, targets: Sequence[Target], console: Console) -> list[Asked]:
+async def run(day: Day, targets: Sequence[Target], console: Console) -> list[DayRequest]:
     """The whole day on every target."""
-    asked: list[Asked] = []
+    asked: list[DayRequest] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
         for target in targets:
@@ -137,9 +137,9 @@ async def run(day: Day, targets: Sequence[Target], console: Console) -> list[Ask
             turn = phase % len(targets)  # who is first, gains or loses: each is first in turn
             for target in (*targets[turn:], *targets[:turn]):
                 if phase:
-                    before = Phase(phase, day.people[phase - 1], day.lead_in_s, counts=False)
-                    await live(day, target, before, client)
-                seen = await live(day, target, Phase(phase, people, day.phase_s), client)
+                    before = DayPhase(phase, day.people[phase - 1], day.lead_in_s, counts=False)
+                    await run_phase(day, target, before, client)
+                seen = await run_phase(day, target, DayPhase(phase, people, day.phase_s), client)
                 asked += seen
                 console.print(
                     f"  {people:3d} people on {target.label}: {len(seen):3d} answers, "
@@ -149,7 +149,7 @@ async def run(day: Day, targets: Sequence[Target], console: Console) -> list[Ask
 
 
 @dataclass(frozen=True)
-class Phase:
+class DayPhase:
     """So many people for so long; those of a lead-in are not counted."""
 
     number: int
@@ -158,9 +158,11 @@ class Phase:
     counts: bool = True
 
 
-async def live(day: Day, target: Target, phase: Phase, client: httpx.AsyncClient) -> list[Asked]:
+async def run_phase(
+    day: Day, target: Target, phase: DayPhase, client: httpx.AsyncClient
+) -> list[DayRequest]:
     """One phase on one target, to its last answer."""
-    asked: list[Asked] = []
+    asked: list[DayRequest] = []
     ends = time.perf_counter() + phase.seconds
 
     async def person(number: int) -> None:
@@ -171,7 +173,7 @@ async def live(day: Day, target: Target, phase: Phase, client: httpx.AsyncClient
         while time.perf_counter() < ends:
             prompt = day.prompt(target.label, f"{who}/{turn}")
             seen = await ask(client, target, prompt, day.tokens)
-            asked.append(Asked(target.label, phase.number, phase.people, number, turn, seen))
+            asked.append(DayRequest(target.label, phase.number, phase.people, number, turn, seen))
             turn += 1
             await asyncio.sleep(day.think_s * dice.uniform(0.5, 1.5))
 
@@ -180,7 +182,7 @@ async def live(day: Day, target: Target, phase: Phase, client: httpx.AsyncClient
 
 
 @dataclass(frozen=True)
-class Row:
+class PhaseResult:
     """A phase: mean seconds on each target, and the gateway against the lane to match."""
 
     phase: int
@@ -193,7 +195,9 @@ class Row:
     ratio: float | None
 
 
-def rows(day: Day, asked: Sequence[Asked], labels: Sequence[str]) -> list[Row]:
+def phase_results(
+    day: Day, asked: Sequence[DayRequest], labels: Sequence[str]
+) -> list[PhaseResult]:
     """The day's table. Means are over answers that came; errors are counted beside them."""
     table = []
     for phase, people in enumerate(day.people):
@@ -203,10 +207,10 @@ def rows(day: Day, asked: Sequence[Asked], labels: Sequence[str]) -> list[Row]:
         }
         means = {label: statistics.mean(a.seen.e2e_s for a in g) for label, g in good.items() if g}
         lanes = [a.seen.lane or "?" for a in good.get("gateway", [])]
-        against = "ollama" if people <= QUIET else "vllm"
+        against = "ollama" if people <= MAX_OLLAMA_PEOPLE else "vllm"
         ratio = means["gateway"] / means[against] if {"gateway", against} <= means.keys() else None
         table.append(
-            Row(
+            PhaseResult(
                 phase,
                 people,
                 means,
@@ -220,7 +224,7 @@ def rows(day: Day, asked: Sequence[Asked], labels: Sequence[str]) -> list[Row]:
     return table
 
 
-def missed(table: Sequence[Row], within: float) -> list[str]:
+def misses(table: Sequence[PhaseResult], within: float) -> list[str]:
     """What is worse than allowed, in words."""
     said = [
         f"phase {row.phase + 1} ({row.people} people): {row.ratio:.2f}x of {row.against}'s own time"
@@ -261,17 +265,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"[bold]{target.label}[/] {target.url} {target.model}")
     asked = asyncio.run(run(day, args.target, console))
     labels = [target.label for target in args.target]
-    table = rows(day, asked, labels)
+    table = phase_results(day, asked, labels)
     show(console, table, labels)
     if args.json:
         write(args.json, day, table, asked)
-    problems = missed(table, args.within)
+    problems = misses(table, args.within)
     for problem in problems:
         console.print(f"[red]{problem}[/]")
     return 1 if problems else 0
 
 
-def show(console: Console, table: Sequence[Row], labels: Sequence[str]) -> None:
+def show(console: Console, table: Sequence[PhaseResult], labels: Sequence[str]) -> None:
     """Print the day."""
     drawn = Table("people", *(f"{label}, s" for label in labels), "answered by", "against")
     for row in table:
@@ -283,7 +287,7 @@ def show(console: Console, table: Sequence[Row], labels: Sequence[str]) -> None:
     console.print(drawn)
 
 
-def write(path: Path, day: Day, table: Sequence[Row], asked: Sequence[Asked]) -> None:
+def write(path: Path, day: Day, table: Sequence[PhaseResult], asked: Sequence[DayRequest]) -> None:
     """Keep everything that was measured."""
     path.write_text(
         json.dumps(

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import msgspec
 
-VERSION = 1
+EXPERIMENT_VERSION = 1
 EXPERIMENT = "experiment.json"
 RAW = "raw.jsonl"
 SELFCHECK = "selfcheck.json"
@@ -156,7 +156,7 @@ class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
     e2e_s: float | None = None
 
 
-class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
+class Prices(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was said of prices; None: nothing.
 
     Attributes:
@@ -184,7 +184,7 @@ class Experiment(msgspec.Struct, frozen=True, omit_defaults=True):
     subjects: tuple[Subject, ...]
     limits: Limits = Limits()
     command: str = ""
-    cost: Cost = Cost()
+    cost: Prices = Prices()
 
     def save(self, folder: Path) -> None:
         """Write it into its folder, which is made if it is not there.
@@ -202,7 +202,7 @@ def load(folder: Path) -> Experiment:
         ExperimentError: There is none, or not one of this version.
     """
     return read(
-        folder / EXPERIMENT, Experiment, VERSION,
+        folder / EXPERIMENT, Experiment, EXPERIMENT_VERSION,
         else_do="use the one that wrote it, or measure again",
     )  # fmt: skip
 

@@ -22,11 +22,11 @@ LOCUSTFILE = Path(__file__).parents[1] / "concurrency.py"
 #: What Locust says goes here, beside the raw file.
 LOG = "locust.log"
 #: How often the raw file is looked at for progress, seconds.
-LOOK_S = 0.5
+POLL_S = 0.5
 #: How long Locust may take to write down what it has when it is told to end, seconds.
-LAST_WORD_S = 15.0
+TERMINATE_S = 15.0
 #: How much of what Locust said last is shown when it fails, characters.
-TOLD = 600
+EXCERPT_CHARS = 600
 
 
 class VisitFailed(Exception):
@@ -53,14 +53,14 @@ def locust_command(
     return command
 
 
-async def _end(locust: asyncio.subprocess.Process) -> None:
+async def terminate(locust: asyncio.subprocess.Process) -> None:
     """Have it write down what it has, and end."""
     if locust.returncode is not None:
         return
     with suppress(ProcessLookupError):
         os.killpg(locust.pid, signal.SIGTERM)
     try:
-        async with asyncio.timeout(LAST_WORD_S):
+        async with asyncio.timeout(TERMINATE_S):
             await locust.wait()
     except TimeoutError:
         with suppress(ProcessLookupError):
@@ -68,7 +68,7 @@ async def _end(locust: asyncio.subprocess.Process) -> None:
         await locust.wait()
 
 
-def _last_words(log: Path, since: int) -> str:
+def failure_excerpt(log: Path, since: int) -> str:
     """What Locust said of its failure: the lines that speak to people, or the last ones."""
     with log.open("rb") as file:
         file.seek(since)
@@ -76,10 +76,10 @@ def _last_words(log: Path, since: int) -> str:
     lines = [line for line in said.splitlines() if line.startswith("twolane: ")]
     if lines:
         return "; ".join(line.removeprefix("twolane: ") for line in lines)
-    return f"the load generator failed, {log} ends with:\n{said[-TOLD:].strip()}"
+    return f"the load generator failed, {log} ends with:\n{said[-EXCERPT_CHARS:].strip()}"
 
 
-class _Tail:
+class RawTail:
     """The lines that are added to a raw file, as they come."""
 
     def __init__(self, path: Path) -> None:

@@ -52,7 +52,7 @@ def search(plan: Plan, limits: Limits, label: str, lines: Sequence[samples.Line]
     added = {int(cell.level) for cell, _ in cells} - {*plan.levels}  # perhaps interrupted
     if limits != Limits():
         table = rows.make_rows(cells, tokens_out=plan.tokens_out, limits=limits)
-        added |= {one.between for one in slo.kept(table) if one.between}
+        added |= {one.next_level for one in slo.slo_brackets(table) if one.next_level}
     wanted = msgspec.structs.replace(plan, levels=tuple(sorted(added)))
     return itinerary(wanted, [label], [cell for cell, _ in cells])
 

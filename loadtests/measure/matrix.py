@@ -41,19 +41,19 @@ from loadtests.measure.experiment import (
 )
 from loadtests.measure.generator import (
     LOG,
-    LOOK_S,
+    POLL_S,
+    RawTail,
     VisitFailed,
-    _end,
-    _last_words,
-    _Tail,
+    failure_excerpt,
     locust_command,
+    terminate,
 )
 from loadtests.measure.itinerary import Visit, itinerary, search
-from loadtests.measure.progress import Progressing, View
+from loadtests.measure.progress import ProgressBar, ProgressView
 from loadtests.measure.stopwatch import Target
 
 #: How often the cards are asked what they draw, seconds.
-METER_S = 1.0
+POWER_INTERVAL_S = 1.0
 
 
 #: Tells what the cards of this machine draw together; None where they do not say it now.
@@ -80,14 +80,14 @@ class Entrant:
         return self.target.label
 
     @property
-    def is_here(self) -> bool:
+    def is_local(self) -> bool:
         """Whether what it draws is drawn by this machine's cards, for all its address tells."""
         name = urlsplit(self.target.url).hostname or ""
         return name in ("localhost", "::1") or name.startswith("127.")
 
 
 @asynccontextmanager
-async def as_it_is(subject: Subject) -> AsyncIterator[Subject]:
+async def already_running(subject: Subject) -> AsyncIterator[Subject]:
     """For an entrant that runs already, and that nobody here starts or stops."""
     yield subject
 
@@ -108,7 +108,7 @@ class Session:
     folder: Path
     plan: Plan
     entrants: Mapping[str, Entrant]
-    view: View
+    view: ProgressView
     watts: Watts | None = None
     processes: int = 1
     subjects: dict[str, Subject] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class Session:
         Raises:
             VisitFailed: It does not serve, or not this model; the cells before are kept.
         """
-        self.view.begun(visit)
+        self.view.visit_started(visit)
         entrant = self.entrants[visit.label]
         if self._up != visit.label:
             await self._stack.aclose()  # what ran before leaves the machine to this one
@@ -135,7 +135,7 @@ class Session:
             self.subjects[visit.label] = await self._stack.enter_async_context(entrant.running())
             self._up = visit.label
         whom = [entrant, *(self.entrants[label] for label in entrant.subject.before)]
-        async with self._metering(self.watts if all(one.is_here for one in whom) else None):
+        async with self._metering(self.watts if all(one.is_local for one in whom) else None):
             await self._generate(entrant.target, visit)
 
     @asynccontextmanager
@@ -149,7 +149,7 @@ class Session:
                     drawn = await watts()
                     if drawn is not None:
                         raw.write(samples.Power(time.time(), drawn))
-                    await asyncio.sleep(METER_S)
+                    await asyncio.sleep(POWER_INTERVAL_S)
             finally:
                 raw.close()
 
@@ -171,7 +171,7 @@ class Session:
         environment.pop("OPENAI_API_KEY", None)
         if target.key:
             environment["OPENAI_API_KEY"] = target.key  # where `ps` does not show it
-        tail = _Tail(self.folder / RAW)
+        tail = RawTail(self.folder / RAW)
         log = self.folder / LOG
         with log.open("ab") as output:
             told_from = output.tell()
@@ -186,16 +186,16 @@ class Session:
             try:
                 while locust.returncode is None:
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(LOOK_S):
+                        async with asyncio.timeout(POLL_S):
                             await locust.wait()
                     for line in tail.read():
-                        self.view.seen(line)
+                        self.view.line_written(line)
             finally:
-                await _end(locust)
+                await terminate(locust)
         for line in tail.read():
-            self.view.seen(line)
+            self.view.line_written(line)
         if locust.returncode:
-            raise VisitFailed(_last_words(log, told_from))
+            raise VisitFailed(failure_excerpt(log, told_from))
 
 
 async def run(
@@ -219,10 +219,10 @@ async def run(
     done = samples.cells(samples.read(raw)) if raw.exists() else []
     visits = itinerary(experiment.plan, [one.label for one in entrants], done)
     failures: dict[str, str] = {}
-    with Progressing(console, experiment.plan, visits) as view:
+    with ProgressBar(console, experiment.plan, visits) as view:
         by_label = {one.label: one for one in entrants}
         async with Session(folder, experiment.plan, by_label, view, watts) as session:
-            for visit in _and_search(visits, experiment, by_label, raw, failures):
+            for visit in _with_searches(visits, experiment, by_label, raw, failures):
                 try:
                     await session.visit(visit)
                 except VisitFailed as exc:
@@ -235,7 +235,7 @@ async def run(
     return [f"{label}: {why}" for label, why in failures.items()]
 
 
-def _and_search(
+def _with_searches(
     visits: Sequence[Visit],
     experiment: Experiment,
     labels: Iterable[str],
@@ -256,7 +256,7 @@ def _and_search(
             yield visit
 
 
-def resumed(folder: Path, found: Experiment, machine: Machine) -> Experiment:
+def check_same_machine(folder: Path, found: Experiment, machine: Machine) -> Experiment:
     """An experiment that may be gone on with; raises `ExperimentError` on another machine."""
     if (found.machine.cpu, found.machine.gpus) != (machine.cpu, machine.gpus):
         raise ExperimentError(

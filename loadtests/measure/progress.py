@@ -18,17 +18,17 @@ from loadtests.measure.experiment import (
 from loadtests.measure.itinerary import Visit, seconds_left
 
 
-class View(Protocol):
+class ProgressView(Protocol):
     """Who is told how far it is."""
 
-    def begun(self, visit: Visit) -> None:
+    def visit_started(self, visit: Visit) -> None:
         """A target is made to serve, and asked as soon as it does."""
 
-    def seen(self, line: samples.Line) -> None:
+    def line_written(self, line: samples.Line) -> None:
         """A request or a cell is over."""
 
 
-class Progressing:
+class ProgressBar:
     """Shows on a terminal what is measured, and how long it will still take."""
 
     def __init__(self, console: Console, plan: Plan, visits: Sequence[Visit]) -> None:
@@ -61,8 +61,8 @@ class Progressing:
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
 
-    def begun(self, visit: Visit) -> None:
-        """As `View`; a visit that was not foreseen makes it longer."""
+    def visit_started(self, visit: Visit) -> None:
+        """As `ProgressView`; a visit that was not foreseen makes it longer."""
         for level in visit.levels:
             key = visit.label, level
             if not self._todo.get(key):
@@ -71,14 +71,14 @@ class Progressing:
         self._bar.update(self._all, total=self._total)
         self._show(f"{visit.label}: getting ready", 1)
 
-    def seen(self, line: samples.Line) -> None:
-        """As `View`."""
+    def line_written(self, line: samples.Line) -> None:
+        """As `ProgressView`."""
         if isinstance(line, samples.Request):
-            self._look(line)
+            self._show_request(line)
         elif isinstance(line, samples.Cell):
-            self._close(line)
+            self._show_cell(line)
 
-    def _look(self, one: samples.Request) -> None:
+    def _show_request(self, one: samples.Request) -> None:
         level = int(one.level)
         name = f"{one.target}, {level} at once, repetition {one.repetition}"
         if self._cell is None or self._bar.tasks[-1].description != name:
@@ -86,14 +86,16 @@ class Progressing:
         if one.phase == "measured" and self._cell is not None:
             self._bar.advance(self._cell)
 
-    def _close(self, cell: samples.Cell) -> None:
+    def _show_cell(self, cell: samples.Cell) -> None:
         now = time.monotonic()
         key = cell.target, int(cell.level)
         self._took[key] = now - self._since
         self._since = now
         self._todo[key] = max(0, self._todo.get(key, 1) - 1)
         left = seconds_left(self._todo, self._took)
-        self._bar.update(self._all, advance=1, left="" if left is None else f"about {_clock(left)}")
+        self._bar.update(
+            self._all, advance=1, left="" if left is None else f"about {_time_left(left)}"
+        )
         if cell.outcome != "complete":
             self._console.print(f"  {cell.target}, {cell.level:g} at once: {cell.outcome}")
         self._show("pause", 1)
@@ -106,7 +108,7 @@ class Progressing:
         self._cell = self._bar.add_task(name, total=total, left="")
 
 
-def _clock(seconds: float) -> str:
+def _time_left(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes < 1:
         return "a minute left"

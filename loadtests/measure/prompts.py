@@ -11,10 +11,10 @@ import random
 from pathlib import Path
 
 TOPICS = ["sea", "moon", "wind", "garden", "harbour", "mountain", "library", "river", "desert"]
-WORDS = ["calm", "bright", "narrow", "distant", "early", "silver", "open", "quiet", "gentle",
+PROMPT_WORDS = ["calm", "bright", "narrow", "distant", "early", "silver", "open", "quiet", "gentle",
          "golden", "hidden", "frozen", "patient", "eager", "ancient", "curious"]  # fmt: skip
 #: Tokens of everything around the words: the number, the question, a chat template.
-AROUND = 30
+TEMPLATE_TOKENS = 30
 
 
 class PromptsError(Exception):
@@ -35,7 +35,7 @@ class Prompts:
     """
 
     def __init__(self, tokens: int = 80, seed: int = 1, path: Path | None = None) -> None:
-        self._words = max(1, tokens - AROUND)
+        self._words = max(1, tokens - TEMPLATE_TOKENS)
         self._seed = seed
         self._listed = read(path) if path is not None else []
 
@@ -46,7 +46,7 @@ class Prompts:
         dice = random.Random(place)
         if self._listed:
             return f"{own}. {dice.choice(self._listed)}"
-        words = " ".join(dice.choices(WORDS, k=self._words))
+        words = " ".join(dice.choices(PROMPT_WORDS, k=self._words))
         return (
             f"{own}. Write a long story about the {dice.choice(TOPICS)}, "
             f"and use these words: {words}."

@@ -26,8 +26,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-VERSION = 2
-READ = (1, VERSION)
+SAMPLES_VERSION = 2
+READABLE_VERSIONS = (1, SAMPLES_VERSION)
 
 Loop: TypeAlias = Literal["closed", "open", "chat"]
 Phase: TypeAlias = Literal["warm-up", "measured", "trailing"]
@@ -211,10 +211,11 @@ def read(path: Path) -> Iterator[Line]:
             if _cut(lines, number):
                 continue
             raise SamplesError(f"{path}, line {number}: {exc}") from exc
-        if isinstance(said, Run) and said.version not in READ:
+        if isinstance(said, Run) and said.version not in READABLE_VERSIONS:
             raise SamplesError(
-                f"{path} has version {said.version}, this program reads "
-                f"{' and '.join(map(str, READ))}: use the one that wrote it, or measure again"
+                f"{path} has version {said.version}, this program reads versions "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}: read it with the program that wrote "
+                "it, or measure again"
             )
         yield said
 

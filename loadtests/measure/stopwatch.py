@@ -21,13 +21,13 @@ from urllib.request import Request, urlopen
 import msgspec
 
 #: Longest a server may be silent, seconds, and longest it may take to accept a connection.
-SILENCE_S = 600.0
-CONNECT_S = 10.0
+READ_TIMEOUT_S = 600.0
+CONNECT_TIMEOUT_S = 10.0
 #: How much of a server's refusal is read, bytes, and kept, characters.
-MOST_TOLD = 65536
-TOLD = 300
+MAX_ERROR_BYTES = 65536
+MAX_ERROR_CHARS = 300
 #: How much of a stream is read at once, bytes.
-PIECE = 65536
+READ_BYTES = 65536
 
 Body: TypeAlias = dict[str, Any]
 
@@ -144,9 +144,9 @@ class Timing:
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
-                self._look(line[5:].strip(), at_s)
+                self._process_event(line[5:].strip(), at_s)
 
-    def ended(self) -> None:
+    def complete(self) -> None:
         """The last byte is here: what has to be true of a whole answer?"""
         self.e2e_s = time.perf_counter() - self.began
         if self.error is None:
@@ -155,12 +155,12 @@ class Timing:
             elif not self.deltas_s:
                 self.error = "the answer was empty: no token came"
 
-    def failed(self, why: str) -> None:
+    def fail(self, why: str) -> None:
         """It is over, and not as it should be."""
         self.e2e_s = time.perf_counter() - self.began
         self.error = self.error or why
 
-    def _look(self, data: bytes, at_s: float) -> None:
+    def _process_event(self, data: bytes, at_s: float) -> None:
         if data == b"[DONE]":
             self._done = True
             return
@@ -170,7 +170,7 @@ class Timing:
             self.error = self.error or f"no event of the OpenAI API: {exc}"
             return
         if event.error:
-            self.error = self.error or _told(msgspec.json.encode(event.error))
+            self.error = self.error or _error_text(msgspec.json.encode(event.error))
         if event.usage is not None:
             self.tokens_in = event.usage.prompt_tokens
             self.tokens_out = event.usage.completion_tokens
@@ -181,7 +181,7 @@ class Timing:
                 self.text += choice.delta.content or ""
 
 
-def body(target: Target, messages: list[dict[str, str]], tokens_out: int) -> Body:
+def request_body(target: Target, messages: list[dict[str, str]], tokens_out: int) -> Body:
     """A streamed chat completion of at most so many tokens, usage included."""
     return {
         "model": target.model,
@@ -194,7 +194,7 @@ def body(target: Target, messages: list[dict[str, str]], tokens_out: int) -> Bod
 
 
 def ask(
-    target: Target, asked: Body, timing: Timing | None = None, patience_s: float = SILENCE_S
+    target: Target, asked: Body, timing: Timing | None = None, patience_s: float = READ_TIMEOUT_S
 ) -> Timing:
     """Ask once and read to the end; whatever goes wrong is in `error`.
 
@@ -216,7 +216,9 @@ def ask(
     try:
         place = urlsplit(target.url)
         kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
-        with closing(kind(place.hostname or "", place.port, timeout=CONNECT_S)) as connection:
+        with closing(
+            kind(place.hostname or "", place.port, timeout=CONNECT_TIMEOUT_S)
+        ) as connection:
             connection.connect()
             connection.sock.settimeout(patience_s)
             # Users of one process connect in turn: each would wait for all that connect with it.
@@ -226,13 +228,13 @@ def ask(
                 timing.lane = answer.getheader("x-gateway-lane")
                 timing.reason = answer.getheader("x-gateway-reason")
                 if answer.status != HTTPStatus.OK:
-                    timing.failed(f"{answer.status}: {_told(answer.read(MOST_TOLD))}")
+                    timing.fail(f"{answer.status}: {_error_text(answer.read(MAX_ERROR_BYTES))}")
                     return timing
-                while piece := answer.read1(PIECE):
+                while piece := answer.read1(READ_BYTES):
                     timing.feed(piece)
-        timing.ended()
+        timing.complete()
     except (HTTPException, OSError, ValueError) as exc:
-        timing.failed(f"{type(exc).__name__}: {exc}")
+        timing.fail(f"{type(exc).__name__}: {exc}")
     return timing
 
 
@@ -251,7 +253,7 @@ def first_model(url: str, key: str | None) -> str:
         if not url.startswith(("http://", "https://")):
             raise ValueError("it begins with neither http:// nor https://")
         asked = Request(f"{url.rstrip('/').removesuffix('/v1')}/v1/models", headers=headers)  # noqa: S310 - seen
-        with urlopen(asked, timeout=CONNECT_S) as answer:  # noqa: S310 - seen just before
+        with urlopen(asked, timeout=CONNECT_TIMEOUT_S) as answer:  # noqa: S310 - seen just before
             return msgspec.json.decode(answer.read(), type=_Models).data[0].id
     except (HTTPException, OSError, ValueError, LookupError) as exc:
         raise BadTarget(f"{url} names no model at /v1/models ({exc}): say --model") from exc
@@ -262,7 +264,7 @@ class _Refusal(msgspec.Struct):
     message: str | None = None
 
 
-def _told(said: bytes) -> str:
+def _error_text(said: bytes) -> str:
     """What a server says of a failure, in one line."""
     try:
         refusal = msgspec.json.decode(said, type=_Refusal)
@@ -272,4 +274,4 @@ def _told(said: bytes) -> str:
     except msgspec.DecodeError:
         told = None
     text = str(told) if told is not None else said.decode(errors="replace")
-    return " ".join(text.split())[:TOLD]
+    return " ".join(text.split())[:MAX_ERROR_CHARS]

@@ -1,10 +1,10 @@
-"""What three load generators saw of the same servers, and whether they agree.
+"""The figures of three load generators for the same servers, and whether they agree.
 
-The other two are not ours: guidellm, and vLLM's own `bench serve`. On a server of known
-times all are held to the truth as well; on a real one a run is never like the one before,
-so there each is compared with who asked just before or after it, and they disagree if ours
-is off in the same direction in every repetition. One that is itself too far from the truth
-is told, and ours is not held against it. Who is compared by what:
+The other two are guidellm and vLLM's own `bench serve`. On a server of known times all are
+compared with the truth as well. On a real server no run is like the one before, so tools are
+compared within a repetition, and they disagree if ours deviates in the same direction in
+every repetition. A tool that deviates too far from the truth itself is reported as an
+outlier, and ours is not compared with it. The compared quantities:
 
 | here         | ours                          | guidellm                   | bench serve         |
 |--------------|-------------------------------|----------------------------|---------------------|
@@ -14,8 +14,8 @@ is told, and ours is not held against it. Who is compared by what:
 | output tok/s | tokens in window / window     | `output_tokens_per_second` | `output_throughput` |
 
 guidellm's own TPOT includes the wait for the first token. `bench serve` starts TTFT at the
-first event with `choices`, even one that only tells the role, and ends TPOT and E2E at the
-last such event. Both count ramp-up and ramp-down into tokens a second.
+first event with `choices`, even one that has only the role, and ends TPOT and E2E at the
+last such event. Both include ramp-up and ramp-down in tokens/s.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from loadtests.measure import experiment
 from loadtests.measure.experiment import Machine
 from loadtests.proof.known import QUANTITIES, Times
 
-VERSION = 1
+AGREEMENT_VERSION = 1
 AGREEMENT = "agreement.json"
 
 OURS = "twolane"
 KNOWN = "known"
-#: How far ours may be from the truth, and from the others.
-OF_TRUTH = 0.02
-OF_OTHERS = 0.03
+#: How far our figures may deviate from the truth, and from the other tools'.
+TRUTH_TOLERANCE = 0.02
+TOOL_TOLERANCE = 0.03
 
 
 class Reading(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one tool said of one run.
+    """The figures of one tool for one run.
 
     Attributes:
-        tool: Who measured.
-        server: What; `known` is the engine of known times.
-        level: Requests at once.
-        repetition: From 1.
-        medians: By quantity, seconds, or tokens a second.
-        requests: How many were measured.
-        failed: How many went wrong.
-        tokens_in: Of a prompt, mean, by the server's `usage`.
-        tokens_out: Of an answer, mean, by the server's `usage`.
-        late_s: How late the engine of known times was itself, median.
+        tool: The tool that measured.
+        server: The measured server; `known` is the server of known times.
+        level: Concurrent requests.
+        repetition: Counted from 1.
+        medians: By quantity, seconds, or tokens per second.
+        requests: Measured requests.
+        failed: Failed requests.
+        tokens_in: Tokens of a prompt by the server's `usage`, mean.
+        tokens_out: Tokens of an answer by the server's `usage`, mean.
+        late_s: Lag of the server of known times itself, median.
     """
 
     tool: str
@@ -69,13 +69,13 @@ class Reading(msgspec.Struct, frozen=True, omit_defaults=True):
     late_s: float = 0.0
 
 
-class Row(msgspec.Struct, frozen=True):
-    """One quantity of one server at one level, as all saw it.
+class AgreementRow(msgspec.Struct, frozen=True):
+    """One quantity of one server at one level, by every tool.
 
     Attributes:
-        truth: None where nobody knows.
-        by_tool: Ours is among them.
-        shares: Ours as a share of each other's, repetition by repetition.
+        truth: The true value; None for a real server.
+        by_tool: The figures of every tool, ours included.
+        shares: Our figure as a share of each other tool's, within each repetition.
     """
 
     server: str
@@ -85,51 +85,51 @@ class Row(msgspec.Struct, frozen=True):
     by_tool: dict[str, Spread]
     shares: dict[str, Spread]
 
-    def to_truth(self, tool: str) -> float | None:
-        """What the tool saw as a share of the truth."""
+    def share_of_truth(self, tool: str) -> float | None:
+        """A tool's figure as a share of the truth; None if that is not known."""
         return None if self.truth is None else self.by_tool[tool].value / self.truth
 
-    def is_stray(self, tool: str) -> bool:
-        """Whether the tool is too far from the truth itself to hold another against."""
-        of_truth = self.to_truth(tool)
-        return of_truth is not None and abs(of_truth - 1) > OF_TRUTH
+    def is_outlier(self, tool: str) -> bool:
+        """Whether a tool deviates too far from the truth to be a reference."""
+        of_truth = self.share_of_truth(tool)
+        return of_truth is not None and abs(of_truth - 1) > TRUTH_TOLERANCE
 
     def disagreements(self) -> Iterator[str]:
-        """Where ours is off by more than it may be, in words."""
-        if self.is_stray(OURS):
-            yield self._told(OURS)
+        """Where our figure deviates by more than it may, in words."""
+        if self.is_outlier(OURS):
+            yield self._deviation(OURS)
         for tool, share in self.shares.items():
-            near = abs(share.value - 1) <= OF_OTHERS
+            near = abs(share.value - 1) <= TOOL_TOLERANCE
             by_chance = self.truth is None and share.low <= 1 <= share.high
-            if not near and not by_chance and not self.is_stray(tool):
-                yield f"{self._where}: {share.value:.3f} of what {tool} saw"
+            if not near and not by_chance and not self.is_outlier(tool):
+                yield f"{self._where}: {share.value:.3f} of {tool}'s figure"
 
-    def strays(self) -> Iterator[str]:
-        """Who of the others is too far from the truth, in words."""
+    def outliers(self) -> Iterator[str]:
+        """The other tools that deviate too far from the truth, in words."""
         for tool in self.by_tool:
-            if tool != OURS and self.is_stray(tool):
-                yield self._told(tool)
+            if tool != OURS and self.is_outlier(tool):
+                yield self._deviation(tool)
 
-    def _told(self, tool: str) -> str:
-        return f"{self._where}: {tool} saw {self.to_truth(tool):.3f} of the truth"
+    def _deviation(self, tool: str) -> str:
+        return f"{self._where}: {tool} measured {self.share_of_truth(tool):.3f} of the truth"
 
     @property
     def _where(self) -> str:
-        return f"{self.quantity} at {self.level} on {self.server}"
+        return f"{self.quantity} at concurrency {self.level} on {self.server}"
 
 
 class Agreement(msgspec.Struct, frozen=True, omit_defaults=True):
-    """All readings, and how they came about.
+    """All readings of a comparison of tools, and its conditions.
 
     Attributes:
         at: Unix time.
-        machine: Where.
-        times: What the engine of known times kept to.
-        rounds: Measured requests of each of those at once.
-        tokens_in: Of a prompt, about.
-        tokens_out: Of an answer.
-        tools: Who measured, with version.
-        readings: In the order in which they were made.
+        machine: The machine it ran on.
+        times: The true times of the server of known times.
+        rounds: Measured requests per user.
+        tokens_in: Tokens of a prompt, about.
+        tokens_out: Tokens of an answer.
+        tools: The tools by name, with version.
+        readings: In the order of the runs.
     """
 
     version: int
@@ -142,8 +142,8 @@ class Agreement(msgspec.Struct, frozen=True, omit_defaults=True):
     tools: dict[str, str]
     readings: tuple[Reading, ...] = ()
 
-    def rows(self) -> list[Row]:
-        """Quantity by quantity, by server and level; a run without requests counts for nothing."""
+    def rows(self) -> list[AgreementRow]:
+        """The rows by server, level and quantity; a run without requests is left out."""
         rows = []
         good = sorted(
             (one for one in self.readings if one.requests),
@@ -155,60 +155,63 @@ class Agreement(msgspec.Struct, frozen=True, omit_defaults=True):
                 runs.setdefault(one.tool, {})[one.repetition] = one
             truths = self.times.truth(level) if server == KNOWN else {}
             if OURS in runs:
-                rows += [_row(server, level, name, truths.get(name), runs) for name in QUANTITIES]
+                rows += [
+                    _agreement_row(server, level, name, truths.get(name), runs)
+                    for name in QUANTITIES
+                ]
         return rows
 
     def disagreements(self) -> list[str]:
-        """Where ours is off by more than it may be, in words; nothing if nowhere."""
-        return [said for row in self.rows() for said in row.disagreements()]
+        """Where our figures deviate by more than they may, in words."""
+        return [text for row in self.rows() for text in row.disagreements()]
 
-    def strays(self) -> list[str]:
-        """Where another is too far from the truth itself to hold ours against, in words."""
-        return [said for row in self.rows() for said in row.strays()]
+    def outliers(self) -> list[str]:
+        """Where another tool deviates too far from the truth to be a reference, in words."""
+        return [text for row in self.rows() for text in row.outliers()]
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder.
+        """Write the agreement into the folder of an experiment.
 
         Raises:
-            ExperimentError: It cannot be written.
+            ExperimentError: The file cannot be written.
         """
         experiment.write(folder / AGREEMENT, self)
 
 
-def _row(
+def _agreement_row(
     server: str,
     level: int,
     quantity: str,
     truth: float | None,
     runs: Mapping[str, Mapping[int, Reading]],
-) -> Row:
-    """One quantity, of runs by tool and repetition."""
-    seen = {
+) -> AgreementRow:
+    """The row of one quantity; `runs` are by tool and repetition."""
+    medians = {
         tool: {repetition: run.medians[quantity] for repetition, run in of.items()}
         for tool, of in runs.items()
     }
-    ours = seen[OURS]
+    ours = medians[OURS]
     pairs = {
         tool: [ours[n] / theirs[n] for n in theirs.keys() & ours.keys()]
-        for tool, theirs in seen.items()
+        for tool, theirs in medians.items()
         if tool != OURS
     }
-    return Row(
+    return AgreementRow(
         server,
         level,
         quantity,
         truth,
-        {tool: Spread.of([*of.values()]) for tool, of in seen.items()},
+        {tool: Spread.of([*of.values()]) for tool, of in medians.items()},
         {tool: Spread.of(shares) for tool, shares in pairs.items() if shares},
     )
 
 
 def load(folder: Path) -> Agreement:
-    """The agreement of a folder.
+    """The agreement in the folder of an experiment.
 
     Raises:
-        ExperimentError: There is none, or not one of this version.
+        ExperimentError: There is none, or it is of another version.
     """
     return experiment.read(
-        folder / AGREEMENT, Agreement, VERSION, else_do="run `make agreement` again"
+        folder / AGREEMENT, Agreement, AGREEMENT_VERSION, else_do="run `make agreement` again"
     )

@@ -32,17 +32,17 @@ import httptools
 import msgspec
 import uvloop
 
-MODEL = "known"
-CHAT = b"/v1/chat/completions"
-COMPLETIONS = b"/v1/completions"
-LATENESS = b"/lateness"
+KNOWN_MODEL = "known"
+CHAT_PATH_BYTES = b"/v1/chat/completions"
+COMPLETIONS_PATH = b"/v1/completions"
+LATENESS_PATH = b"/lateness"
 #: What a stopwatch is held to: seconds, and tokens a second.
 QUANTITIES = ("TTFT", "TPOT", "E2E", "output tok/s")
 #: How long it may take to start, and to end, seconds.
 START_S = 20.0
 END_S = 5.0
 #: No answer is longer, tokens.
-MOST = 100_000
+MAX_TOKENS = 100_000
 
 _TFD_TIMER_ABSTIME = 1
 
@@ -80,14 +80,14 @@ class _StreamOptions(msgspec.Struct):
     include_usage: bool = False
 
 
-class _Ask(msgspec.Struct):
+class _CompletionRequest(msgspec.Struct):
     stream: bool = False
     stream_options: _StreamOptions | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
 
 
-_decode_ask = msgspec.json.Decoder(_Ask).decode
+_decode_request = msgspec.json.Decoder(_CompletionRequest).decode
 
 
 def _http(status: str, content: object) -> bytes:
@@ -102,13 +102,20 @@ def _refusal(message: str) -> bytes:
 
 def _event(kind: str, choices: list[dict[str, Any]], **more: object) -> bytes:
     """A server-sent event as a chunk of a chunked body."""
-    chunk = {"id": MODEL, "object": kind, "created": 0, "model": MODEL, "choices": choices, **more}
+    chunk = {
+        "id": KNOWN_MODEL,
+        "object": kind,
+        "created": 0,
+        "model": KNOWN_MODEL,
+        "choices": choices,
+        **more,
+    }
     data = b"data: " + msgspec.json.encode(chunk) + b"\n\n"
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 @dataclass(frozen=True)
-class _Words:
+class _AnswerEvents:
     """The events of a kind of answer, encoded once."""
 
     kind: str
@@ -125,13 +132,13 @@ class _Words:
         return self.last + told + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 
 
-def _chat_words() -> _Words:
+def _chat_events() -> _AnswerEvents:
     kind = "chat.completion.chunk"
 
     def event(delta: dict[str, str], finish: str | None = None) -> bytes:
         return _event(kind, [{"index": 0, "delta": delta, "finish_reason": finish}])
 
-    return _Words(
+    return _AnswerEvents(
         kind,
         before=event({"role": "assistant", "content": ""}),
         token=event({"content": " word"}),
@@ -139,33 +146,33 @@ def _chat_words() -> _Words:
     )
 
 
-def _completion_words() -> _Words:
+def _completion_events() -> _AnswerEvents:
     kind = "text_completion"
 
     def event(finish: str | None = None) -> bytes:
         return _event(kind, [{"index": 0, "text": " word", "finish_reason": finish}])
 
-    return _Words(kind, before=b"", token=event(), last=event("length"))
+    return _AnswerEvents(kind, before=b"", token=event(), last=event("length"))
 
 
-WORDS = {CHAT: _chat_words(), COMPLETIONS: _completion_words()}
-STREAM_HEAD = (
+EVENTS_BY_PATH = {CHAT_PATH_BYTES: _chat_events(), COMPLETIONS_PATH: _completion_events()}
+_STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 )
-PAGES = {
+_PAGES = {
     b"/health": _http("200 OK", {}),
     b"/v1/models": _http(
         "200 OK",
-        {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "twolane"}]},
+        {"object": "list", "data": [{"id": KNOWN_MODEL, "object": "model", "owned_by": "twolane"}]},
     ),
 }
-NOT_FOUND = _http("404 Not Found", {"error": {"message": "no such page", "type": "not_found"}})
+_NOT_FOUND = _http("404 Not Found", {"error": {"message": "no such page", "type": "not_found"}})
 
 
 # --- when it is said ----------------------------------------------------------------------
 
 
-class _Clock:
+class _TokenClock:
     """Calls streams at their moments, and keeps account of how late it was."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -177,9 +184,9 @@ class _Clock:
         self._timer = self._libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK)
         if self._timer < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create")
-        loop.add_reader(self._timer, self._ring)
+        loop.add_reader(self._timer, self._on_timer)
 
-    def call(self, stream: _Stream) -> None:
+    def schedule(self, stream: _Stream) -> None:
         """Have the stream say its next token when that is due."""
         entry = (stream.due, next(self._numbers), stream)
         heapq.heappush(self._due, entry)
@@ -200,7 +207,7 @@ class _Clock:
         if self._libc.timerfd_settime(self._timer, _TFD_TIMER_ABSTIME, times, None) < 0:
             raise OSError(ctypes.get_errno(), "timerfd_settime")
 
-    def _ring(self) -> None:
+    def _on_timer(self) -> None:
         try:
             os.read(self._timer, 8)
         except BlockingIOError:
@@ -209,16 +216,16 @@ class _Clock:
         said = []
         while self._due and self._due[0][0] <= now:
             due, _, stream = heapq.heappop(self._due)
-            if stream.say():
+            if stream.send_token():
                 said.append(due)
                 if stream.left:
                     heapq.heappush(self._due, (stream.due, next(self._numbers), stream))
         # What was written leaves before the loop's next turn, and is late until then.
-        self._loop.call_soon(self._note, said)
+        self._loop.call_soon(self._record_lateness, said)
         if self._due:
             self._set(self._due[0][0])
 
-    def _note(self, dues: list[float]) -> None:
+    def _record_lateness(self, dues: list[float]) -> None:
         now = time.monotonic()
         self._late.extend(now - due for due in dues)
 
@@ -229,7 +236,12 @@ class _Stream:
     __slots__ = ("_gap_s", "_start", "_tokens", "_transport", "_usage", "_words", "left")
 
     def __init__(
-        self, transport: asyncio.Transport, words: _Words, ask: _Ask, times: Times, at: float
+        self,
+        transport: asyncio.Transport,
+        words: _AnswerEvents,
+        ask: _CompletionRequest,
+        times: Times,
+        at: float,
     ) -> None:
         asked = ask.max_completion_tokens or ask.max_tokens or times.tokens
         self._transport = transport
@@ -237,15 +249,15 @@ class _Stream:
         self._usage = ask.stream_options
         self._start = at + times.ttft_s
         self._gap_s = times.gap_s
-        self._tokens = self.left = max(1, min(asked, MOST))
-        transport.write(STREAM_HEAD)
+        self._tokens = self.left = max(1, min(asked, MAX_TOKENS))
+        transport.write(_STREAM_HEAD)
 
     @property
     def due(self) -> float:
         """When the next token leaves."""
         return self._start + (self._tokens - self.left) * self._gap_s
 
-    def say(self) -> bool:
+    def send_token(self) -> bool:
         """Send the next token; whether anybody was there to hear it."""
         if self._transport.is_closing():
             return False
@@ -256,10 +268,10 @@ class _Stream:
         return True
 
 
-class _Exchange(asyncio.Protocol):
+class _Connection(asyncio.Protocol):
     """A connection."""
 
-    def __init__(self, clock: _Clock, times: Times) -> None:
+    def __init__(self, clock: _TokenClock, times: Times) -> None:
         self._clock = clock
         self._times = times
         self._parser = httptools.HttpRequestParser(self)
@@ -288,23 +300,23 @@ class _Exchange(asyncio.Protocol):
         self._body += body
 
     def on_message_complete(self) -> None:
-        if self._url in WORDS:
-            self._answer(WORDS[self._url])
-        elif self._url == LATENESS:
+        if self._url in EVENTS_BY_PATH:
+            self._answer(EVENTS_BY_PATH[self._url])
+        elif self._url == LATENESS_PATH:
             self._transport.write(_http("200 OK", self._clock.lateness()))
         else:
-            self._transport.write(PAGES.get(self._url, NOT_FOUND))
+            self._transport.write(_PAGES.get(self._url, _NOT_FOUND))
 
-    def _answer(self, words: _Words) -> None:
+    def _answer(self, words: _AnswerEvents) -> None:
         try:
-            ask = _decode_ask(self._body)
+            ask = _decode_request(self._body)
         except msgspec.DecodeError as exc:
             self._transport.write(_refusal(f"the request cannot be read: {exc}"))
             return
         if not ask.stream:
             self._transport.write(_refusal("this engine only streams: ask with stream=true"))
             return
-        self._clock.call(_Stream(self._transport, words, ask, self._times, self._at))
+        self._clock.schedule(_Stream(self._transport, words, ask, self._times, self._at))
 
 
 # --- the server ---------------------------------------------------------------------------
@@ -313,7 +325,7 @@ class _Exchange(asyncio.Protocol):
 async def serve(times: Times, port: int, *, end_with_stdin: bool) -> None:
     """Serve until somebody ends it, and say the URL on stdout as soon as it can be asked."""
     loop = asyncio.get_running_loop()
-    exchange = partial(_Exchange, _Clock(loop), times)
+    exchange = partial(_Connection, _TokenClock(loop), times)
     server = await loop.create_server(exchange, "127.0.0.1", port, backlog=4096)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     over = asyncio.Event()
@@ -322,7 +334,7 @@ async def serve(times: Times, port: int, *, end_with_stdin: bool) -> None:
     await over.wait()
 
 
-class Running:
+class KnownServer:
     """An engine of known times in a process of its own."""
 
     def __init__(self, url: str) -> None:
@@ -331,12 +343,12 @@ class Running:
     def lateness(self) -> Lateness:
         """How late it was itself, so far."""
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(f"{self.url}{LATENESS.decode()}", timeout=START_S) as answer:
+        with direct.open(f"{self.url}{LATENESS_PATH.decode()}", timeout=START_S) as answer:
             return msgspec.json.decode(answer.read(), type=Lateness)
 
 
 @contextmanager
-def running(times: Times) -> Iterator[Running]:
+def known_server(times: Times) -> Iterator[KnownServer]:
     """Run the engine for as long as the context is open; it ends with us, however we end."""
     command = [sys.executable, "-m", "loadtests.proof.known", "--end-with-stdin", "--port", "0"]
     command += ["--ttft-s", str(times.ttft_s), "--gap-s", str(times.gap_s)]
@@ -349,7 +361,7 @@ def running(times: Times) -> Iterator[Running]:
         assert process.stdin is not None  # noqa: S101 - both are pipes
         assert process.stdout is not None  # noqa: S101
         try:
-            yield Running(process.stdout.readline().decode().strip())
+            yield KnownServer(process.stdout.readline().decode().strip())
         finally:
             process.stdin.close()
             try:

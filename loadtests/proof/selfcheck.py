@@ -1,12 +1,11 @@
-r"""The stopwatch proves itself: the real load generator against an engine of known times.
+r"""The check of the stopwatch: the real load generator against a server of known times.
 
     python -m loadtests.proof.selfcheck --level 32
 
-A load generator that cannot keep up sees slow servers everywhere. So before a report the
-generator measures, at the highest level of the run, an engine whose every token has its
-moment (`known`), and what it finds is held to the truth: medians of TTFT, TPOT and E2E, and
-output tokens a second. Where they are off, or where the generator or the engine had no time
-to spare, there is no report, and it is said why.
+A load generator that cannot keep up measures every server as slow. So before a report it
+measures a server that sends every token at a known time (`known`), at the highest level of
+the run. Medians of TTFT, TPOT and E2E, and output tokens/s, are compared with the truth. If
+they deviate, or the generator or the server was overloaded, no report is written.
 """
 
 from __future__ import annotations
@@ -27,36 +26,34 @@ from rich.table import Table
 from loadtests.analysis import rows
 from loadtests.measure import experiment, samples
 from loadtests.measure.experiment import RAW, SELFCHECK, ExperimentError, Plan
-from loadtests.measure.generator import locust_command
+from loadtests.measure.generator import EXCERPT_CHARS, locust_command
 from loadtests.measure.itinerary import Visit
 from loadtests.measure.stopwatch import Target
 from loadtests.proof import known
 from loadtests.proof.known import Lateness, Times
 
-VERSION = 1
+SELFCHECK_VERSION = 1
 
-#: How far what is measured may be from the truth.
-WITHIN = 0.02
-#: How late the generator or the engine may be in the median, as a share of the TTFT, and
-#: in the 99th percentile, as a share of the gap: more of either shows in the figures.
-LATE_P50 = 0.01
-LATE_P99 = 1.0
+#: How far a measured median may deviate from the truth.
+TOLERANCE = 0.02
+#: Lag that the generator or the server may have: at the median as a share of the TTFT, and at
+#: the 99th percentile as a share of the gap. More of either shows in the figures.
+MAX_LATE_P50 = 0.01
+MAX_LATE_P99 = 1.0
 
-#: Measured requests of each user; with fewer than ten a median is ill-defined.
+#: Measured requests per user; with fewer than ten a median is ill-defined.
 ROUNDS = 10
 WARM_UP = 1
-#: What the generator may take beyond the requests themselves, seconds.
+#: Seconds that the generator may take beyond the requests themselves.
 SPARE_S = 90.0
-#: How much of what it said last is shown when it fails, characters.
-TOLD = 600
 
 
 class SelfCheckError(ExperimentError):
-    """There is no self-check to be had; the text says why and what to do."""
+    """The check could not run; the message says why and what to do."""
 
 
-class Quantity(msgspec.Struct, frozen=True):
-    """What was measured, and what it is in truth; seconds, or tokens a second."""
+class CheckedQuantity(msgspec.Struct, frozen=True):
+    """A measured quantity beside its true value; seconds, or tokens per second."""
 
     name: str
     expected: float
@@ -68,33 +65,33 @@ class Quantity(msgspec.Struct, frozen=True):
 
     @property
     def is_off(self) -> bool:
-        """Whether it is further from the truth than allowed."""
-        return abs(self.ratio - 1) > WITHIN
+        """Whether it deviates from the truth by more than allowed."""
+        return abs(self.ratio - 1) > TOLERANCE
 
 
-def written(name: str, value: float) -> str:
-    """A quantity for people."""
+def format_quantity(name: str, value: float) -> str:
+    """A value with its unit, by the name of its quantity."""
     return f"{value:.1f} tok/s" if name == "output tok/s" else f"{1000 * value:.2f} ms"
 
 
 class SelfCheck(msgspec.Struct, frozen=True):
-    """What the stopwatch was held to, and whether it passed.
+    """A check of the stopwatch, and whether it passed.
 
     Attributes:
-        at: Unix time.
-        level: Requests at once.
-        times: What the engine kept to.
-        processes: Of the load generator.
-        asked: How many requests were to be measured.
-        quantities: Medians, and tokens a second.
-        requests: How many were.
-        errors: How many of them went wrong.
-        first_error: How the first of those did.
-        cpu: CPU seconds a second of the generator's busiest process.
-        lag_p50_s: How late the generator was where it wanted to be on time, median.
-        lag_p99_s: The same, 99th percentile.
-        engine: How late the engine was itself.
-        why: Why it did not pass, and what to do; empty if it did.
+        at: Unix time of its start.
+        level: Concurrent requests.
+        times: The true times of the server.
+        processes: Processes of the load generator.
+        asked: Requests that were to be measured.
+        quantities: Medians, and tokens per second.
+        requests: Requests that were measured.
+        errors: Measured requests that failed.
+        first_error: The error of the first of them.
+        cpu: CPU share of one core of the generator's busiest process.
+        lag_p50_s: Scheduling lag of the generator, median.
+        lag_p99_s: Scheduling lag of the generator, 99th percentile.
+        engine: Lag of the server of known times itself.
+        why: The reason why it did not pass, and what to do; empty if it passed.
     """
 
     version: int
@@ -103,7 +100,7 @@ class SelfCheck(msgspec.Struct, frozen=True):
     times: Times
     processes: int
     asked: int
-    quantities: tuple[Quantity, ...] = ()
+    quantities: tuple[CheckedQuantity, ...] = ()
     requests: int = 0
     errors: int = 0
     first_error: str = ""
@@ -118,36 +115,36 @@ class SelfCheck(msgspec.Struct, frozen=True):
         return not self.why
 
     def save(self, folder: Path) -> None:
-        """Write it into the folder of an experiment.
+        """Write the check into the folder of an experiment.
 
         Raises:
-            ExperimentError: It cannot be written.
+            ExperimentError: The file cannot be written.
         """
         experiment.write(folder / SELFCHECK, self)
 
 
 def load(folder: Path) -> SelfCheck:
-    """The self-check of an experiment's folder.
+    """The self-check in an experiment's folder.
 
     Raises:
-        ExperimentError: There is none, or not one of this version.
+        ExperimentError: There is none, or it is of another version.
     """
-    return experiment.read(folder / SELFCHECK, SelfCheck, VERSION, else_do="check again")
+    return experiment.read(folder / SELFCHECK, SelfCheck, SELFCHECK_VERSION, else_do="check again")
 
 
 def check(level: int, *, python: str = sys.executable, processes: int = 1) -> SelfCheck:
-    """Hold the load generator to an engine of known times, at so many requests at once.
+    """Check the load generator against a server of known times with `level` concurrent requests.
 
     Raises:
         SelfCheckError: The generator did not run.
     """
     times = Times()
-    with known.running(times) as engine:
-        return against(engine, times, level, python=python, processes=processes)
+    with known.known_server(times) as engine:
+        return check_against(engine, times, level, python=python, processes=processes)
 
 
-def against(
-    engine: known.Running,
+def check_against(
+    engine: known.KnownServer,
     times: Times,
     level: int,
     *,
@@ -155,21 +152,21 @@ def against(
     processes: int = 1,
     rounds: int = ROUNDS,
 ) -> SelfCheck:
-    """Hold the generator to what this engine is said to keep to.
+    """Check the load generator against a server that claims to send at these times.
 
     Raises:
         SelfCheckError: The generator did not run.
     """
     at = time.time()
     plan = Plan((level,), 1, rounds, WARM_UP, tokens_out=times.tokens, cooldown_s=0)
-    target = Target(known.MODEL, engine.url, known.MODEL)
+    target = Target(known.KNOWN_MODEL, engine.url, known.KNOWN_MODEL)
     within_s = SPARE_S + 5 * times.e2e_s * (rounds + WARM_UP)
-    cell, requests = generated(target, plan, within_s, python=python, processes=processes)
-    asked = SelfCheck(VERSION, at, level, times, processes, level * rounds)
-    return judged(asked, cell, requests, engine.lateness())
+    cell, requests = generate(target, plan, within_s, python=python, processes=processes)
+    asked = SelfCheck(SELFCHECK_VERSION, at, level, times, processes, level * rounds)
+    return with_verdict(asked, cell, requests, engine.lateness())
 
 
-def generated(
+def generate(
     target: Target,
     plan: Plan,
     within_s: float,
@@ -178,10 +175,10 @@ def generated(
     python: str = sys.executable,
     processes: int = 1,
 ) -> tuple[samples.Cell, list[samples.Request]]:
-    """What the generator writes down of the last level of a plan.
+    """The last cell of a plan that the generator measures, with its requests.
 
     Raises:
-        SelfCheckError: It did not run, or not to its end.
+        SelfCheckError: The generator did not run, or failed.
     """
     visit = Visit(target.label, repetition, plan.levels)
     with tempfile.TemporaryDirectory() as scratch:
@@ -199,29 +196,29 @@ def generated(
             )
         except subprocess.TimeoutExpired as exc:
             raise SelfCheckError(
-                f"the load generator did not end within {within_s:.0f} s: is this machine busy "
-                "with something else?"
+                f"the load generator did not finish within {within_s:.0f} s: stop other load on "
+                "this machine, and check again"
             ) from exc
         found = samples.by_cell(samples.read(raw)) if raw.exists() else []
     if locust.returncode or not found:
-        told = [line for line in locust.stdout.splitlines() if line.startswith("twolane: ")]
-        before_its_tables, _, _ = locust.stdout.partition("Type     Name")
-        last = "\n".join(told) or before_its_tables[-TOLD:].strip()
-        raise SelfCheckError(f"the load generator did not run to its end, and said:\n{last}")
+        messages = [line for line in locust.stdout.splitlines() if line.startswith("twolane: ")]
+        before_tables, _, _ = locust.stdout.partition("Type     Name")
+        excerpt = "\n".join(messages) or before_tables[-EXCERPT_CHARS:].strip()
+        raise SelfCheckError(f"the load generator failed:\n{excerpt}")
     return found[-1]
 
 
-def judged(
+def with_verdict(
     asked: SelfCheck, cell: samples.Cell, requests: Sequence[samples.Request], engine: Lateness
 ) -> SelfCheck:
-    """The same with what was measured, and the verdict."""
+    """The check with its measured figures and its verdict."""
     measured = [one for one in requests if one.phase == "measured"]
     wrong = [one.error for one in measured if one.error]
     found = medians(cell, requests)
     seen = msgspec.structs.replace(
         asked,
         quantities=tuple(
-            Quantity(name, truth, found[name])
+            CheckedQuantity(name, truth, found[name])
             for name, truth in asked.times.truth(asked.level).items()
         ),
         requests=len(measured),
@@ -232,11 +229,11 @@ def judged(
         lag_p99_s=cell.lag_p99_s,
         engine=engine,
     )
-    return msgspec.structs.replace(seen, why="; ".join(complaints(seen)))
+    return msgspec.structs.replace(seen, why="; ".join(failures(seen)))
 
 
 def medians(cell: samples.Cell, requests: Sequence[samples.Request]) -> dict[str, float]:
-    """What the generator measured, by `known.QUANTITIES`; zero is nothing."""
+    """The measured medians by name, see `known.QUANTITIES`; 0 if there is no value."""
     good = [one for one in requests if one.phase == "measured" and not one.error]
     ttft, tpot, e2e, rate = known.QUANTITIES
     return {
@@ -248,83 +245,85 @@ def medians(cell: samples.Cell, requests: Sequence[samples.Request]) -> dict[str
 
 
 def _median(values: Iterable[float | None]) -> float:
-    there = [value for value in values if value is not None]
-    return statistics.median(there) if there else 0.0
+    known_values = [value for value in values if value is not None]
+    return statistics.median(known_values) if known_values else 0.0
 
 
-def complaints(seen: SelfCheck) -> list[str]:
-    """What keeps it from passing, and what to do; nothing if nothing does."""
-    said = []
+def failures(seen: SelfCheck) -> list[str]:
+    """The reasons why a check does not pass, and what to do; empty if it passes."""
+    found = []
     if seen.requests < seen.asked:
-        said.append(f"only {seen.requests} of {seen.asked} requests were measured")
+        found.append(f"only {seen.requests} of {seen.asked} requests were measured")
     if seen.errors:
-        said.append(
+        found.append(
             f"{seen.errors} of {seen.requests} requests failed, the first with: {seen.first_error}"
         )
-    said += [
-        f"{one.name} was measured as {written(one.name, one.measured)}, in truth it was "
-        f"{written(one.name, one.expected)}: {one.ratio:.3f} of it, and {WITHIN:.0%} is what it "
-        "may be off"
+    found += [
+        f"{one.name} was measured as {format_quantity(one.name, one.measured)} and is "
+        f"{format_quantity(one.name, one.expected)} in truth: the ratio is {one.ratio:.3f}, and "
+        f"{TOLERANCE:.0%} of deviation is allowed"
         for one in seen.quantities
         if one.is_off
     ]
     engine_late = _late(seen.engine.p50, seen.engine.p99, seen.times)
-    saturated = seen.cpu > rows.CPU_MOST or _late(seen.lag_p50_s, seen.lag_p99_s, seen.times)
+    saturated = seen.cpu > rows.MAX_CPU or _late(seen.lag_p50_s, seen.lag_p99_s, seen.times)
     if engine_late:
-        said.append(
-            "the engine of known times was late itself, by "
-            f"{_spread(seen.engine.p50, seen.engine.p99)}: something else keeps this machine "
-            "busy; end that, and check again"
+        found.append(
+            "the server of known times lagged itself, by "
+            f"{_lags(seen.engine.p50, seen.engine.p99)}: other load keeps this machine busy; stop "
+            "it and check again"
         )
     if saturated:
-        said.append(
-            f"the load generator is saturated: {seen.cpu:.2f} of a core in its busiest process, "
-            f"late by {_spread(seen.lag_p50_s, seen.lag_p99_s)}; give it more processes "
+        found.append(
+            f"the load generator is saturated: its busiest process used {seen.cpu:.2f} of a core "
+            f"and lagged by {_lags(seen.lag_p50_s, seen.lag_p99_s)}; give it more processes "
             f"(--processes {2 * seen.processes}), or measure from another machine"
         )
-    if said and not engine_late and not saturated:
-        said.append(
-            "neither the load generator nor the engine was overloaded: if other load came and "
+    if found and not engine_late and not saturated:
+        found.append(
+            "neither the load generator nor the server was overloaded: if other load came and "
             "went on this machine, check again; otherwise lower the highest level"
         )
-    return said
+    return found
 
 
 def _late(p50: float, p99: float, times: Times) -> bool:
-    return p50 > LATE_P50 * times.ttft_s or p99 > LATE_P99 * times.gap_s
+    return p50 > MAX_LATE_P50 * times.ttft_s or p99 > MAX_LATE_P99 * times.gap_s
 
 
-def _spread(p50: float, p99: float) -> str:
-    return f"{1000 * p50:.1f} ms in the median, {1000 * p99:.1f} ms in the 99th percentile"
+def _lags(p50: float, p99: float) -> str:
+    return f"{1000 * p50:.1f} ms (p50) and {1000 * p99:.1f} ms (p99)"
 
 
 def show(seen: SelfCheck, console: Console) -> None:
-    """Print it."""
-    table = Table("", "truth", "measured", "ratio", title=f"{seen.level} at once")
+    """Print a check and the reasons why it did not pass."""
+    table = Table("", "truth", "measured", "ratio", title=f"{seen.level} concurrent")
     for one in seen.quantities:
         style = "red" if one.is_off else ""
-        both = written(one.name, one.expected), written(one.name, one.measured)
+        both = format_quantity(one.name, one.expected), format_quantity(one.name, one.measured)
         table.add_row(one.name, *both, f"{one.ratio:.4f}", style=style)
     console.print(table)
     console.print(
-        f"{seen.requests} requests, {seen.errors} failed; the generator used "
-        f"{seen.cpu:.2f} of a core ({seen.processes} processes, the busiest), and was late by "
-        f"{_spread(seen.lag_p50_s, seen.lag_p99_s)}; the engine was late by "
-        f"{_spread(seen.engine.p50, seen.engine.p99)}"
+        f"{seen.requests} requests, {seen.errors} failed; the busiest of the generator's "
+        f"processes ({seen.processes}) used {seen.cpu:.2f} of a core and lagged by "
+        f"{_lags(seen.lag_p50_s, seen.lag_p99_s)}; the server lagged by "
+        f"{_lags(seen.engine.p50, seen.engine.p99)}"
     )
-    for why in complaints(seen):
+    for why in failures(seen):
         console.print(why, style="red", markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, and print the table; 1 where the stopwatch is not to be trusted."""
+    """Check and print the table; the exit status, 1 if the stopwatch did not pass."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtests.proof.selfcheck",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--level", type=int, default=32, help="requests at once (32)")
-    parser.add_argument("--processes", type=int, default=1, help="of the generator (1)")
+    parser.add_argument("--level", type=int, default=32, help="concurrent requests (32)")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes of the load generator (1)"
+    )
     parser.add_argument("--out", type=Path, help=f"folder to write {SELFCHECK} into")
     args = parser.parse_args(arguments)
     console = Console()

@@ -5,151 +5,170 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from loadtests.analysis.rows import Row
-from loadtests.measure.experiment import Experiment
+from loadtests.measure.experiment import Experiment, Machine, Plan, Subject
 from loadtests.proof import agreement, selfcheck
-from loadtests.proof.agreement import Agreement
-from loadtests.report.findings import Findings
+from loadtests.proof.agreement import Agreement, AgreementRow
+from loadtests.proof.selfcheck import SelfCheck
 from loadtests.report.page import Block, Bullets, Code, Grid, Text
-from loadtests.report.wording import _day, _each, spread
+from loadtests.report.wording import format_day, format_spread, grid_rows
+
+UNKNOWN = "not known"
 
 
-def _achieved(table: Sequence[Row]) -> Iterator[Block]:
+def load_generator(table: Sequence[Row]) -> Iterator[Block]:
+    """The concurrency achieved, and how busy the generator was."""
     yield Grid(
-        ("", "at once, achieved", "busiest process, of a core", "late p50, ms", "late p99, ms"),
+        (
+            "target at concurrency", "concurrency achieved", "generator CPU, cores",
+            "generator lag p50, ms", "generator lag p99, ms",
+        ),
         [
-            *_each(
+            *grid_rows(
                 table,
                 lambda row: (
-                    spread(row.at_once),
+                    format_spread(row.concurrency),
                     f"{max(one.cpu for one in row.repetitions):.2f}",
                     f"{1000 * max(one.lag_p50_s for one in row.repetitions):.1f}",
                     f"{1000 * max(one.lag_p99_s for one in row.repetitions):.1f}",
                 ),
             )
         ],
+    )  # fmt: skip
+    yield Text(
+        "CPU is that of the generator's busiest process; lag is how late a timer of 10 ms fires "
+        "in it. The worst repetition is shown.",
+        "small",
     )
-    yield Text("Of the generator the worst repetition is shown.", "small")
 
 
-def _machine(known: Experiment) -> Iterator[Block]:
-    machine, plan = known.machine, known.plan
+def setup(experiment: Experiment) -> Iterator[Block]:
+    """The machine, the plan, the targets and their command lines."""
+    plan = _plan_and_machine(experiment.machine, experiment.plan)
+    yield Grid(("", ""), [(name, value) for name, value in plan.items() if value], numbers=False)
+    yield Grid(
+        ("target", "engine", "version", "model", "weights", "slots", "context"),
+        [_subject(subject) for subject in experiment.subjects],
+        numbers=False,
+    )
+    commands = [f"# {one.label}\n{one.command}" for one in experiment.subjects if one.command]
+    if experiment.command:
+        commands.insert(0, f"# the whole experiment\n{experiment.command}")
+    if commands:
+        yield Code("\n\n".join(commands))
+
+
+def _plan_and_machine(machine: Machine, plan: Plan) -> dict[str, str]:
     packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
-    told = {
+    return {
         "processor": f"{machine.cpu}, {machine.cores} cores",
         "memory": f"{machine.memory_gib:g} GiB",
         "GPU": "; ".join(machine.gpus) or "none",
         "driver": machine.driver,
         "system": machine.system,
         "Python": machine.python,
-        "load by": packages,
-        "levels": ", ".join(map(str, plan.levels)),
+        "load generator": packages,
+        "concurrent requests": ", ".join(map(str, plan.levels)),
         "repetitions": str(plan.repetitions),
-        "requests of a user": f"{plan.rounds} measured, after {plan.warm_up} to warm up",
+        "requests per user": f"{plan.rounds} measured, after {plan.warm_up} of warm-up",
         "tokens": f"about {plan.tokens_in} in, at most {plan.tokens_out} out",
         "prompts": plan.prompts,
     }
-    yield Grid(("", ""), [(what, how) for what, how in told.items() if how], numbers=False)
-    yield Grid(
-        ("target", "engine", "version", "model", "weights", "slots", "context"),
-        [
-            (
-                one.label,
-                one.engine or "not known",
-                one.version or "not known",
-                one.model or "not known",
-                one.weights or ("as its lanes" if one.before else "not known"),
-                str(one.slots or ("as its lanes" if one.before else "not known")),
-                str(one.context or ("as its lanes" if one.before else "not known")),
-            )
-            for one in known.subjects
-        ],
-        numbers=False,
+
+
+def _subject(subject: Subject) -> tuple[str, ...]:
+    unknown = "as its lanes" if subject.before else UNKNOWN
+    return (
+        subject.label,
+        subject.engine or UNKNOWN,
+        subject.version or UNKNOWN,
+        subject.model or UNKNOWN,
+        subject.weights or unknown,
+        str(subject.slots or unknown),
+        str(subject.context or unknown),
     )
-    commands = [f"# {one.label}\n{one.command}" for one in known.subjects if one.command]
-    if known.command:
-        commands.insert(0, f"# all of this\n{known.command}")
-    if commands:
-        yield Code("\n\n".join(commands))
 
 
-def _selfcheck(found: Findings) -> Iterator[Block]:
-    seen = found.selfcheck
-    if seen is None:
+def self_check(check: SelfCheck | None) -> Iterator[Block]:
+    """The stopwatch against a server of known times; nothing if it was not checked."""
+    if check is None:
         return
-    passed = "It passed." if seen.passed else f"It did not pass: {seen.why}."
+    verdict = "It passed." if check.passed else f"It did not pass: {check.why}."
     yield Text(
-        f"{seen.level} at once, {seen.requests} requests, {seen.errors} failed, on "
-        f"{_day(seen.at)}. {passed} A median may be off by {selfcheck.WITHIN:.0%}."
+        f"{check.level} concurrent requests, {check.requests} in total, {check.errors} failed, on "
+        f"{format_day(check.at)}. {verdict} A median may deviate by {selfcheck.TOLERANCE:.0%}."
     )
     yield Grid(
         ("", "truth", "measured", "ratio"),
         [
             (
                 one.name,
-                selfcheck.written(one.name, one.expected),
-                selfcheck.written(one.name, one.measured),
+                selfcheck.format_quantity(one.name, one.expected),
+                selfcheck.format_quantity(one.name, one.measured),
                 f"{one.ratio:.4f}",
             )
-            for one in seen.quantities
+            for one in check.quantities
         ],
     )
     yield Text(
-        f"The generator used {seen.cpu:.2f} of a core in its busiest process and was late by "
-        f"{1000 * seen.lag_p50_s:.1f} ms in the median, {1000 * seen.lag_p99_s:.1f} ms in the 99th "
-        f"percentile; the server of known times was late itself by {1000 * seen.engine.p50:.1f} ms "
-        f"and {1000 * seen.engine.p99:.1f} ms.",
+        f"The generator's busiest process used {check.cpu:.2f} of a core and lagged by "
+        f"{1000 * check.lag_p50_s:.1f} ms (p50) and {1000 * check.lag_p99_s:.1f} ms (p99). The "
+        f"server of known times lagged by {1000 * check.engine.p50:.1f} ms (p50) and "
+        f"{1000 * check.engine.p99:.1f} ms (p99).",
         "small",
     )
 
 
-def _agreement(seen: Agreement | None) -> Iterator[Block]:
+def tool_agreement(seen: Agreement | None) -> Iterator[Block]:
+    """The figures of other load generators beside ours; nothing if none were run."""
     table = seen.rows() if seen else []
     if seen is None or not table:
         return
     tools = list(seen.tools)
     versions = ", ".join(f"{tool} {version}".strip() for tool, version in seen.tools.items())
-    yield Text(f"Same servers, same workload, {_day(seen.at)}, on {seen.machine.cpu}: {versions}.")
+    day = format_day(seen.at)
+    yield Text(f"The same servers and workload, {day}, on {seen.machine.cpu}: {versions}.")
     yield Grid(
         ("", "truth", *tools),
         [
             (
                 f"{row.quantity}, {row.server} at {row.level}",
-                "-" if row.truth is None else selfcheck.written(row.quantity, row.truth),
-                *(_seen_by(row, tool) for tool in tools),
+                "-" if row.truth is None else selfcheck.format_quantity(row.quantity, row.truth),
+                *(_tool_median(row, tool) for tool in tools),
             )
             for row in table
         ],
     )
     disagreements = seen.disagreements()
     if disagreements:
-        yield Text("Where ours is off by more than it may be:")
+        yield Text("Where our figures deviate by more than they may:")
         yield Bullets(disagreements)
     else:
         yield Text(
-            f"Ours is within {agreement.OF_TRUTH:.0%} of the truth and {agreement.OF_OTHERS:.0%} "
-            "of the others, or, on a real server, within the spread of the runs."
+            f"Our figures are within {agreement.TRUTH_TOLERANCE:.0%} of the truth and "
+            f"{agreement.TOOL_TOLERANCE:.0%} of the other tools' or, on a real server, within the "
+            "spread of the runs."
         )
-    strays = seen.strays()
-    if strays:
-        yield Text("Who is too far from the truth to hold ours against:")
-        yield Bullets(strays)
+    outliers = seen.outliers()
+    if outliers:
+        yield Text("Tools that deviate too far from the truth to be a reference for ours:")
+        yield Bullets(outliers)
     yield Text(
-        "guidellm's inter-token latency is what is called TPOT here; its own TPOT has the wait "
-        "for the first token in it. bench serve begins TTFT at the first event that has choices, "
-        "even an empty one.",
+        "guidellm's inter-token latency is TPOT here; its own TPOT includes the wait for the "
+        "first token. vLLM's bench serve starts TTFT at the first event with choices, even an "
+        "empty one.",
         "small",
     )
 
 
-def _seen_by(row: agreement.Row, tool: str) -> str:
+def _tool_median(row: AgreementRow, tool: str) -> str:
     """A tool's median, the spread of its runs, and its share of the truth or else of ours."""
-    seen = row.by_tool.get(tool)
-    if seen is None:
+    spread = row.by_tool.get(tool)
+    if spread is None:
         return "-"
-    value = selfcheck.written(row.quantity, seen.value)
-    if seen.high > seen.low:
-        value += f" ±{(seen.high - seen.low) / 2 / seen.value:.1%}"
-    share = row.to_truth(tool)
+    value = selfcheck.format_quantity(row.quantity, spread.value)
+    if spread.high > spread.low:
+        value += f" ±{(spread.high - spread.low) / 2 / spread.value:.1%}"
+    share = row.share_of_truth(tool)
     if share is None and tool != agreement.OURS:
         share = 1 / row.shares[tool].value
     return value if share is None else f"{value} ({share:.3f})"

@@ -1,7 +1,6 @@
-"""What an experiment found, whole and in words: the content of `report.json`.
+"""All results of an experiment, in figures and in words: the content of `report.json`.
 
-Nothing is read or written here. Where a figure is claimed by others it stands beside the
-measured one and is never mixed with it; where something is not known, that is what is said.
+Nothing is read or written here.
 """
 
 from __future__ import annotations
@@ -13,27 +12,28 @@ import msgspec
 
 from loadtests.analysis import energy, gateway_cost, rows, slo
 from loadtests.analysis.energy import Energy
-from loadtests.analysis.gateway_cost import Cost
+from loadtests.analysis.gateway_cost import GatewayCost
 from loadtests.analysis.rows import Cells, Row
-from loadtests.analysis.slo import Kept
+from loadtests.analysis.slo import SloBracket
 from loadtests.measure.experiment import Experiment, Subject
 from loadtests.measure.samples import Power
 from loadtests.proof.agreement import Agreement
 from loadtests.proof.selfcheck import SelfCheck
-from loadtests.report.fairness import Judgement, _unequal, fairness
-from loadtests.report.headline import Claim, Crossing, Sight, _crossing
+from loadtests.report.fairness import Judgement, fairness, unequal_sentences
+from loadtests.report.headline import Claim, Crossing, Headlines, describe_crossover
 
-VERSION = 1
+REPORT_VERSION = 1
 
 
 class Findings(msgspec.Struct, frozen=True, omit_defaults=True):
-    """All of it. Seconds, tokens and requests are by the formulas of the report.
+    """All results; figures are computed by the formulas of the report.
 
     Attributes:
-        doubts: Why this should not have been written; empty as a rule.
-        headline: The one sentence to remember.
-        short: What else there is to remember.
-        energy: Watts, and what tokens cost, as far as it is known.
+        doubts: Reasons not to trust the figures; empty as a rule.
+        headline: The main sentence.
+        short: The other main results, a sentence each.
+        slo_brackets: Up to which level each target meets the SLO.
+        energy: Power and cost of each row of which either is known.
     """
 
     version: int
@@ -43,9 +43,9 @@ class Findings(msgspec.Struct, frozen=True, omit_defaults=True):
     experiment: Experiment
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...]
-    kept: tuple[Kept, ...]
+    slo_brackets: tuple[SloBracket, ...] = msgspec.field(name="kept")
     crossings: tuple[Crossing, ...]
-    costs: tuple[Cost, ...]
+    costs: tuple[GatewayCost, ...]
     fairness: tuple[Judgement, ...]
     selfcheck: SelfCheck | None = None
     agreement: Agreement | None = None
@@ -60,41 +60,41 @@ def find(
     agreement: Agreement | None,
     powers: Sequence[Power] = (),
 ) -> Findings:
-    """All that the cells say.
+    """All results of the cells.
 
     Args:
-        experiment: What was measured.
-        cells: At least one, as `rows.closed_cells` has them.
-        doubts: What is wrong with the stopwatch; what is wrong with a cell is added.
-        selfcheck: What the stopwatch was held to.
-        agreement: What other tools saw.
-        powers: What the cards drew.
+        experiment: What was measured, and how.
+        cells: At least one, from `rows.closed_cells`.
+        doubts: Reasons not to trust the stopwatch; those of saturated cells are added.
+        selfcheck: The check of the stopwatch against a server of known times.
+        agreement: The figures of other tools.
+        powers: The power samples of the cards.
     """
     table = rows.make_rows(cells, tokens_out=experiment.plan.tokens_out, limits=experiment.limits)
     subjects = _subjects(experiment, table)
-    sight = Sight(subjects, table)
+    headlines = Headlines(subjects, table)
     engines = [one for one in subjects if not one.before]
     crossings = tuple(
-        _crossing(a.label, b.label, cells, sight.names)
+        describe_crossover(a.label, b.label, cells, headlines.names)
         for a, b in itertools.combinations(engines, 2)
         if a.engine != b.engine or not a.engine
     )
     costs = tuple(
         cost
-        for one in subjects
-        if one.before
-        for cost in gateway_cost.gateway_costs(table, one.label, one.before)
+        for subject in subjects
+        if subject.before
+        for cost in gateway_cost.gateway_costs(table, subject.label, subject.before)
     )
     judgements = tuple(fairness(subjects, table))
     return Findings(
-        version=VERSION,
+        version=REPORT_VERSION,
         doubts=(*doubts, *filter(None, (row.saturation() for row in table))),
-        headline=sight.headline(),
-        short=(*sight.short(crossings, costs), *_unequal(judgements)),
+        headline=headlines.headline(),
+        short=(*headlines.other_sentences(crossings, costs), *unequal_sentences(judgements)),
         experiment=msgspec.structs.replace(experiment, subjects=tuple(subjects)),
         rows=tuple(table),
-        claims=tuple(sight.claims()),
-        kept=tuple(slo.kept(table)),
+        claims=tuple(headlines.claims()),
+        slo_brackets=tuple(slo.slo_brackets(table)),
         crossings=crossings,
         costs=costs,
         fairness=judgements,
@@ -105,10 +105,7 @@ def find(
 
 
 def _subjects(experiment: Experiment, table: Sequence[Row]) -> list[Subject]:
-    """Those of the experiment, and those that only the raw file knows."""
+    """The subjects of the experiment, and targets that only the raw file has."""
     known = {one.label: one for one in experiment.subjects}
-    strangers = {row.target for row in table} - known.keys()
-    return [*known.values(), *(Subject(label, "", "") for label in sorted(strangers))]
-
-
-# --- what was fair ------------------------------------------------------------------------
+    unknown = {row.target for row in table} - known.keys()
+    return [*known.values(), *(Subject(label, "", "") for label in sorted(unknown))]

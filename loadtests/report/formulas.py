@@ -4,45 +4,47 @@ from __future__ import annotations
 
 from loadtests.analysis import crossover, energy, rows
 
+#: Name and formula, in the order in which a report lists them.
 FORMULAS = {
-    "TTFT": "from just before a request is sent to the first delta that has content, reasoning "
-    "or a tool call in it",
-    "E2E": "from just before a request is sent to the last byte; each has its own connection, and "
-    "making that is not counted",
-    "chunk gap": "between two such deltas",
-    "TPOT": "(last delta - first delta) / (tokens - 1), tokens by the server's usage; where it "
-    "tells none, the mean chunk gap, and that is said",
-    "window": "of a cell, from when its first measured request is sent to when its last one is "
-    "over; users go on asking until then, so that the number at once holds",
-    "tokens/s": "tokens whose chunk came in the window / window, of requests of all phases; a "
-    "chunk is worth its request's tokens over its chunks, or the median worth of the cell where "
-    "the request was cut or told no usage",
+    "TTFT": "time to first token: from just before a request is sent to the first delta with "
+    "content, reasoning or a tool call",
+    "E2E": "end-to-end latency: from just before a request is sent to the last byte. Every "
+    "request has a connection of its own; opening it is not counted",
+    "chunk gap": "time between two such deltas",
+    "TPOT": "time per output token: (last delta - first delta) / (tokens - 1), tokens by the "
+    "server's usage; the mean chunk gap where the server sends no usage, which is noted",
+    "window": "of a cell: from the start of its first measured request to the end of its last "
+    "one. Users keep sending requests until then, so the concurrency stays the same",
+    "tokens/s": "tokens whose chunk arrived in the window / window, of requests of all phases. A "
+    "chunk has its request's tokens / chunks; of a request that was cancelled or has no usage it "
+    "has the median of the cell",
     "requests/s": "requests answered in the window / window",
-    "achieved at once": "integral of the requests in flight over the window / window",
-    "goodput": "requests a second that keep the stated limits; a level keeps them if "
-    f"{rows.KEEPING:.0%} of its measured requests do, where one that failed does not, and all "
-    "levels below it do",
-    "ended early": "answers with fewer tokens than asked for / answers; where no usage is told, "
-    "those that say they stopped",
-    "percentile": "linear between the two nearest values: of n sorted ones, p lies at place "
-    "p (n - 1), from 0; over the answered requests of all repetitions. Of fewer than a hundred, "
-    "p99 is little else than the slowest",
-    "spread": "in brackets: the lowest and the highest repetition's median; of a ratio, the "
-    "ratios within each repetition",
-    "crossover": "where the difference of mean E2E changes sign, every repetition counting the "
-    f"same, straight lines between levels; the interval is of {crossover.DRAWS} draws, repetitions "
-    f"first, then requests within each. It needs {crossover.REPETITIONS} repetitions and "
-    f"{crossover.REQUESTS} requests of each at the levels it hangs on, and that "
-    f"{crossover.AGREEING:.0%} of the draws cross once. Of three repetitions it is rough: "
-    "simulated, it held the truth 95 times in 100 where these differed by 1 %, and 77 times "
-    "where by 5 %",
-    "tokens/J": "tokens/s / watts; measured watts are the mean of what the cards of this machine "
-    "drew in the window, together and about once a second, and the rest of the machine is not in "
-    f"them. Not known where the driver said nothing for over {energy.LONGEST_GAP_S:g} s",
-    "cost of a million tokens": "output tokens: electricity by tokens/J, rent by tokens/s, both "
-    "within the window, so a machine that idles between costs more; an API as it was given",
-    "gateway's cost": "its median less the median of the lane behind it whose E2E is lower",
-    "saturated": f"the generator's busiest process uses over {rows.CPU_MOST:.0%} of a core, "
-    f"or is late by over {rows.LATE_P50:.0%} of the median TTFT in the median, or "
-    f"{rows.LATE_P99:.0%} of it in the 99th percentile",
+    "concurrency achieved": "integral of the requests in flight over the window / window",
+    "goodput": "requests per second that meet the stated SLO. A level meets the SLO if "
+    f"{rows.SLO_SHARE:.0%} of its measured requests do (a failed request does not) and every "
+    "lower level meets it too",
+    "ended early": "answers with fewer tokens than requested / answers; without usage, answers "
+    "with the finish reason stop",
+    "percentile": "linear between the two nearest values: of n sorted values, p lies at place "
+    "p (n - 1), counted from 0; over the answered requests of all repetitions. With fewer than a "
+    "hundred requests, p99 is close to the slowest one",
+    "spread": "in brackets: the lowest and the highest median of a repetition; of a ratio, the "
+    "lowest and the highest ratio within a repetition",
+    "crossover": "where the difference of mean E2E changes sign: every repetition has the same "
+    "weight, and levels are joined by straight lines. The interval is a bootstrap of "
+    f"{crossover.BOOTSTRAP_DRAWS} draws, repetitions first, then requests within each. It needs "
+    f"{crossover.MIN_REPETITIONS} repetitions, {crossover.MIN_REQUESTS} requests of each target "
+    f"at the levels around it, and {crossover.MIN_SHARE_OF_DRAWS:.0%} of the draws that cross "
+    "once. With three repetitions it is rough: in simulations it contained the true value 95 "
+    "times in 100 where the repetitions differed by 1 %, and 77 times where they differed by 5 %",
+    "tokens/J": "tokens/s / watts. Measured watts are the mean power of this machine's cards in "
+    "the window, all together, sampled about once a second; the rest of the machine is not "
+    f"included. Not known if samples are missing for over {energy.MAX_POWER_GAP_S:g} s",
+    "cost of a million tokens": "output tokens: electricity by tokens/J and rent by tokens/s, "
+    "both within the window, so a machine with idle times costs more; the price of an API as "
+    "configured",
+    "gateway's overhead": "its median less the median of the lane with the lowest E2E behind it",
+    "saturated": f"the generator's busiest process uses over {rows.MAX_CPU:.0%} of a core, or its "
+    f"scheduling lag is over {rows.MAX_LAG_P50:.0%} of the median TTFT at the median, or over "
+    f"{rows.MAX_LAG_P99:.0%} of it at the 99th percentile",
 }

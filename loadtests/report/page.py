@@ -1,6 +1,6 @@
 """A document of a few kinds of blocks, as one HTML file that opens offline, and as Markdown.
 
-Whatever is put into a block is text: it is escaped here, in both, and nowhere else.
+Blocks contain plain text, which is escaped here for both formats, and nowhere else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAGE = Path(__file__).with_name("page.html")
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `loud` is read first, `small` last."""
+    """A paragraph; `look` is `loud` (the title), `sub` (a heading), `small` or `banner`."""
 
     text: str
     look: str = ""
@@ -36,16 +36,18 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines as they are."""
+    """Preformatted lines."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; the first column names its rows, and an empty row is a rule between them.
+    """A table; the first column names its rows, and an empty row is a rule between groups.
 
-    Of `numbers` it may be too wide for a phone, and its names stay in sight.
+    Attributes:
+        numbers: Cells are numbers, aligned right; on a narrow screen the table scrolls and
+            the first column stays in view.
     """
 
     head: Sequence[str]
@@ -55,20 +57,20 @@ class Grid:
 
 @dataclass(frozen=True)
 class Key:
-    """What is drawn how: name, colour and dashes of a line."""
+    """The legend of the charts: name, colour and dashes of each line."""
 
     entries: Sequence[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture to point at; on paper, without scripts and in Markdown its still.
+    """An interactive chart; print, Markdown and browsers without scripts show its picture.
 
     Attributes:
-        title: Also what a reader hears who does not see it.
-        plots: For plotly, `data` and `layout` each, side by side where there is room.
+        title: Also the text alternative for screen readers.
+        plots: `data` and `layout` of each plot for plotly, side by side where there is room.
         still: The picture file.
-        linked: Whether Markdown shows the file, by its name.
+        linked: Whether Markdown shows the picture, by its file name.
     """
 
     title: str
@@ -82,14 +84,14 @@ Block: TypeAlias = Text | Bullets | Code | Grid | Key | Chart
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is under it."""
+    """A heading and the blocks below it."""
 
     title: str
     blocks: Sequence[Block]
 
 
-def number(value: float | None) -> str:
-    """Three digits of it, or more where they are whole: 0.342, 7.51, 15.0, 1,204."""
+def format_number(value: float | None) -> str:
+    """A number with at least three significant digits: 0.342, 7.51, 15.0, 1,204."""
     if value is None:
         return "-"
     if not value:
@@ -102,7 +104,7 @@ def number(value: float | None) -> str:
 
 
 def as_html(title: str, lead: Sequence[Block], sections: Sequence[Section], plotly: str) -> str:
-    """The whole page; `plotly` is its script."""
+    """The HTML page; `plotly` is the script of the charts."""
     parts = [_html(block) for block in lead]
     for section in sections:
         inner = "\n".join(_html(block) for block in section.blocks)
@@ -164,7 +166,7 @@ def _html_chart(chart: Chart) -> str:
 
 
 def _html_plot(plot: dict[str, Any]) -> str:
-    """What plotly is to draw, as JSON that cannot end the element it is in."""
+    """A plot for plotly, as JSON that cannot close its script element."""
     text = msgspec.json.encode(plot).decode().replace("<", "\\u003c")
     return f'<div class="plot"><script type="application/json">{text}</script></div>'
 
@@ -173,7 +175,7 @@ def _html_plot(plot: dict[str, Any]) -> str:
 
 
 def as_markdown(lead: Sequence[Block], sections: Sequence[Section]) -> str:
-    """The same for who reads it beside code; charts are links to their stills."""
+    """The Markdown document; charts are links to their pictures."""
     parts = [_markdown(block) for block in lead]
     for section in sections:
         parts.append(f"## {_plain(section.title)}")
@@ -205,7 +207,7 @@ def _markdown(block: Block) -> str:  # noqa: PLR0911 - one of each kind
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is, in one line."""
+    """Text in one line, with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_\[\]<>|~])", r"\\\1", " ".join(text.split()))
 
 

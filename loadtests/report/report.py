@@ -1,10 +1,10 @@
-r"""The report of an experiment, made of its folder and made again whenever somebody likes.
+r"""Writes the report of an experiment from the files in its folder.
 
     python -m loadtests.report FOLDER
 
-Writes `report.html` (one file, opens offline), `report.md`, `report.json` and pictures beside
-`raw.jsonl`. Where the stopwatch did not pass its check, or the load generator was saturated,
-there is none, and it is said why; the raw data stays.
+The report is `report.html` (one file that opens offline), `report.md`, `report.json` and
+pictures, beside `raw.jsonl`. If the stopwatch did not pass its check, or the load generator
+was saturated, no report is written and the reason is printed; the raw data stays.
 """
 
 from __future__ import annotations
@@ -28,99 +28,98 @@ from loadtests.proof.selfcheck import SelfCheck
 from loadtests.report import charts, page
 from loadtests.report.findings import Findings, find
 from loadtests.report.page import Chart, Key
-from loadtests.report.sections import _lead, sections
+from loadtests.report.sections import lead, sections
 
 HTML = "report.html"
 MARKDOWN = "report.md"
 JSON = "report.json"
-#: For a README: seconds and tokens against requests at once.
+#: Stem of the pictures that a README can show: latency and tokens/s by concurrency.
 PICTURE = "comparison"
 NEEDS = "a report needs the extra: pip install 'twolane[load]'"
 
 
 class ReportError(ExperimentError):
-    """There is no report to be had; the text says why and what to do. The raw data stays."""
+    """No report can be written; the message says why and what to do. The raw data stays."""
 
 
 def write(folder: Path, *, unchecked: bool = False) -> Path:
-    """Make the report of a folder; returns the page.
+    """Write the report of an experiment; returns the path of the HTML page.
 
     Args:
-        folder: Of an experiment.
-        unchecked: Make it even if the stopwatch cannot be trusted, and say so in it.
+        folder: The experiment's folder.
+        unchecked: Write it even if its figures cannot be trusted; the report says so.
 
     Raises:
-        ReportError: It cannot be trusted, or not be written.
-        ExperimentError: The folder holds no experiment.
-        samples.SamplesError: Nor what was measured.
+        ReportError: The figures cannot be trusted, or the report cannot be written.
+        ExperimentError: The folder has no experiment.
+        samples.SamplesError: The raw file cannot be read.
     """
     if any(importlib.util.find_spec(name) is None for name in ("plotly", "matplotlib", "numpy")):
         raise ReportError(NEEDS)
-    known = experiment.load(folder)
+    loaded = experiment.load(folder)
     lines = [*samples.read(folder / RAW)]
     cells = rows.closed_cells(lines)
     if not cells:
-        raise ReportError(f"nothing was measured in {folder} yet: go on with --resume")
-    checked, doubts = _checked(folder, max(int(cell.level) for cell, _ in cells))
-    agreed = agreement.load(folder) if (folder / AGREEMENT).exists() else None
-    found = find(known, cells, doubts, checked, agreed, samples.powers(lines))
-    if found.doubts and not unchecked:
+        raise ReportError(f"nothing was measured in {folder} yet: continue it with --resume")
+    check, doubts = _self_check(folder, max(int(cell.level) for cell, _ in cells))
+    tools = agreement.load(folder) if (folder / AGREEMENT).exists() else None
+    findings = find(loaded, cells, doubts, check, tools, samples.powers(lines))
+    if findings.doubts and not unchecked:
         raise ReportError(
-            f"no report of {folder}: {'; '.join(found.doubts)}. What was measured is kept; measure "
-            "again on a quieter machine, or have a report that says so with --unchecked"
+            f"no report of {folder}: {'; '.join(findings.doubts)}. The raw data stays; measure "
+            "again on a quieter machine, or add --unchecked for a report with this warning"
         )
     try:
-        return _write(folder, found, cells)
+        return _write(folder, findings, cells)
     except OSError as exc:
         raise ReportError(f"{folder} cannot be written: {exc.strerror}") from exc
 
 
-def _checked(folder: Path, level: int) -> tuple[SelfCheck | None, list[str]]:
-    """What the stopwatch was held to, and what is wrong with that."""
+def _self_check(folder: Path, level: int) -> tuple[SelfCheck | None, list[str]]:
+    """The stopwatch's check, and reasons not to trust it at this level."""
     if not (folder / SELFCHECK).exists():
-        return None, [f"nothing proves the stopwatch: there is no {SELFCHECK}"]
-    checked = selfcheck.load(folder)
+        return None, [f"the stopwatch was not checked: there is no {SELFCHECK}"]
+    check = selfcheck.load(folder)
     doubts = []
-    if not checked.passed:
-        doubts.append(f"the stopwatch did not pass its check: {checked.why}")
-    if checked.level < level:
+    if not check.passed:
+        doubts.append(f"the stopwatch did not pass its check: {check.why}")
+    if check.level < level:
         doubts.append(
-            f"the stopwatch was checked at {checked.level} at once, and then {level} were measured"
+            f"the stopwatch was checked with {check.level} concurrent requests, but {level} were "
+            "measured"
         )
-    return checked, doubts
+    return check, doubts
 
 
-def _write(folder: Path, found: Findings, cells: Cells) -> Path:
+def _write(folder: Path, findings: Findings, cells: Cells) -> Path:
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped] # noqa: PLC0415
 
-    looks = charts.looks(found.experiment.subjects)
+    styles = charts.line_styles(findings.experiment.subjects)
     pictures = [folder / f"{PICTURE}{kind}" for kind in (".svg", ".png")]
-    charts.draw_lines(found.rows, looks, pictures)
-    points = _points(cells, found.rows)
+    charts.draw_lines(findings.rows, styles, pictures)
+    points = _points(cells, findings.rows)
     with tempfile.TemporaryDirectory() as scratch:
         scatter = Path(scratch, "scatter.png")
-        charts.draw_scatter(points, found.rows, looks, scatter)
-        shown = (
-            Chart(
-                "Latency, time to first token and tokens a second against requests at once",
-                charts.line_plots(found.rows, looks),
-                pictures[0],
-                linked=True,
-            ),
-            Chart(
-                "Every request by requests at once",
-                [charts.scatter_plot(points, found.rows, looks)],
-                scatter,
-            ),
+        charts.draw_scatter(points, findings.rows, styles, scatter)
+        line_chart = Chart(
+            "E2E latency, time to first token and tokens/s by concurrent requests",
+            charts.line_plots(findings.rows, styles),
+            pictures[0],
+            linked=True,
         )
-        lead = [*_lead(found)]
-        key = Key([(label, looks[label].colour, looks[label].dashes) for label in points])
-        told = sections(found, key, *shown)
-        html = page.as_html(found.headline, lead, told, get_plotlyjs())
-    json = msgspec.json.format(msgspec.json.encode(found), indent=1)
+        scatter_chart = Chart(
+            "E2E latency of every request, by concurrent requests",
+            [charts.scatter_plot(points, findings.rows, styles)],
+            scatter,
+        )
+        top = [*lead(findings)]
+        key = Key([(label, styles[label].colour, styles[label].dashes) for label in points])
+        body = sections(findings, key, line_chart, scatter_chart)
+        html = page.as_html(findings.headline, top, body, get_plotlyjs())
+    json = msgspec.json.format(msgspec.json.encode(findings), indent=1)
     for name, content in (
         (JSON, json),
-        (MARKDOWN, page.as_markdown(lead, told).encode()),
+        (MARKDOWN, page.as_markdown(top, body).encode()),
         (HTML, html.encode()),
     ):
         whole = folder / f"{name}.new"
@@ -130,7 +129,7 @@ def _write(folder: Path, found: Findings, cells: Cells) -> Path:
 
 
 def _points(cells: Cells, table: Iterable[Row]) -> dict[str, list[samples.Request]]:
-    """Measured requests, by target."""
+    """The measured requests of each target, by label."""
     return {
         label: [
             one
@@ -142,21 +141,18 @@ def _points(cells: Cells, table: Iterable[Row]) -> dict[str, list[samples.Reques
     }
 
 
-# --- what is told -------------------------------------------------------------------------
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report of a folder; 1 where there is none to be had."""
+    """Write the report of a folder; the exit status, 1 if none was written."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtests.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="of an experiment")
+    parser.add_argument("folder", type=Path, help="folder of the experiment")
     parser.add_argument(
         "--unchecked",
         action="store_true",
-        help="write it even if the stopwatch cannot be trusted; it will say so",
+        help="write it even if its figures cannot be trusted; the report says so",
     )
     args = parser.parse_args(arguments)
     try:

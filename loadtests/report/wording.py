@@ -7,54 +7,64 @@ from collections.abc import Callable, Iterable, Iterator
 
 from loadtests.analysis.rows import Row
 from loadtests.analysis.spread import Spread
-from loadtests.measure.experiment import (
-    Subject,
-)
-from loadtests.report.page import number
+from loadtests.measure.experiment import Subject
+from loadtests.report.page import format_number
 
 
-def names(subjects: Iterable[Subject]) -> dict[str, str]:
-    """What a target is called in a sentence, by label."""
-    found: dict[str, str] = {}
-    for one in subjects:
-        name = one.label
-        if one.engine == "ollama":
+def display_names(subjects: Iterable[Subject]) -> dict[str, str]:
+    """The name of each target in a sentence, by label."""
+    names: dict[str, str] = {}
+    for subject in subjects:
+        name = subject.label
+        if subject.engine == "ollama":
             name = "Ollama"
-            if one.slots:
-                name += " as installed" if one.slots == 1 else f" with {one.slots} slots"
-        elif one.engine == "vllm":
+            if subject.slots:
+                slots = subject.slots
+                name += " as installed (1 slot)" if slots == 1 else f" with {slots} slots"
+        elif subject.engine == "vllm":
             name = "vLLM"
-        elif one.before:
+        elif subject.before:
             name = "the gateway"
-        found[one.label] = name if name not in found.values() else f"{name} ({one.label})"
-    return found
+        taken = name in names.values()
+        names[subject.label] = f"{name} ({subject.label})" if taken else name
+    return names
 
 
-def spread(seen: Spread | None, unit: str = "") -> str:
-    """A value, and what its repetitions were, where they can be told apart."""
-    if seen is None:
+def as_sentence(text: str) -> str:
+    """Text with a capital first letter and a full stop; the name vLLM stays as it is."""
+    return f"{text if text.startswith('vLLM') else text[0].upper() + text[1:]}."
+
+
+def format_spread(spread: Spread | None, unit: str = "") -> str:
+    """A value, with the range of its repetitions in brackets if they differ in print."""
+    if spread is None:
         return "-"
-    low, value, high = number(seen.low), number(seen.value), number(seen.high)
+    low, value, high = map(format_number, (spread.low, spread.value, spread.high))
     return f"{value}{unit}" if low == high else f"{value}{unit} ({low} to {high})"
 
 
-def _name(row: Row) -> str:
+def row_name(row: Row) -> str:
+    """A row's target and level, for the first column of a table."""
     return f"{row.target} at {row.level}"
 
 
-def _each(table: Iterable[Row], cells: Callable[[Row], Iterable[str]]) -> Iterator[tuple[str, ...]]:
-    """A row of a table for each row, named; an empty one where another target begins."""
+def grid_rows(
+    table: Iterable[Row], cells: Callable[[Row], Iterable[str]]
+) -> Iterator[tuple[str, ...]]:
+    """The rows of a table in print, each named; an empty row where another target begins."""
     before = None
     for row in table:
         if before not in (None, row.target):
             yield ()
         before = row.target
-        yield (_name(row), *cells(row))
+        yield (row_name(row), *cells(row))
 
 
-def _counts(row: Row) -> tuple[str, str, str]:
+def outcome_counts(row: Row) -> tuple[str, str, str]:
+    """How many requests of a row were answered, failed and cancelled."""
     return str(row.answered), str(row.failed), str(row.cut)
 
 
-def _day(at: float) -> str:
+def format_day(at: float) -> str:
+    """The day of a Unix time, in UTC."""
     return dt.datetime.fromtimestamp(at, dt.UTC).strftime("%Y-%m-%d")

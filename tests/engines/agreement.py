@@ -32,7 +32,14 @@ from rich.table import Table
 from loadtests.measure.experiment import ExperimentError, Plan, this_machine
 from loadtests.measure.stopwatch import Target
 from loadtests.proof import known, selfcheck
-from loadtests.proof.agreement import KNOWN, OURS, VERSION, Agreement, Reading, Row
+from loadtests.proof.agreement import (
+    AGREEMENT_VERSION,
+    KNOWN,
+    OURS,
+    Agreement,
+    AgreementRow,
+    Reading,
+)
 from loadtests.proof.known import QUANTITIES, Times
 from tests.engines import rig
 
@@ -95,7 +102,7 @@ Say: TypeAlias = Callable[[str], None]
 def ours(run: Run) -> Reading:
     """The load generator of this project."""
     plan = msgspec.structs.replace(run.plan, levels=(run.level,), cooldown_s=0)
-    cell, requests = selfcheck.generated(
+    cell, requests = selfcheck.generate(
         Target(run.server, run.url, run.model), plan, WITHIN_S, repetition=run.repetition
     )
     seen = selfcheck.medians(cell, requests)
@@ -215,8 +222,8 @@ def on_known(plan: Plan, times: Times, say: Say) -> Iterator[Reading]:
     for level in plan.levels:
         for name, tool in TOOLS.items():
             say(f"{level} at once on the engine of known times, by {name}")
-            with known.running(times) as engine:
-                run = Run(KNOWN, engine.url, known.MODEL, level, 1, plan, plan.tokens_in)
+            with known.known_server(times) as engine:
+                run = Run(KNOWN, engine.url, known.KNOWN_MODEL, level, 1, plan, plan.tokens_in)
                 seen = tool(run)
                 yield msgspec.structs.replace(seen, late_s=engine.lateness().p50)
 
@@ -293,7 +300,7 @@ def show(found: Agreement, console: Console) -> None:
     for server, rows in groupby(found.rows(), lambda row: row.server):
         table = Table(*columns, title=server, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for row in rows:
-            of_truth = row.to_truth(OURS)
+            of_truth = row.share_of_truth(OURS)
             cells = ["", _seen(row, OURS), ""]
             if row.truth is not None and of_truth is not None:
                 cells = [_number(row, row.truth), _seen(row, OURS), f"{of_truth:.3f}"]
@@ -312,21 +319,21 @@ def show(found: Agreement, console: Console) -> None:
             )
 
 
-def _seen(row: Row, tool: str) -> str:
+def _seen(row: AgreementRow, tool: str) -> str:
     """What a tool saw, and how far its runs were apart."""
     seen = row.by_tool[tool]
     spread = f" ±{(seen.high - seen.low) / 2 / seen.value:.1%}" if seen.high > seen.low else ""
     return _number(row, seen.value) + spread
 
 
-def _share(row: Row, tool: str) -> str:
+def _share(row: AgreementRow, tool: str) -> str:
     """Ours as a share of what a tool saw, and how far that goes from one repetition to another."""
     share = row.shares[tool]
     told = f"{share.value:.3f}"
     return told if share.low == share.high else f"{told} {share.low:.2f}-{share.high:.2f}"
 
 
-def _number(row: Row, value: float) -> str:
+def _number(row: AgreementRow, value: float) -> str:
     return f"{value:.1f}" if row.quantity == QUANTITIES[-1] else f"{1000 * value:.2f}"
 
 
@@ -348,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(args.levels, args.repetitions, args.rounds)
     times = Times(tokens=plan.tokens_out)
     found = Agreement(
-        VERSION,
+        AGREEMENT_VERSION,
         time.time(),
         this_machine({}),
         times,
@@ -370,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(found, console)
     if args.json:
         found.save(args.json)
-    for line in found.strays():
+    for line in found.outliers():
         console.print(line, style="yellow", markup=False)
     off = [*found.disagreements(), *([failure] if failure else [])]
     for line in off:

@@ -76,9 +76,11 @@ async def measured(lanes: Sequence[Target], console: Console) -> Profile:
     async with httpx.AsyncClient(timeout=600, trust_env=False) as client:
         for level in LEVELS:
             for lane in lanes:
-                warm_up = day.Phase(level, level, 1.0, counts=False)
-                await day.live(steady, lane, warm_up, client)
-                seen = await day.live(steady, lane, day.Phase(level, level, LEVEL_S), client)
+                warm_up = day.DayPhase(level, level, 1.0, counts=False)
+                await day.run_phase(steady, lane, warm_up, client)
+                seen = await day.run_phase(
+                    steady, lane, day.DayPhase(level, level, LEVEL_S), client
+                )
                 mean_s = statistics.mean(one.seen.e2e_s for one in seen)
                 times[lane.label].append(mean_s)
                 console.print(f"  {level:3d} at once on {lane.label}: {mean_s:.2f} s")

@@ -18,7 +18,7 @@ from loadtests.analysis import energy, gateway_cost, rows, slo
 from loadtests.analysis.crossover import Seconds, find_crossover, seconds_by_level
 from loadtests.analysis.rows import Row
 from loadtests.analysis.spread import Spread, Summary, percentile
-from loadtests.measure.experiment import Cost, Limits
+from loadtests.measure.experiment import Limits, Prices
 from loadtests.measure.samples import Cell, Line, Power, Request, Run
 
 ANY = Limits()
@@ -68,7 +68,7 @@ def busy() -> Row:
 
 
 def test_tokens_a_joule_and_their_price_are_those_of_the_window() -> None:
-    [one] = energy.energy_by_row([busy()], steady(100), Cost(per_kwh=0.36, rent_per_hour=1.8))
+    [one] = energy.energy_by_row([busy()], steady(100), Prices(per_kwh=0.36, rent_per_hour=1.8))
 
     assert one.watts == Spread(100, 100, 100)
     assert one.tokens_per_joule is not None
@@ -87,14 +87,14 @@ def test_watts_before_and_after_the_window_do_not_count() -> None:
 
 
 def test_given_watts_stand_for_the_cards() -> None:
-    [one] = energy.energy_by_row([busy()], steady(100), Cost(watts=500))
+    [one] = energy.energy_by_row([busy()], steady(100), Prices(watts=500))
 
     assert one.watts == Spread(500, 500, 500)
 
 
 @pytest.mark.parametrize("gone", [range(-5, 16), range(3, 9), range(6), range(5, 16)])
 def test_watts_that_were_not_looked_at_for_long_are_not_known(gone: range) -> None:
-    assert energy.energy_by_row([busy()], steady(100, without=gone), Cost(per_kwh=0.3)) == []
+    assert energy.energy_by_row([busy()], steady(100, without=gone), Prices(per_kwh=0.3)) == []
 
 
 def test_a_short_silence_of_the_driver_is_none() -> None:
@@ -102,7 +102,7 @@ def test_a_short_silence_of_the_driver_is_none() -> None:
 
 
 def test_rent_needs_no_watts_and_electricity_does() -> None:
-    [one] = energy.energy_by_row([busy()], [], Cost(per_kwh=0.3, rent_per_hour=1.8))
+    [one] = energy.energy_by_row([busy()], [], Prices(per_kwh=0.3, rent_per_hour=1.8))
 
     assert (one.watts, one.tokens_per_joule, one.electricity) == (None, None, None)
     assert one.rent is not None
@@ -110,7 +110,7 @@ def test_rent_needs_no_watts_and_electricity_does() -> None:
 
 def test_what_made_no_token_has_watts_and_no_price() -> None:
     idle = row([request(error="500", ttft_s=None, gaps_s=[], tokens_out=None)])
-    [one] = energy.energy_by_row([idle], steady(100), Cost(per_kwh=0.3, rent_per_hour=1.8))
+    [one] = energy.energy_by_row([idle], steady(100), Prices(per_kwh=0.3, rent_per_hour=1.8))
 
     assert one.watts is not None
     assert (one.tokens_per_joule, one.electricity, one.rent) == (None, None, None)
@@ -180,11 +180,11 @@ def test_answers_that_ended_early_are_a_share_of_all_answers() -> None:
     silent = request(tokens_out=None, finish="stop")
     failed = request(tokens_out=1, error="broke off")
 
-    assert row([request(), request(), early, silent, failed]).early_share == 0.5
+    assert row([request(), request(), early, silent, failed]).ended_early_share == 0.5
 
 
 def test_a_last_token_that_is_the_end_of_the_answer_is_not_early() -> None:
-    assert row([request(tokens_out=5, finish="stop")]).early == 0
+    assert row([request(tokens_out=5, finish="stop")]).ended_early == 0
 
 
 def test_without_usage_tpot_is_what_a_chunk_takes() -> None:
@@ -202,17 +202,17 @@ def test_gaps_are_over_all_chunks() -> None:
 
 
 def test_fewer_than_ten_answers_of_a_user_make_an_ill_defined_median() -> None:
-    assert row(rounds(lambda _: 2.0)[1:]).is_thin
-    assert not row(rounds(lambda _: 2.0)).is_thin
+    assert row(rounds(lambda _: 2.0)[1:]).has_few_samples
+    assert not row(rounds(lambda _: 2.0)).has_few_samples
 
 
-def test_a_generator_without_time_to_spare_is_told() -> None:
+def test_a_saturated_generator_is_reported() -> None:
     requests = rounds(lambda _: 2.0)
 
     assert row(requests).saturation() == ""
     assert "0.91 of a core" in row(requests, cpu=0.91).saturation()
-    assert "late by 30.0 ms in the median" in row(requests, lag_p50_s=0.03).saturation()
-    assert "400.0 ms in the 99th" in row(requests, lag_p99_s=0.4).saturation()
+    assert "lagged by 30.0 ms (p50)" in row(requests, lag_p50_s=0.03).saturation()
+    assert "400.0 ms (p99)" in row(requests, lag_p99_s=0.4).saturation()
 
 
 # what is said of a second
@@ -231,20 +231,20 @@ def test_a_chunk_is_worth_its_requests_tokens_over_its_chunks() -> None:
 
 
 def test_a_chunk_of_unknown_worth_has_the_cells_median() -> None:
-    told = [request(tokens_out=10), request(tokens_out=15), request(tokens_out=500)]
-    silent = request(tokens_out=None)
+    counted = [request(tokens_out=10), request(tokens_out=15), request(tokens_out=500)]
+    uncounted = request(tokens_out=None)
 
-    assert row([*told, silent]).tokens_per_s.value == pytest.approx((10 + 15 + 500 + 15) / 10)
+    assert row([*counted, uncounted]).tokens_per_s.value == pytest.approx((10 + 15 + 500 + 15) / 10)
 
 
-def test_where_nobody_tells_usage_a_chunk_is_a_token() -> None:
+def test_without_usage_a_chunk_counts_as_a_token() -> None:
     assert row([request(tokens_out=None)]).tokens_per_s.value == pytest.approx(0.5)
 
 
 def test_achieved_concurrency_is_the_integral_over_the_window() -> None:
     asked = [request(start=-5.0, e2e_s=10.0), request(start=0.0, e2e_s=10.0), request(9.0, 60.0)]
 
-    assert row(asked).at_once.value == pytest.approx((5 + 10 + 1) / 10)
+    assert row(asked).concurrency.value == pytest.approx((5 + 10 + 1) / 10)
 
 
 def test_requests_a_second_are_those_answered_in_the_window() -> None:
@@ -274,20 +274,20 @@ def test_rates_are_by_repetition_with_their_spread() -> None:
         (Limits(e2e_s=2.5), 1),
     ],
 )
-def test_good_is_what_keeps_every_stated_limit(limits: Limits, good: int) -> None:
+def test_a_good_request_meets_every_stated_limit(limits: Limits, good: int) -> None:
     found = row([request(e2e_s=2.0), request(e2e_s=5.0), request(error="x")], limits=limits)
 
     assert found.good == good
     assert found.good_per_s.value == pytest.approx(good / 10)
 
 
-def test_a_request_that_failed_keeps_no_limit() -> None:
-    assert row([request()] * 19 + [request(error="x")]).keeps
-    assert not row([request()] * 18 + [request(error="x")] * 2).keeps
+def test_a_failed_request_does_not_meet_the_slo() -> None:
+    assert row([request()] * 19 + [request(error="x")]).meets_slo
+    assert not row([request()] * 18 + [request(error="x")] * 2).meets_slo
 
 
 def level_by_level(*e2e_s: float) -> list[Row]:
-    """A target at 1, 2, 4, … at once."""
+    """The rows of a target with 1, 2, 4, … concurrent requests."""
     cells = [
         (cell(level=2**n), [request(e2e_s=seconds, level=2**n)]) for n, seconds in enumerate(e2e_s)
     ]
@@ -297,15 +297,15 @@ def level_by_level(*e2e_s: float) -> list[Row]:
 @pytest.mark.parametrize(
     ("e2e_s", "level", "fails"),
     [
-        ((2.0, 2.0, 4.0, 2.0), 2, 4),  # that 8 keeps them again is luck
+        ((2.0, 2.0, 4.0, 2.0), 2, 4),  # that 8 meets it again is luck
         ((4.0, 2.0), None, 1),
         ((2.0, 2.0), 2, None),
     ],
 )
-def test_the_highest_level_that_keeps_the_limits_is_a_measured_one_with_all_below(
+def test_the_highest_level_that_meets_the_slo_is_a_measured_one_with_all_below(
     e2e_s: tuple[float, ...], level: int | None, fails: int | None
 ) -> None:
-    (found,) = slo.kept(level_by_level(*e2e_s))
+    (found,) = slo.slo_brackets(level_by_level(*e2e_s))
 
     assert (found.level, found.fails) == (level, fails)
 
@@ -313,7 +313,7 @@ def test_the_highest_level_that_keeps_the_limits_is_a_measured_one_with_all_belo
 # which cells
 
 
-def test_of_a_cell_that_was_begun_again_the_complete_one_counts() -> None:
+def test_of_a_repeated_cell_the_complete_run_counts() -> None:
     lines: list[Line] = [
         Run(1, -1.0, []), request(0.0, 7.0), cell(outcome="interrupted"),
         Run(1, 99.0, []), request(100.0, 2.0), cell(100.0, 110.0),
@@ -325,7 +325,7 @@ def test_of_a_cell_that_was_begun_again_the_complete_one_counts() -> None:
     assert [one.e2e_s for one in found[0][1]] == [2.0]
 
 
-def test_what_was_never_completed_is_shown_and_said_to_be_incomplete() -> None:
+def test_a_cell_that_never_completed_is_shown_as_incomplete() -> None:
     found = rows.closed_cells([request(), cell(outcome="600 s were over")])
 
     (only,) = rows.make_rows(found, tokens_out=5, limits=Limits())
@@ -420,7 +420,7 @@ def test_it_is_the_same_from_the_other_side() -> None:
     found = find_crossover(measured(batch, seed=2), measured(queue))
 
     assert (found.verdict, found.faster) == ("crosses", "b")
-    assert found.told("vLLM", "Ollama").startswith("Ollama is faster below 4.")
+    assert found.sentence("vLLM", "Ollama").startswith("Ollama is faster below 4.")
 
 
 def test_the_interval_has_the_truth_in_it_about_as_often_as_it_says() -> None:
@@ -454,16 +454,16 @@ def test_who_is_faster_everywhere_never_crosses() -> None:
     found = find_crossover(measured(lambda n: 2.0 * n + 4), measured(batch, seed=2))
 
     assert (found.verdict, found.faster) == ("never", "b")
-    assert found.told("a", "b") == "no crossover: b is faster at every level measured"
+    assert found.sentence("a", "b") == "no crossover: b is faster at every level measured"
 
 
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ({"repetitions": 2}, "at 4 at once there are 2 repetitions, 3 are needed"),
+        ({"repetitions": 2}, "at concurrency 4 there are 2 repetitions, 3 are needed"),
         (
             {"per_user": 1, "noise": 0.01},
-            "at 4 at once there are 12 requests of each, 20 are needed",
+            "at concurrency 4 there are 12 requests of each, 20 are needed",
         ),
     ],
 )
@@ -471,7 +471,7 @@ def test_too_little_is_not_enough_data(how: dict[str, Any], why: str) -> None:
     found = find_crossover(measured(queue, **how), measured(batch, seed=2, **how))
 
     assert (found.verdict, found.level, found.why) == ("unknown", None, why)
-    assert found.told("a", "b") == f"not enough data: {why}"
+    assert found.sentence("a", "b") == f"not enough data: {why}"
 
 
 def test_levels_far_from_the_crossover_need_no_repetitions() -> None:

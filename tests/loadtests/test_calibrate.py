@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from loadtests.analysis import rows
 from loadtests.measure import samples
-from loadtests.measure.calibrate import around, between, bracket, crossing, mean_seconds
+from loadtests.measure.calibrate import (
+    bracket,
+    crossing_level,
+    levels_around,
+    mean_seconds,
+    next_level,
+)
 from loadtests.measure.samples import Request
 
 COARSE = (1, 4, 16, 32)
@@ -28,8 +34,8 @@ def test_lanes_that_do_not_cross_need_no_more_levels() -> None:
     slow, fast = measured(lambda n: 2.0 * n), measured(float)
 
     assert bracket(slow, fast) is None
-    assert between(slow, fast) is None
-    assert around(slow, fast) == COARSE
+    assert next_level(slow, fast) is None
+    assert levels_around(slow, fast) == COARSE
 
 
 @given(
@@ -48,7 +54,7 @@ def test_levels_are_added_until_the_crossover_is_between_neighbours(
 
     a, b = measured(queue), measured(batch)
     steps = 0
-    while (level := between(a, b)) is not None:
+    while (level := next_level(a, b)) is not None:
         assert level not in a  # each is a new one
         a[level], b[level] = queue(level), batch(level)
         steps += 1
@@ -63,7 +69,7 @@ def test_levels_are_added_until_the_crossover_is_between_neighbours(
 def test_what_decides_lies_on_both_sides_of_the_crossover() -> None:
     levels = (1, 4, 8, 9, 16, 32)
 
-    assert around(measured(float, levels), measured(lambda _: 8.5, levels)) == (4, 8, 9, 16)
+    assert levels_around(measured(float, levels), measured(lambda _: 8.5, levels)) == (4, 8, 9, 16)
 
 
 def test_every_repetition_counts_the_same_and_failures_do_not() -> None:
@@ -74,7 +80,7 @@ def test_every_repetition_counts_the_same_and_failures_do_not() -> None:
         )  # fmt: skip
 
     lines: list[samples.Line] = [
-        samples.Run(samples.VERSION, 0.0, []),
+        samples.Run(samples.SAMPLES_VERSION, 0.0, []),
         asked(1, 10, 1.0), asked(1, 11, 3.0), asked(1, 12, 99.0, error="500: no"),
         samples.Cell("a", "closed", 4, 1, 9.0, 20.0),
         asked(2, 30, 4.0),
@@ -87,5 +93,5 @@ def test_every_repetition_counts_the_same_and_failures_do_not() -> None:
 
 
 def test_lanes_cross_on_the_straight_line_between_two_levels() -> None:
-    assert crossing({1: 1.0, 5: 5.0}, {1: 2.0, 5: 2.0}) == pytest.approx(2.0)
-    assert crossing({1: 1.0, 5: 5.0}, {1: 2.0, 5: 6.0}) is None
+    assert crossing_level({1: 1.0, 5: 5.0}, {1: 2.0, 5: 2.0}) == pytest.approx(2.0)
+    assert crossing_level({1: 1.0, 5: 5.0}, {1: 2.0, 5: 6.0}) is None

@@ -14,7 +14,7 @@ from loadtests.measure import samples
 from loadtests.measure.experiment import Limits, Plan, Subject
 from loadtests.measure.generator import locust_command
 from loadtests.measure.itinerary import Visit, itinerary, search, seconds_left
-from loadtests.measure.matrix import Entrant, Session, as_it_is
+from loadtests.measure.matrix import Entrant, Session, already_running
 from loadtests.measure.stopwatch import Target
 
 PLAN = Plan(levels=(1, 4), repetitions=3)
@@ -118,7 +118,7 @@ def test_a_key_is_in_no_command_line() -> None:
 
 def entrant(label: str, url: str, *before: str) -> Entrant:
     subject = Subject(label, url, "m", before=before)
-    return Entrant(subject, Target(label, url, "m"), partial(as_it_is, subject))
+    return Entrant(subject, Target(label, url, "m"), partial(already_running, subject))
 
 
 class Quiet(Session):
@@ -135,33 +135,33 @@ class Quiet(Session):
             await asyncio.sleep(0.005)
 
 
-class Nobody:
+class SilentView:
     """Looks at nothing."""
 
-    def begun(self, visit: Visit) -> None: ...
+    def visit_started(self, visit: Visit) -> None: ...
 
-    def seen(self, line: samples.Line) -> None: ...
+    def line_written(self, line: samples.Line) -> None: ...
 
 
-@pytest.mark.parametrize(("label", "is_here"), [
+@pytest.mark.parametrize(("label", "is_local"), [
     ("near", True), ("far", False), ("before_near", True), ("before_far", False),
 ])  # fmt: skip
 async def test_watts_are_noted_while_a_target_of_this_machine_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str, *, is_here: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str, *, is_local: bool
 ) -> None:
-    monkeypatch.setattr(compare, "METER_S", 0.001)
+    monkeypatch.setattr(compare, "POWER_INTERVAL_S", 0.001)
     entrants = [
         entrant("near", "http://127.0.0.1:1"),
         entrant("far", "http://gpu-2:1"),
         entrant("before_near", "http://localhost:2", "near"),
         entrant("before_far", "http://localhost:2", "near", "far"),
     ]
-    session = Quiet(tmp_path, PLAN, {one.label: one for one in entrants}, Nobody())
+    session = Quiet(tmp_path, PLAN, {one.label: one for one in entrants}, SilentView())
     session.watts = session.drawn
     async with session:
         await session.visit(Visit(label, 1, (1,)))
     raw = tmp_path / "raw.jsonl"
     powers = samples.powers(samples.read(raw)) if raw.exists() else []
 
-    assert {power.watts for power in powers} == ({350.0} if is_here else set())
-    assert len(powers) in ((session.looks - 1, session.looks) if is_here else (0,))
+    assert {power.watts for power in powers} == ({350.0} if is_local else set())
+    assert len(powers) in ((session.looks - 1, session.looks) if is_local else (0,))

@@ -17,8 +17,8 @@ TIMES = Times(ttft_s=0.05, gap_s=0.01, tokens=5)
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[known.Running]:
-    with known.running(TIMES) as engine:
+def engine() -> Iterator[known.KnownServer]:
+    with known.known_server(TIMES) as engine:
         yield engine
 
 
@@ -32,7 +32,7 @@ def asked(tokens: int) -> stopwatch.Body:
     return {"max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
 
 
-def test_no_token_is_early(engine: known.Running) -> None:
+def test_no_token_is_early(engine: known.KnownServer) -> None:
     timing = stopwatch.ask(Target("known", engine.url, "known"), asked(20))
 
     assert timing.error is None
@@ -40,7 +40,7 @@ def test_no_token_is_early(engine: known.Running) -> None:
 
 
 def test_an_answer_is_as_long_as_asked_for_and_says_so(
-    engine: known.Running,
+    engine: known.KnownServer,
 ) -> None:
     timing = stopwatch.ask(Target("known", engine.url, "known"), asked(3))
 
@@ -48,7 +48,7 @@ def test_an_answer_is_as_long_as_asked_for_and_says_so(
 
 
 def test_where_nobody_says_how_long_an_answer_has_the_engines_own_length(
-    engine: known.Running, session: httpx.Client
+    engine: known.KnownServer, session: httpx.Client
 ) -> None:
     answer = session.post(f"{engine.url}/v1/completions", json={"stream": True})
 
@@ -56,7 +56,7 @@ def test_where_nobody_says_how_long_an_answer_has_the_engines_own_length(
 
 
 def test_usage_is_told_only_where_it_was_asked_for(
-    engine: known.Running, session: httpx.Client
+    engine: known.KnownServer, session: httpx.Client
 ) -> None:
     answer = session.post(f"{engine.url}/v1/chat/completions", json={"stream": True})
 
@@ -65,7 +65,7 @@ def test_usage_is_told_only_where_it_was_asked_for(
 
 
 def test_an_answer_that_is_not_streamed_has_no_times_and_is_refused(
-    engine: known.Running, session: httpx.Client
+    engine: known.KnownServer, session: httpx.Client
 ) -> None:
     answer = session.post(f"{engine.url}/v1/chat/completions", json={})
 
@@ -74,7 +74,7 @@ def test_an_answer_that_is_not_streamed_has_no_times_and_is_refused(
 
 
 def test_it_counts_every_token_that_it_was_late_with(session: httpx.Client) -> None:
-    with known.running(TIMES) as engine:
+    with known.known_server(TIMES) as engine:
         session.post(f"{engine.url}/v1/completions", json={"stream": True})
 
         late = engine.lateness()
@@ -84,7 +84,7 @@ def test_it_counts_every_token_that_it_was_late_with(session: httpx.Client) -> N
 
 
 def test_lateness_does_not_add_up(session: httpx.Client) -> None:
-    with known.running(Times(ttft_s=0.0, gap_s=0.0005, tokens=1000)) as engine:
+    with known.known_server(Times(ttft_s=0.0, gap_s=0.0005, tokens=1000)) as engine:
         began = time.perf_counter()
         session.post(f"{engine.url}/v1/completions", json={"stream": True})
         took_s = time.perf_counter() - began
@@ -93,7 +93,7 @@ def test_lateness_does_not_add_up(session: httpx.Client) -> None:
 
 
 def test_who_hangs_up_does_not_stop_the_others(
-    engine: known.Running, session: httpx.Client
+    engine: known.KnownServer, session: httpx.Client
 ) -> None:
     with session.stream("POST", f"{engine.url}/v1/completions", json=asked(100)) as gone:
         assert gone.status_code == 200

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from loadtests.bench import fast_client, fast_engine, floors, overhead, script, ways
-from loadtests.bench.fast_client import Meter, Streams
+from loadtests.bench.fast_client import ProcessMeter, Streams
 from loadtests.bench.floors import (
     ADDED_TTFT,
     FLOORS,
@@ -31,8 +31,8 @@ from loadtests.bench.floors import (
     Measures,
 )
 from loadtests.bench.rounds import Settings
-from loadtests.bench.script import WORDS, Answer, BrokenAnswer, Script
-from loadtests.bench.ways import CASES, DIRECT, GATEWAY, NGINX, Caller, HangUps, Way
+from loadtests.bench.script import ANSWER_WORDS, Answer, BrokenAnswer, Script
+from loadtests.bench.ways import CASES, DIRECT, GATEWAY, NGINX, DisconnectTimer, RawClient, Way
 from tests.support.requirements import unavailable
 
 
@@ -82,15 +82,15 @@ def test_the_floors_are_the_ones_that_were_promised() -> None:
 def test_the_median_of_the_rounds_is_judged_not_the_best_or_the_worst() -> None:
     measures = good()
     measures[ADDED_TTFT] = {GATEWAY: [0.1, 9.0, 1.4], NGINX: [9.0, 9.0, 9.0]}
-    assert not any(verdict.missed for verdict in floors.judge(measures))
+    assert not any(verdict.missed for verdict in floors.verdicts_of(measures))
 
     measures[ADDED_TTFT][GATEWAY] = [0.1, 9.0, 1.6]
-    missed = [str(verdict) for verdict in floors.judge(measures) if verdict.missed]
+    missed = [str(verdict) for verdict in floors.verdicts_of(measures) if verdict.missed]
     assert missed == [f"{ADDED_TTFT}: 1.6, the floor is <= 1.5"]
 
 
 def test_what_was_not_measured_is_neither_a_pass_nor_a_miss() -> None:
-    verdicts = floors.judge({})
+    verdicts = floors.verdicts_of({})
 
     assert not any(verdict.missed for verdict in verdicts)
     assert all(str(verdict).endswith("not measured") for verdict in verdicts)
@@ -104,7 +104,7 @@ def test_shares_and_differences_are_formed_within_a_round() -> None:
         TTFT: {DIRECT: [0.25, 0.125], NGINX: [0.5, 0.25], GATEWAY: [1.25, 0.625]},
     }
 
-    floors.compare(measures)
+    floors.add_ratios(measures)
 
     assert measures[STREAM_SHARE] == {GATEWAY: [0.4, 0.4]}
     assert measures[JSON_SHARE] == {GATEWAY: [0.1, 0.1]}
@@ -114,7 +114,7 @@ def test_shares_and_differences_are_formed_within_a_round() -> None:
 def test_without_nginx_there_is_no_share() -> None:
     measures: Measures = {STREAM_COST: {GATEWAY: [20_000]}, TTFT: {NGINX: [1.0]}}
 
-    floors.compare(measures)
+    floors.add_ratios(measures)
 
     assert set(measures) == {STREAM_COST, TTFT}
 
@@ -184,7 +184,7 @@ def whole(script: Script = SCRIPT) -> list[bytes]:
     """A good stream, event by event."""
     return [
         told({"role": "assistant", "content": ""}),
-        *(told({"content": word}) for word in WORDS[script.first :][: script.tokens]),
+        *(told({"content": word}) for word in ANSWER_WORDS[script.first :][: script.tokens]),
         told({}, "stop"),
         event({"choices": [], "usage": {"completion_tokens": script.tokens}}),
         b"data: [DONE]\n\n",
@@ -285,15 +285,15 @@ def relaying(engine: int, spoil: bytes = b"") -> Iterator[int]:
             each.close()
 
 
-def do(job: fast_client.Job) -> fast_client.Result:
-    return asyncio.run(fast_client.do(job))
+def run_job(job: fast_client.Job) -> fast_client.Result:
+    return asyncio.run(fast_client.run_job(job))
 
 
 @pytest.mark.parametrize("spread", [False, True])
 def test_the_engine_sends_each_token_by_itself_and_in_time(engine: int, *, spread: bool) -> None:
-    result = do(Streams(engine, None, streams=8, tokens=25, period_ms=20, spread=spread))
+    result = run_job(Streams(engine, None, streams=8, tokens=25, period_ms=20, spread=spread))
 
-    assert isinstance(result, fast_client.Streamed)
+    assert isinstance(result, fast_client.StreamsResult)
     assert result.events == 8 * (25 + 4)
     # Of a stream's 29 events the first two and the last three come in one go.
     assert result.events / result.reads < 1.5
@@ -303,7 +303,7 @@ def test_the_engine_sends_each_token_by_itself_and_in_time(engine: int, *, sprea
 def test_a_proxy_that_loses_a_chunk_has_no_result(engine: int) -> None:
     lost = next(word for word in fast_engine.WORD_EVENTS if b" w07" in word)
     with relaying(engine, spoil=lost) as port, ways.client_running() as load:
-        assert isinstance(load(Streams(port, None, 2, 3, 10)), fast_client.Streamed)
+        assert isinstance(load(Streams(port, None, 2, 3, 10)), fast_client.StreamsResult)
 
         with pytest.raises(BrokenAnswer, match="said something else"):
             load(Streams(port, None, streams=2, tokens=12, period_ms=10))
@@ -315,32 +315,32 @@ def test_a_proxy_that_never_ends_a_stream_has_no_result(engine: int) -> None:
             return 0.3
 
     with relaying(engine, spoil=b"0\r\n\r\n") as port:
-        result = do(Hasty(port, None, streams=1, tokens=3, period_ms=10))
+        result = run_job(Hasty(port, None, streams=1, tokens=3, period_ms=10))
 
-    assert isinstance(result, fast_client.Failed)
+    assert isinstance(result, fast_client.JobFailed)
     assert result.why.startswith("no end after 0.3 s")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "queued"])
 def test_a_hang_up_is_seen_by_the_engine_at_once(engine: int, case: str) -> None:
-    assert 0 < HangUps(Way(DIRECT, engine), engine).time_ms(case) < ways.NEVER_MS / 2
+    assert 0 < DisconnectTimer(Way(DIRECT, engine), engine).time_ms(case) < ways.NEVER_MS / 2
 
 
 def test_a_proxy_that_does_not_pass_a_hang_up_on_misses_the_floor(engine: int) -> None:
     with relaying(engine) as port:
-        took = HangUps(Way(GATEWAY, port), engine).time_ms("mid-stream")
+        took = DisconnectTimer(Way(GATEWAY, port), engine).time_ms("mid-stream")
 
     assert took == ways.NEVER_MS
     assert not Floor(HANG_UP["mid-stream"], 50, goal=50).holds(took)
 
 
 def test_a_stream_that_goes_silent_is_not_waited_for_for_ever(engine: int) -> None:
-    with Caller(engine, script.chat_request(Script(tokens=1, hold=True))) as caller:
-        caller.hear(2)
+    with RawClient(engine, script.chat_request(Script(tokens=1, hold=True))) as caller:
+        caller.read_events(2)
 
         caller._socket.settimeout(0.1)
         with pytest.raises(script.BenchError, match="went silent"):
-            caller.hear(3)
+            caller.read_events(3)
 
 
 def test_cpu_seconds_of_children_count_also_when_they_have_ended() -> None:
@@ -356,7 +356,7 @@ def test_cpu_seconds_of_children_count_also_when_they_have_ended() -> None:
     with ways.running(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        meter = Meter(process.pid)
+        meter = ProcessMeter(process.pid)
         before = meter.cpu_s()
         process.stdin.write(b"\n")
         process.stdin.flush()
@@ -391,4 +391,4 @@ def test_the_gateway_drops_a_queued_request_whose_client_hung_up(
     engine: int, tmp_path: Path
 ) -> None:
     with ways.gateway_running(engine, tmp_path) as way:
-        assert 0 < HangUps(way, engine).time_ms("queued") < ways.NEVER_MS / 2
+        assert 0 < DisconnectTimer(way, engine).time_ms("queued") < ways.NEVER_MS / 2

@@ -17,20 +17,18 @@ import pytest
 from loadtests.analysis import rows
 from loadtests.measure import experiment, samples
 from loadtests.measure.experiment import (
+    EXPERIMENT_VERSION,
     SELFCHECK,
-    VERSION,
-    Cost,
     Experiment,
     Limits,
     Machine,
     Plan,
+    Prices,
     Subject,
 )
-from loadtests.proof.agreement import VERSION as AGREEMENT_VERSION
-from loadtests.proof.agreement import Agreement, Reading
+from loadtests.proof.agreement import AGREEMENT_VERSION, Agreement, Reading
 from loadtests.proof.known import Times
-from loadtests.proof.selfcheck import VERSION as SELFCHECK_VERSION
-from loadtests.proof.selfcheck import Quantity, SelfCheck
+from loadtests.proof.selfcheck import SELFCHECK_VERSION, CheckedQuantity, SelfCheck
 from loadtests.report import findings, page, report
 from loadtests.report.fairness import fairness
 from loadtests.report.findings import Findings
@@ -65,7 +63,7 @@ def measure(folder: Path, *, cpu: float = 0.1, lag_p50_s: float = 0.0, renamed: 
     writer = samples.Writer(folder / "raw.jsonl")
     dice = random.Random(11)
     now = 1.79e9
-    writer.write(samples.Run(samples.VERSION, now, ["locust"]))
+    writer.write(samples.Run(samples.SAMPLES_VERSION, now, ["locust"]))
     for repetition in (1, 2, 3):
         for label in sorted(MEANS, reverse=repetition % 2 == 0):
             for level in LEVELS:
@@ -99,12 +97,16 @@ def describe(
     limits: Limits = Limits(e2e_s=5.0),  # noqa: B008 - frozen
 ) -> None:
     plan = Plan(LEVELS, 3, ROUNDS, tokens_out=TOKENS)
-    Experiment(VERSION, 1.79e9, MACHINE, plan, subjects, limits, "twolane compare").save(folder)
+    Experiment(EXPERIMENT_VERSION, 1.79e9, MACHINE, plan, subjects, limits, "twolane compare").save(
+        folder
+    )
 
 
 def check(folder: Path, *, level: int = 16, why: str = "") -> None:
     times = Times()
-    quantities = tuple(Quantity(name, truth, truth) for name, truth in times.truth(level).items())
+    quantities = tuple(
+        CheckedQuantity(name, truth, truth) for name, truth in times.truth(level).items()
+    )
     SelfCheck(
         SELFCHECK_VERSION, 1.79e9, level, times, 1, 160, quantities, requests=160, why=why
     ).save(folder)
@@ -181,8 +183,11 @@ def test_the_page_fetches_nothing(html: Seen) -> None:
     assert "link" not in html.tags
 
 
-def test_the_page_begins_with_who_is_how_much_faster(html: Seen) -> None:
-    headline = "At 16 at once vLLM answers 2.0x as fast as Ollama as installed, on this machine."
+def test_the_page_begins_with_which_engine_is_faster_and_by_how_much(html: Seen) -> None:
+    headline = (
+        "With 16 concurrent requests vLLM answers 2.0x as fast as Ollama as installed (1 slot), "
+        "on this machine."
+    )
 
     assert html.text.index(headline) < html.text.index("a processor, 2 cores, 24 GiB; no GPU")
 
@@ -191,18 +196,18 @@ def test_the_sections_come_in_order(written: Path) -> None:
     headings = re.findall("^## (.*)$", (written / "report.md").read_text(), re.MULTILINE)
 
     assert headings == [
-        "What is claimed, and what was measured here",
-        "Seconds and tokens against requests at once",
+        "Claimed and measured",
+        "Latency and throughput by concurrency",
         "Every request",
         "All cells",
         "Goodput",
-        "Watts, and what tokens cost",
-        "Where the faster one changes",
+        "Power, and the cost of tokens",
+        "Crossover",
         "Errors",
-        "Achieved concurrency, and the load generator itself",
+        "Achieved concurrency and the load generator",
         "Answers that ended early",
-        "What the gateway costs",
-        "What was fair, and what was not",
+        "The gateway's overhead",
+        "Fairness of the comparison",
         "Machine, versions and command lines",
         "Formulas",
         "Appendix: the stopwatch against a server of known times",
@@ -210,14 +215,15 @@ def test_the_sections_come_in_order(written: Path) -> None:
     ]
 
 
-def test_what_is_claimed_is_said_once_and_beside_what_was_measured(html: Seen) -> None:
+def test_a_published_claim_stands_once_and_beside_the_measured_figure(html: Seen) -> None:
     assert html.text.count("about 17 s") == html.text.count("about 9 s") == 1
-    assert "from 16 to 32 at once" in html.text
+    assert "from 16 to 32 concurrent" in html.text
 
 
 def test_every_percentile_has_the_errors_beside_it(written: Path) -> None:
     text = (written / "report.md").read_text()
-    tables = [line for line in text.splitlines() if line.startswith("|  | median | mean | p90")]
+    head = "| target at concurrency | median | mean | p90"
+    tables = [line for line in text.splitlines() if line.startswith(head)]
     rows = re.findall(r"^\| ollama at 16 \|.*\| 450 \| 30 \| 0 \|$", text, re.MULTILINE)
 
     assert len(tables) == 3
@@ -248,7 +254,7 @@ def test_the_picture_for_a_readme_is_white_whatever_the_reader_likes(written: Pa
 
 
 def test_report_json_has_a_version_and_every_figure(found: Findings) -> None:
-    assert found.version == findings.VERSION
+    assert found.version == findings.REPORT_VERSION
     assert [(row.target, row.level) for row in found.rows][:3] == [
         ("gateway", 1), ("gateway", 4), ("gateway", 16),
     ]  # fmt: skip
@@ -257,7 +263,7 @@ def test_report_json_has_a_version_and_every_figure(found: Findings) -> None:
     assert found.agreement is not None
 
 
-def test_known_means_are_found_again(found: Findings) -> None:
+def test_the_report_reproduces_known_means(found: Findings) -> None:
     for row in found.rows:
         assert row.e2e is not None
         assert row.e2e.mean == pytest.approx(MEANS[row.target](row.level), rel=0.03)
@@ -266,17 +272,17 @@ def test_known_means_are_found_again(found: Findings) -> None:
 def test_the_crossover_is_where_the_known_lines_cross(found: Findings) -> None:
     (crossing,) = found.crossings
 
-    assert (crossing.a, crossing.b, crossing.found.verdict) == ("ollama", "vllm", "crosses")
-    assert crossing.found.level == pytest.approx(2.5 / 0.61, rel=0.05)
+    assert (crossing.a, crossing.b, crossing.crossover.verdict) == ("ollama", "vllm", "crosses")
+    assert crossing.crossover.level == pytest.approx(2.5 / 0.61, rel=0.05)
 
 
-def test_goodput_ends_where_the_limits_are_no_longer_kept(found: Findings) -> None:
-    kept = {one.target: (one.level, one.fails) for one in found.kept}
+def test_goodput_ends_at_the_level_that_misses_the_slo(found: Findings) -> None:
+    brackets = {one.target: (one.level, one.fails) for one in found.slo_brackets}
 
-    assert kept == {"gateway": (4, 16), "ollama": (4, 16), "vllm": (4, 16)}
+    assert brackets == {"gateway": (4, 16), "ollama": (4, 16), "vllm": (4, 16)}
 
 
-def test_the_gateway_is_held_against_the_better_lane(found: Findings) -> None:
+def test_the_gateway_is_compared_with_the_faster_lane(found: Findings) -> None:
     assert [(one.level, one.lane) for one in found.costs] == [
         (1, "ollama"), (4, "ollama"), (16, "vllm"),
     ]  # fmt: skip
@@ -289,10 +295,10 @@ def test_the_gateway_is_held_against_the_better_lane(found: Findings) -> None:
     ("level", "why", "said"),
     [
         (16, "TTFT was off", "did not pass its check: TTFT was off"),
-        (8, "", "was checked at 8 at once, and then 16 were measured"),
+        (8, "", "was checked with 8 concurrent requests, but 16 were measured"),
     ],
 )
-def test_a_stopwatch_that_is_not_proven_makes_no_report(
+def test_without_a_passed_check_at_this_level_there_is_no_report(
     raw: Path, level: int, why: str, said: str
 ) -> None:
     check(raw, level=level, why=why)
@@ -314,7 +320,7 @@ def test_a_saturated_generator_makes_no_report(tmp_path: Path, busy: dict[str, f
     describe(tmp_path)
     check(tmp_path)
 
-    with pytest.raises(ReportError, match="the load generator was saturated at 1 at once"):
+    with pytest.raises(ReportError, match="the load generator was saturated at concurrency 1 on"):
         report.write(tmp_path)
 
 
@@ -322,7 +328,7 @@ def test_an_unchecked_report_says_so_first(raw: Path) -> None:
     report.write(raw, unchecked=True)
 
     text = (raw / "report.md").read_text()
-    assert text.startswith("> **Not to be trusted: nothing proves the stopwatch")
+    assert text.startswith("> **Do not trust these figures: the stopwatch was not checked")
     assert 'class="banner"' in (raw / "report.html").read_text()
 
 
@@ -341,7 +347,7 @@ def test_a_folder_of_something_else_has_no_report(
     assert "is " in capsys.readouterr().err
 
 
-def test_without_the_extra_it_is_said_what_to_install(raw: Path) -> None:
+def test_without_the_extra_the_error_says_what_to_install(raw: Path) -> None:
     program = """
 import sys
 class Without:
@@ -360,12 +366,12 @@ sys.exit(main(sys.argv[1:]))
     assert "pip install 'twolane[load]'" in done.stderr
 
 
-# what others wrote
+# text from outside is escaped
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report in which a label, a command and an error are what they should not be."""
+    """A report in which a label, a command and an error contain markup."""
     folder = tmp_path_factory.mktemp("hostile")
     measure(folder, renamed=EVIL)
     evil = msgspec.structs.replace(GATEWAY, label=EVIL, command=EVIL, version=EVIL, before=())
@@ -375,14 +381,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_others_wrote_is_text_on_the_page(hostile: Path, html: Seen) -> None:
+def test_text_from_outside_is_escaped_on_the_page(hostile: Path, html: Seen) -> None:
     seen = Seen((hostile / "report.html").read_text())
 
     assert EVIL in seen.text
     assert seen.tags.count("script") == html.tags.count("script")
 
 
-def test_what_others_wrote_is_text_in_markdown(hostile: Path) -> None:
+def test_text_from_outside_is_escaped_in_markdown(hostile: Path) -> None:
     text = (hostile / "report.md").read_text()
     prose = "".join(text.split("```")[::2]).replace("\\<", "").replace("\\|", "")
 
@@ -404,10 +410,10 @@ def test_code_in_markdown_cannot_end_its_fence() -> None:
      (1204.4, "1,204"), (0.0, "0"), (None, "-")],
 )  # fmt: skip
 def test_numbers_have_three_digits(value: float | None, told: str) -> None:
-    assert page.number(value) == told
+    assert page.format_number(value) == told
 
 
-# what was fair
+# fairness
 
 
 def verdicts(*subjects: Subject, written: Path) -> dict[str, str]:
@@ -423,7 +429,7 @@ def test_weights_that_differ_are_called_unfair(found: Findings) -> None:
     assert "weights and precision" in found.short[-1]
 
 
-def test_what_is_equal_is_fair_and_what_nobody_knows_is_not_known(written: Path) -> None:
+def test_equal_conditions_are_fair_and_missing_ones_not_known(written: Path) -> None:
     alike = msgspec.structs.replace(VLLM, weights="Q4_1", slots=32, context=None)
     seen = verdicts(msgspec.structs.replace(OLLAMA, slots=32), alike, written=written)
 
@@ -439,17 +445,17 @@ def test_order_that_alternates_and_three_repetitions_are_fair(found: Findings) -
     assert seen["failures"] == "not fair"
 
 
-def test_a_network_in_the_times_of_one_alone_is_unfair(written: Path) -> None:
+def test_a_network_in_the_times_of_one_target_alone_is_unfair(written: Path) -> None:
     far = msgspec.structs.replace(VLLM, url="http://10.0.0.2:8001")
 
     assert verdicts(OLLAMA, far, written=written)["load generator"] == "not fair"
 
 
-# watts, and what tokens cost
+# power, and the cost of tokens
 
 
-def costs(folder: Path, cost: Cost, *powers: samples.Power) -> str:
-    """What a report says of them, given this and measured so."""
+def costs(folder: Path, cost: Prices, *powers: samples.Power) -> str:
+    """The report's section on power and cost, with these prices and power samples."""
     known = experiment.load(folder)
     msgspec.structs.replace(known, cost=cost).save(folder)
     writer = samples.Writer(folder / "raw.jsonl")
@@ -459,62 +465,62 @@ def costs(folder: Path, cost: Cost, *powers: samples.Power) -> str:
     check(folder)
     report.write(folder)
     text = (folder / "report.md").read_text()
-    return text.partition("## Watts, and what tokens cost")[2].partition("\n## ")[0]
+    return text.partition("## Power, and the cost of tokens")[2].partition("\n## ")[0]
 
 
-def test_where_nothing_is_known_it_is_said_how_to_give_it(raw: Path) -> None:
-    said = costs(raw, Cost())
+def test_without_power_and_prices_the_report_says_how_to_configure_them(raw: Path) -> None:
+    text = costs(raw, Prices())
 
-    assert "Not known: no card of this machine told what it draws" in said
-    assert "in the settings, under cost" in said
-    assert "|" not in said
+    assert "Not known: no card of this machine reported its power" in text
+    assert "Set cost in the settings" in text
+    assert "|" not in text
 
 
-def test_given_watts_and_prices_make_a_table_that_says_they_are_given(raw: Path) -> None:
-    said = costs(raw, Cost("USD", 0.3, 2.0, 0.9, watts=700))
+def test_configured_watts_and_prices_make_a_table_that_says_so(raw: Path) -> None:
+    text = costs(raw, Prices("USD", 0.3, 2.0, 0.9, watts=700))
 
-    assert "Watts are given: 700 W." in said
-    assert "Prices are given, in USD: 0.3 for a kWh, 2 for an hour of a rented machine" in said
-    assert "|  | watts | tokens/J | electricity | rent | an API |" in said
-    assert len(re.findall(r"^\| (ollama|vllm|gateway) at \d+ \| 700 \|", said, re.MULTILINE)) == 9
-    assert "Costs are USD a million output tokens." in said
+    assert "Watts are configured: 700 W." in text
+    assert "Prices are configured, in USD: 0.3 per kWh, 2 per hour of a rented machine" in text
+    assert "| target at concurrency | watts | tokens/J | electricity | rent | an API |" in text
+    assert len(re.findall(r"^\| (ollama|vllm|gateway) at \d+ \| 700 \|", text, re.MULTILINE)) == 9
+    assert "Costs are in USD per million output tokens." in text
 
 
 def test_rent_alone_makes_a_table_without_watts_and_says_so(raw: Path) -> None:
-    said = costs(raw, Cost(rent_per_hour=2.0))
+    text = costs(raw, Prices(rent_per_hour=2.0))
 
-    assert "Watts are not known: no card of this machine told them." in said
-    assert "|  | rent |" in said
+    assert "Watts are not known: no card of this machine reported its power." in text
+    assert "| target at concurrency | rent |" in text
 
 
-def test_measured_watts_are_said_to_be_measured_and_only_what_is_known_is_a_column(
+def test_measured_watts_are_called_measured_and_unknown_columns_are_left_out(
     raw: Path,
 ) -> None:
     cells = samples.cells(samples.read(raw / "raw.jsonl"))
     [vllm] = [one for one in cells if (one.target, one.level, one.repetition) == ("vllm", 16, 1)]
-    looks = range(round(vllm.began), round(vllm.ended) + 1)
-    said = costs(raw, Cost(), *(samples.Power(float(at), 350.0) for at in looks))
+    times = range(round(vllm.began), round(vllm.ended) + 1)
+    text = costs(raw, Prices(), *(samples.Power(float(at), 350.0) for at in times))
 
-    assert "Watts are measured: what the cards drew." in said
-    assert "No price was given." in said
-    assert "|  | watts | tokens/J |" in said
-    assert re.findall(r"^\| (\w+ at \d+) \| 350 \|", said, re.MULTILINE) == ["vllm at 16"]
-
-
-# what is said where there is less
+    assert "Watts are measured: the power of the cards." in text
+    assert "No price is set." in text
+    assert "| target at concurrency | watts | tokens/J |" in text
+    assert re.findall(r"^\| (\w+ at \d+) \| 350 \|", text, re.MULTILINE) == ["vllm at 16"]
 
 
-def test_a_headline_of_one_repetition_is_said_to_be_of_one(raw: Path) -> None:
+# incomplete experiments
+
+
+def test_a_headline_of_one_repetition_says_so(raw: Path) -> None:
     lines = (raw / "raw.jsonl").read_text().splitlines(keepends=True)
     once = [line for line in lines if '"repetition":2' not in line and '"repetition":3' not in line]
     (raw / "raw.jsonl").write_text("".join(once))
     check(raw)
     report.write(raw)
 
-    assert "Repeated too little: how much of this is chance is not known." in sentences(raw)
+    assert "Too few repetitions: how much of this is chance is not known." in sentences(raw)
 
 
-def test_what_could_not_be_measured_is_named(raw: Path) -> None:
+def test_cells_without_any_measurement_are_named(raw: Path) -> None:
     gone = msgspec.structs.replace(VLLM, label="vllm-2")
     describe(raw, (OLLAMA, VLLM, GATEWAY, gone))
     check(raw)
@@ -529,12 +535,13 @@ def sentences(folder: Path) -> Iterator[str]:
     yield from known["short"]
 
 
-def test_targets_that_nobody_knows_are_compared_without_a_claim(raw: Path) -> None:
+def test_targets_of_unknown_engines_are_compared_without_a_claim(raw: Path) -> None:
     describe(raw, (), Limits())
     check(raw)
     report.write(raw)
 
     text = (raw / "report.md").read_text()
-    assert next(sentences(raw)).startswith("At 16 at once vllm answers 2.0x as fast as ollama")
-    assert "claimed" not in text.split("## Formulas")[0]
-    assert "No limits were stated" in text
+    headline = "With 16 concurrent requests vllm answers 2.0x as fast as ollama"
+    assert next(sentences(raw)).startswith(headline)
+    assert "claimed" not in text.split("## Formulas")[0].lower()
+    assert "No SLO was stated" in text

@@ -1,4 +1,4 @@
-"""A stopwatch that is off is found out, and it is said by how much, why, and what to do."""
+"""A stopwatch that deviates does not pass its check; the reason says by how much, and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BEGAN = 1_800_000_000.0
 
 
 def request(slower: float = 1.0, late_s: float = 0.0, error: str | None = None) -> samples.Request:
-    """One that saw everything so many times slower, and the first token so late besides."""
+    """A request measured as `slower` times as slow, its first token another `late_s` late."""
     ttft_s = TIMES.ttft_s * slower + late_s
     gaps_s = [TIMES.gap_s * slower] * (TIMES.tokens - 1)
     return samples.Request(
@@ -36,8 +36,8 @@ def judged(
 ) -> SelfCheck:
     ended = BEGAN + max(one.e2e_s for one in requests) + 0.00001
     cell = samples.Cell("known", "closed", 2, 1, BEGAN, ended, "complete", cpu, 0.0, lag_p99_s)
-    wanted = SelfCheck(selfcheck.VERSION, BEGAN, 2, TIMES, 1, asked or len(requests))
-    return selfcheck.judged(wanted, cell, requests, engine)
+    wanted = SelfCheck(selfcheck.SELFCHECK_VERSION, BEGAN, 2, TIMES, 1, asked or len(requests))
+    return selfcheck.with_verdict(wanted, cell, requests, engine)
 
 
 def test_a_stopwatch_that_sees_the_truth_passes() -> None:
@@ -47,17 +47,17 @@ def test_a_stopwatch_that_sees_the_truth_passes() -> None:
     assert [one.ratio for one in seen.quantities] == pytest.approx([1, 1, 1, 1], rel=1e-3)
 
 
-def test_one_that_sees_everything_slower_is_off_in_every_quantity() -> None:
+def test_a_stopwatch_that_measures_everything_slower_is_off_in_every_quantity() -> None:
     seen = judged([request(slower=1.05), request(slower=1.05)])
 
     assert not seen.passed
     assert [one.name for one in seen.quantities if one.is_off] == list(known.QUANTITIES)
 
 
-def test_it_is_said_what_is_off_and_by_how_much() -> None:
+def test_the_reason_says_what_deviates_and_by_how_much() -> None:
     why = judged([request(late_s=0.012), request(late_s=0.012)]).why
 
-    assert "TTFT was measured as 312.00 ms, in truth it was 300.00 ms: 1.040 of it" in why
+    assert "TTFT was measured as 312.00 ms and is 300.00 ms in truth: the ratio is 1.040" in why
 
 
 def test_up_to_two_percent_is_allowed() -> None:
@@ -74,7 +74,7 @@ def test_a_few_that_were_slow_do_not_move_a_median() -> None:
 def test_a_generator_at_its_limit_fails_though_its_figures_are_right() -> None:
     seen = judged([request(), request()], cpu=0.95)
 
-    assert "saturated: 0.95 of a core" in seen.why
+    assert "saturated: its busiest process used 0.95 of a core" in seen.why
     assert "--processes 2" in seen.why
 
 
@@ -82,12 +82,12 @@ def test_a_generator_that_is_late_is_saturated() -> None:
     assert "saturated" in judged([request(), request()], lag_p99_s=0.05).why
 
 
-def test_where_the_engine_was_late_the_generator_is_not_blamed() -> None:
+def test_if_the_server_lagged_the_generator_is_not_blamed() -> None:
     late = Lateness(p50=0.02, p99=0.03, tokens=22)
 
     why = judged([request(late_s=0.02), request(late_s=0.02)], engine=late).why
 
-    assert "the engine of known times was late itself, by 20.0 ms in the median" in why
+    assert "the server of known times lagged itself, by 20.0 ms (p50)" in why
     assert "saturated" not in why
 
 
@@ -101,7 +101,7 @@ def test_a_generator_that_did_less_than_it_should_fails() -> None:
     assert "only 2 of 20 requests were measured" in judged([request(), request()], asked=20).why
 
 
-def test_with_nothing_measured_nothing_is_proved() -> None:
+def test_without_any_measurement_it_does_not_pass() -> None:
     assert not judged([request(error="refused")]).passed
 
 
@@ -113,33 +113,31 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert selfcheck.load(tmp_path) == seen
 
 
-def test_of_another_version_it_proves_nothing(tmp_path: Path) -> None:
+def test_a_check_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "selfcheck.json").write_text('{"version": 0}')
 
     with pytest.raises(ExperimentError, match="has version 0, this program reads 1: check again"):
         selfcheck.load(tmp_path)
 
 
-def test_where_there_is_none_the_folder_is_asked_after(tmp_path: Path) -> None:
+def test_without_a_check_the_error_asks_about_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match=r"cannot be read .*: is .* the folder"):
         selfcheck.load(tmp_path)
 
 
-def test_an_engine_that_lies_about_its_times_is_found_out() -> None:
-    said = Times(ttft_s=0.1, gap_s=0.02, tokens=16)
+def test_a_server_with_other_times_than_it_claims_does_not_pass() -> None:
+    claimed = Times(ttft_s=0.1, gap_s=0.02, tokens=16)
 
-    with known.running(Times(said.ttft_s, said.gap_s * 1.05, said.tokens)) as engine:
-        seen = selfcheck.against(engine, said, level=2, rounds=2)
+    with known.known_server(Times(claimed.ttft_s, claimed.gap_s * 1.05, claimed.tokens)) as server:
+        seen = selfcheck.check_against(server, claimed, level=2, rounds=2)
 
     assert "TPOT was measured as" in seen.why
     assert seen.requests >= seen.asked == 4
     assert seen.errors == 0
 
 
-def test_a_generator_that_does_not_run_is_told_with_its_last_words() -> None:
-    gone = known.Running("http://127.0.0.1:9")  # discard: nobody listens
+def test_a_generator_that_fails_is_reported_with_its_output() -> None:
+    gone = known.KnownServer("http://127.0.0.1:9")  # port 9, discard: nothing listens
 
-    with pytest.raises(
-        SelfCheckError, match="did not run to its end, and said:\\ntwolane: known at"
-    ):
-        selfcheck.against(gone, TIMES, level=1, rounds=1)
+    with pytest.raises(SelfCheckError, match="the load generator failed:\\ntwolane: known at"):
+        selfcheck.check_against(gone, TIMES, level=1, rounds=1)

@@ -24,7 +24,7 @@ from tests.support.servers import (
 def ask(server: Scripted, key: str | None = None) -> Timing:
     target = Target("a", server.url, "m", key)
     question = [{"role": "user", "content": "?"}]
-    return stopwatch.ask(target, stopwatch.body(target, question, 3))
+    return stopwatch.ask(target, stopwatch.request_body(target, question, 3))
 
 
 def test_a_whole_answer_has_every_time_and_count() -> None:
@@ -91,7 +91,7 @@ def test_a_refusal_is_told_in_the_servers_words() -> None:
 def test_where_nobody_listens_the_error_says_it() -> None:
     target = Target("a", nobody(), "m")
 
-    seen = stopwatch.ask(target, stopwatch.body(target, [], 1))
+    seen = stopwatch.ask(target, stopwatch.request_body(target, [], 1))
 
     assert seen.error is not None
     assert "refused" in seen.error

@@ -24,7 +24,7 @@ from gateway.compare import front
 from gateway.gpu.memory import Nvml
 from gateway.routing import profile
 from loadtests.measure import samples
-from loadtests.proof.known import Times, running
+from loadtests.proof.known import Times, known_server
 from tests.gpu.test_memory import NotSupported, Told, two_4090
 from tests.support.servers import nobody
 
@@ -55,8 +55,8 @@ def twolane(
 def targets() -> Iterator[list[str]]:
     """`--target` of two servers, of which the second is the quicker one."""
     with ExitStack() as stack:
-        slow = stack.enter_context(running(Times(0.10, 0.01, 16)))
-        quick = stack.enter_context(running(Times(0.05, 0.005, 16)))
+        slow = stack.enter_context(known_server(Times(0.10, 0.01, 16)))
+        quick = stack.enter_context(known_server(Times(0.05, 0.005, 16)))
         yield ["--target", f"slow={slow.url}=known", "--target", f"quick={quick.url}=known"]
 
 

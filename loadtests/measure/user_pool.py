@@ -14,22 +14,22 @@ from locust.env import Environment
 from locust.runners import WorkerRunner
 
 from loadtests.measure import samples, stopwatch
-from loadtests.measure.load import BadOptions, Cell, Load, read_options
-from loadtests.measure.people import (
-    SEATS,
-    Notes,
+from loadtests.measure.locustfile import (
+    USERS_PER_WORKER,
+    RequestLog,
     runner,
 )
+from loadtests.measure.options import BadOptions, Load, PlannedCell, read_options
 from loadtests.measure.samples import SamplesError, Writer
 from loadtests.measure.stopwatch import Timing
 
 #: A target is given up when so many requests have failed, and none was answered.
-HOPELESS = 5
+GIVE_UP_AFTER_FAILURES = 5
 #: How often the generator looks whether it is on time, seconds.
-BEAT_S = 0.01
+LAG_SAMPLE_S = 0.01
 
 
-class Crowd:
+class UserPool:
     """The users of this process: what they are to do now, and how this process fares.
 
     Args:
@@ -40,14 +40,14 @@ class Crowd:
         self._environment = environment
         self._runner = runner(environment)
         self._asked: dict[str, Any] = {}
-        self._notes: Notes | None = None
+        self._notes: RequestLog | None = None
         self._load: Load | None = None
-        self.cell: Cell | None = None
+        self.cell: PlannedCell | None = None
         self.workers = 1
-        self._seats = itertools.count()
+        self._users = itertools.count()
         self._first = self._last = 0.0
         self._answered = self._failed = 0
-        self._meter = Meter()
+        self._meter = GeneratorMeter()
         self._runner.register_message("cell", self._begin)
         self._runner.register_message("over", self._end)
 
@@ -56,25 +56,27 @@ class Crowd:
         assert self._load is not None  # noqa: S101 - there from the first cell on
         return self._load
 
-    def seat(self) -> int:
+    def next_user(self) -> int:
         """A number for a user, that no other has in this cell."""
         index = self._runner.worker_index if isinstance(self._runner, WorkerRunner) else 0
-        return SEATS * max(0, index) + next(self._seats)
+        return USERS_PER_WORKER * max(0, index) + next(self._users)
 
     def _begin(self, environment: Environment, msg: Any, **_: Any) -> None:
         said = msg.data
         if said["options"] != self._asked:
             try:
                 self._load = read_options(Namespace(**said["options"]), said["users"])
-                self._notes = Notes(environment, Writer(self._load.raw))
+                self._notes = RequestLog(environment, Writer(self._load.raw))
             except (BadOptions, SamplesError) as exc:
                 self._runner.send_message("broken", {"why": str(exc)})
                 return
             self._asked = said["options"]
         target = self.load.targets[said["target"]]
-        self.cell = Cell(said["number"], target, said["loop"], said["level"], said["repetition"])
+        self.cell = PlannedCell(
+            said["number"], target, said["loop"], said["level"], said["repetition"]
+        )
         self.workers = said["workers"]
-        self._seats = itertools.count()
+        self._users = itertools.count()
         self._first = self._last = 0.0
         self._answered = self._failed = 0
         self._meter.start()
@@ -86,23 +88,23 @@ class Crowd:
             began=self._first, ended=self._last,
         )  # fmt: skip
 
-    def ask(self, cell: Cell, user: int, number: int, phase: samples.Phase) -> bool:
+    def ask(self, cell: PlannedCell, user: int, number: int, phase: samples.Phase) -> bool:
         """One request, written down however it ends; whether it was answered."""
         where = cell.target.label, cell.repetition, cell.level, user, number
         question = {"role": "user", "content": self.load.prompts.prompt(*where)}
-        asked = stopwatch.body(cell.target, [question], self.load.tokens_out)
+        asked = stopwatch.request_body(cell.target, [question], self.load.tokens_out)
         timing = Timing()
         try:
             stopwatch.ask(cell.target, asked, timing)
         except gevent.GreenletExit:
-            timing.failed("cut")
+            timing.fail("cut")
             raise
         finally:
             self._note(cell, user, number, phase, timing)
         return timing.error is None
 
     def _note(
-        self, cell: Cell, user: int, number: int, phase: samples.Phase, timing: Timing
+        self, cell: PlannedCell, user: int, number: int, phase: samples.Phase, timing: Timing
     ) -> None:
         assert self._notes is not None  # noqa: S101 - there from the first cell on
         self._notes.add(
@@ -116,10 +118,12 @@ class Crowd:
             self._answered += 1
         elif timing.error != "cut":
             self._failed += 1
-            if not self._answered and self._failed >= max(HOPELESS, cell.users / self.workers):
+            if not self._answered and self._failed >= max(
+                GIVE_UP_AFTER_FAILURES, cell.users / self.workers
+            ):
                 self._tell("hopeless", cell.number, why=timing.error)
 
-    def finished(self, cell: Cell) -> None:
+    def finished(self, cell: PlannedCell) -> None:
         """A user has all the answers that count."""
         self._tell("finished", cell.number)
 
@@ -127,11 +131,11 @@ class Crowd:
         self._runner.send_message(what, {"number": number, **more})
 
 
-class Meter:
+class GeneratorMeter:
     """How much of a processor this process uses, and how late it is for what it wants to do."""
 
     def __init__(self) -> None:
-        self._beating: gevent.Greenlet | None = None
+        self._sampling: gevent.Greenlet | None = None
         self._lags: list[float] = []
         self._began = self._cpu = 0.0
 
@@ -140,21 +144,21 @@ class Meter:
         self.stop()
         self._lags = []
         self._began, self._cpu = time.perf_counter(), time.process_time()
-        self._beating = gevent.spawn(self._beat)
+        self._sampling = gevent.spawn(self._sample_lag)
 
     def stop(self) -> tuple[float, float, float]:
         """CPU seconds a second, and the lag's median and 99th percentile, seconds."""
-        if self._beating is not None:
-            self._beating.kill()
-            self._beating = None
+        if self._sampling is not None:
+            self._sampling.kill()
+            self._sampling = None
         if len(self._lags) < 2:
             return 0.0, 0.0, 0.0
         cuts = statistics.quantiles(self._lags, n=100, method="inclusive")
         passed = time.perf_counter() - self._began
         return (time.process_time() - self._cpu) / passed, cuts[49], cuts[98]
 
-    def _beat(self) -> None:
+    def _sample_lag(self) -> None:
         while True:
-            wanted = time.perf_counter() + BEAT_S
-            gevent.sleep(BEAT_S)
+            wanted = time.perf_counter() + LAG_SAMPLE_S
+            gevent.sleep(LAG_SAMPLE_S)
             self._lags.append(time.perf_counter() - wanted)

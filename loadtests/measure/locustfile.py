@@ -14,19 +14,19 @@ from locust.env import Environment
 from locust.runners import MasterRunner, Runner, WorkerRunner
 
 from loadtests.measure import samples
-from loadtests.measure.load import for_others
+from loadtests.measure.options import shareable_command
 from loadtests.measure.samples import Loop, Phase, Request, Run, SamplesError, Writer
 from loadtests.measure.stopwatch import Timing
 
 #: What the numbers of a worker's users begin with, times its own: no two have the same.
-SEATS = 10_000
+USERS_PER_WORKER = 10_000
 #: How long workers have to hear that it is over, seconds.
-PARTING_S = 0.5
+QUIT_GRACE_S = 0.5
 #: What is said on Locust's page, beside our own options, of how it was asked to measure.
-LOCUSTS_OWN = {"host", "run_time"}
+SHOWN_LOCUST_OPTIONS = {"host", "run_time"}
 
 
-class Notes:
+class RequestLog:
     """Where the requests of this process are written down.
 
     Args:
@@ -82,51 +82,53 @@ def runner(environment: Environment) -> Runner:
     return environment.runner
 
 
-def leads(environment: Environment) -> bool:
+def is_leader(environment: Environment) -> bool:
     """Whether this process says what is done: the only one, or the master of others."""
     return not isinstance(environment.runner, WorkerRunner)
 
 
-def begun(environment: Environment) -> Run:
+def run_line(environment: Environment) -> Run:
     """The first line of a start: when, and how it was asked to measure; the key is not in it."""
     options = vars(environment.parsed_options)
-    others = default_args_dict().keys() - LOCUSTS_OWN
+    others = default_args_dict().keys() - SHOWN_LOCUST_OPTIONS
     asked: dict[str, str | int | float | None] = {}
     for name, value in options.items():
         if name not in others and name != "api_key" and value not in (None, "", []):
             words = value if isinstance(value, list) else [value]
             asked[name] = value if isinstance(value, int | float) else " ".join(words)
-    return Run(samples.VERSION, time.time(), for_others(sys.argv, options["api_key"]), asked)
+    return Run(
+        samples.SAMPLES_VERSION, time.time(), shareable_command(sys.argv, options["api_key"]), asked
+    )
 
 
-def complain(environment: Environment, why: str) -> None:
+def report_failure(environment: Environment, why: str) -> None:
     """It cannot be measured, or no further: one line says why, once; Locust will end with 2."""
     options: Any = environment.parsed_options
     if environment.process_exit_code is not None:
         return
     environment.process_exit_code = 2
     if options.headless:
-        say(why)
+        print_message(why)
     else:
         logging.getLogger("twolane").error(why)  # the page shows it among its logs
 
 
-def refuse(environment: Environment, why: str) -> None:
+def abort_start(environment: Environment, why: str) -> None:
     """Nothing is to be asked at all: where there is no page, this is the end, without tables."""
-    complain(environment, why)
+    report_failure(environment, why)
     options: Any = environment.parsed_options
     if not options.headless:
         return
     if isinstance(environment.runner, MasterRunner):
         environment.runner.send_message("quit")  # or else workers wait for a minute
-        gevent.sleep(PARTING_S)
+        gevent.sleep(QUIT_GRACE_S)
     raise SystemExit(2)
 
 
-def stop_writing(environment: Environment, msg: Any, **_: Any) -> None:
+def on_write_failure(environment: Environment, msg: Any, **_: Any) -> None:
     """A process tells that it cannot write any more; it may not be the only one."""
     if environment.process_exit_code is None:
-        complain(environment, msg.data["why"])
+        report_failure(environment, msg.data["why"])
         gevent.spawn(_stop, environment)
 
 
@@ -136,12 +138,12 @@ def _stop(environment: Environment) -> None:
     (its.quit if options.headless else its.stop)()
 
 
-def say(line: str) -> None:
+def print_message(line: str) -> None:
     """One line for people, where callers look for it."""
     print(f"twolane: {line}", file=sys.stderr, flush=True)
 
 
-def as_program(file: str) -> None:
+def run_as_locust(file: str) -> None:
     """Run one of our Locust files: `python -m loadtests.concurrency`, as `locust -f` does.
 
     Locust gives its help before it reads a file; here, help has the file's own options.

@@ -15,11 +15,11 @@ from loadtests.measure.prompts import Prompts, PromptsError
 from loadtests.measure.stopwatch import BadTarget, Target
 
 #: More at once than this measures the load generator.
-MOST = 1024
+MAX_LEVEL = 1024
 #: Requests of each user that count, where nobody says how many: a median needs ten.
 ROUNDS = 10
 #: How long a target may take to answer its first request: it may have to load the model.
-FIRST_ANSWER_S = 900.0
+LOAD_TIMEOUT_S = 900.0
 
 
 class BadOptions(Exception):
@@ -30,7 +30,7 @@ class BadOptions(Exception):
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedCell:
     """One target at one level, once; what workers are told."""
 
     number: int
@@ -77,22 +77,22 @@ class Load:
     raw: Path
     run_s: float | None
 
-    def rounds_of(self, cell: Cell) -> int | None:
+    def rounds_of(self, cell: PlannedCell) -> int | None:
         """How many of a user's requests count in this cell; None: all until the time is up."""
         if self.rounds is None:
             return None
         return max(self.rounds, math.ceil(self.at_least / cell.users))
 
-    def cells(self) -> Iterator[Cell]:
+    def cells(self) -> Iterator[PlannedCell]:
         """Forth in odd repetitions, back in even ones."""
         number = itertools.count()
         for repetition in self.repetitions:
             for target in self.targets if repetition % 2 else reversed(self.targets):
                 for level in self.levels:
-                    yield Cell(next(number), target, self.loop, level, repetition)
+                    yield PlannedCell(next(number), target, self.loop, level, repetition)
 
 
-def adding(parser: Any, title: str) -> Callable[..., None]:
+def option_adder(parser: Any, title: str) -> Callable[..., None]:
     """What adds options to Locust's, in a group of their own, and to its page.
 
     Those that every Locust file of ours has are there already.
@@ -123,7 +123,7 @@ def adding(parser: Any, title: str) -> Callable[..., None]:
 
 def add_options(parser: Any) -> None:
     """Add what `read_options` reads."""
-    add = adding(parser, "what is measured")
+    add = option_adder(parser, "what is measured")
     add(
         "--target",
         action="append",
@@ -163,10 +163,10 @@ def add_options(parser: Any) -> None:
 
 def read_options(options: Any, users: int | None) -> Load:
     """What the options ask for, with -u where it was given; raises `BadOptions`."""
-    at_least(1, options, "repetitions", "first_repetition", "at_least", "arrivals")
-    at_least(1, options, "tokens_in", "tokens_out")
-    at_least(0, options, "warm_up", "cooldown_s")
-    above_zero(options, "cell_s")
+    require_at_least(1, options, "repetitions", "first_repetition", "at_least", "arrivals")
+    require_at_least(1, options, "tokens_in", "tokens_out")
+    require_at_least(0, options, "warm_up", "cooldown_s")
+    require_positive(options, "cell_s")
     first = options.first_repetition
     return Load(
         targets=_targets(options),
@@ -187,14 +187,14 @@ def read_options(options: Any, users: int | None) -> Load:
     )
 
 
-def at_least(least: int, options: Any, *names: str) -> None:
+def require_at_least(least: int, options: Any, *names: str) -> None:
     """See that these options are not below; raises `BadOptions`."""
     for name in names:
         if not getattr(options, name) >= least:
             raise BadOptions(f"{_flag(name)} {getattr(options, name)}: {least} at the least")
 
 
-def above_zero(options: Any, *names: str) -> None:
+def require_positive(options: Any, *names: str) -> None:
     """See that these options are; raises `BadOptions`."""
     for name in names:
         if not 0 < getattr(options, name) < float("inf"):
@@ -208,7 +208,7 @@ def _flag(name: str) -> str:
 def _rounds(options: Any, users: int | None) -> int | None:
     if not options.rounds:
         return None if options.run_time and users else ROUNDS
-    rounds = numbers("--rounds", options.rounds)
+    rounds = parse_numbers("--rounds", options.rounds)
     if len(rounds) > 1 or rounds[0] % 1:
         raise BadOptions(f"--rounds {options.rounds}: write one whole number")
     return int(rounds[0])
@@ -229,7 +229,7 @@ def _targets(options: Any) -> tuple[Target, ...]:
     try:
         targets = tuple(Target.read(one, options.api_key) for one in said)
         if not targets:
-            targets = (the_host(options),)
+            targets = (host_target(options),)
     except BadTarget as exc:
         raise BadOptions(str(exc)) from exc
     if len({target.label for target in targets}) < len(targets):
@@ -239,26 +239,26 @@ def _targets(options: Any) -> tuple[Target, ...]:
 
 def _levels(options: Any, users: int | None) -> tuple[float, ...]:
     option, text = ("--levels", options.levels) if users is None else ("-u", str(users))
-    levels = numbers(option, text)
-    if max(levels) > MOST or any(level % 1 for level in levels):
+    levels = parse_numbers(option, text)
+    if max(levels) > MAX_LEVEL or any(level % 1 for level in levels):
         raise BadOptions(
-            f"{option} {text}: write whole numbers from 1 to {MOST}; more at once than that "
+            f"{option} {text}: write whole numbers from 1 to {MAX_LEVEL}; more at once than that "
             "measures the load generator"
         )
     return levels
 
 
 def _rates(options: Any) -> tuple[float, ...]:
-    rates = numbers("--rate", options.rate)
-    if max(rates) > MOST:
+    rates = parse_numbers("--rate", options.rate)
+    if max(rates) > MAX_LEVEL:
         raise BadOptions(
-            f"--rate {options.rate}: {MOST} at the most; more a second than that measures the load "
-            "generator"
+            f"--rate {options.rate}: at most {MAX_LEVEL} requests per second; a higher rate "
+            "measures the load generator"
         )
     return rates
 
 
-def numbers(option: str, text: str) -> tuple[float, ...]:
+def parse_numbers(option: str, text: str) -> tuple[float, ...]:
     """`1,4,16`, each once; raises `BadOptions`."""
     try:
         found = tuple(float(part) for part in text.split(","))
@@ -269,7 +269,7 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def the_host(options: Any) -> Target:
+def host_target(options: Any) -> Target:
     """The one target of --host and --model; raises `BadTarget`."""
     if not options.host:
         raise BadTarget(
@@ -280,7 +280,7 @@ def the_host(options: Any) -> Target:
     return Target.read(f"host={options.host}={model}", options.api_key)
 
 
-def for_others(arguments: Sequence[str], key: str | None = None) -> list[str]:
+def shareable_command(arguments: Sequence[str], key: str | None = None) -> list[str]:
     """A command line that others may read: without the key, and without anybody's folders."""
     shown = list(arguments)
     for place, short in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
@@ -294,8 +294,8 @@ def for_others(arguments: Sequence[str], key: str | None = None) -> list[str]:
 
 def preflight(target: Target) -> None:
     """See that a target answers, and have it load its model; raises `BadOptions`."""
-    asked = stopwatch.body(target, [{"role": "user", "content": "Say hello."}], 4)
-    timing = stopwatch.ask(target, asked, patience_s=FIRST_ANSWER_S)
+    asked = stopwatch.request_body(target, [{"role": "user", "content": "Say hello."}], 4)
+    timing = stopwatch.ask(target, asked, patience_s=LOAD_TIMEOUT_S)
     if timing.error is None:
         return
     hint = "is it running, and is this its address?"
