@@ -1,4 +1,8 @@
-"""A request to an engine, and its answer, streamed or whole."""
+"""A request to an engine, and its answer: streamed or whole.
+
+A request keeps the client's own bytes: only the fields that an engine needs in other words
+are replaced. An answer is relayed as it came, event by event.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,31 @@ from dataclasses import dataclass
 
 import msgspec
 
-from backends.errors import (
-    BrokeOff,
-)
+from backends.errors import BrokeOff
 from backends.transport import http, sse
 
+#: The top level of a JSON body; the values are the client's own bytes.
 Body = dict[str, msgspec.Raw]
+
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 EMBEDDINGS = "/v1/embeddings"
+
 TRUE = msgspec.Raw(b"true")
 FALSE = msgspec.Raw(b"false")
+_ONLY_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 
 @dataclass(slots=True)
 class Call:
     """One request to generate, as the gateway read it.
 
-    `body` holds the top level only; its values are the client's own bytes.
-    `wants_usage`: the client asked for a usage event in its stream.
-    `continues`: the last message is the assistant's, to be gone on with.
+    Attributes:
+        path: One of the paths above.
+        body: The client's body.
+        stream: Whether the answer is to be streamed.
+        wants_usage: Whether the client asked for a usage event in its stream.
+        continues: Whether the last message is the assistant's, for the engine to continue.
     """
 
     path: str
@@ -36,62 +45,66 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Bridged:
-    """A request as one engine wants it, and the fields it could not be given."""
+class BridgedRequest:
+    """A request in the words of one engine; `dropped` names fields that it cannot take."""
 
     body: Body
     dropped: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
-class Answer:
-    """A good answer, open from its first event on.
+class StreamedAnswer:
+    """A good answer, open from its first event on. Always `close()` it.
 
-    `dropped` names the fields of the request the engine was not given. Always
-    `close()` it; the connection is used again only if all was read.
+    Attributes:
+        response: The HTTP response. Its connection is reused only if all was read.
+        filter: What passes the bytes on; it holds usage and finish reason.
+        dropped: Names of the request's fields that the engine could not take.
+        reusable: Whether the engine keeps the connection open after a stream.
+        pending: The first events, read but not handed out yet.
     """
 
     response: http.Response
-    watch: sse.Watch
+    filter: sse.StreamFilter
     dropped: tuple[str, ...] = ()
     reusable: bool = True
-    _pending: bytes = b""
+    pending: bytes = b""
     _ended: bool = False
 
     async def read(self) -> bytes:
         """The next whole events, as they came; empty at the end of a good stream.
 
         Raises:
-            BrokeOff: The stream broke, went silent, or ended before its end.
+            BrokeOff: The stream broke, fell silent, or ended before its end.
         """
-        if self._pending:
-            data, self._pending = self._pending, b""
+        if self.pending:
+            data, self.pending = self.pending, b""
             return data
         while not self._ended:
-            if self.watch.fault is not None:
-                raise BrokeOff(self.watch.fault)
+            if self.filter.error is not None:
+                raise BrokeOff(self.filter.error)
             try:
                 raw = await self.response.read()
             except http.HttpError as exc:
                 raise BrokeOff(str(exc)) from exc
             if raw:
-                if data := self.watch.feed(raw):
+                if data := self.filter.feed(raw):
                     return data
             else:
                 self._ended = True
-                if not self.watch.complete:
+                if not self.filter.complete:
                     raise BrokeOff("the stream ended before its end")
-                return self.watch.ending()
+                return self.filter.terminator()
         return b""
 
     def close(self) -> None:
-        """Give the connection back, or end it where the answer was not read to its end."""
+        """Give the connection back, or cut it where the answer was not read to its end."""
         self.response.close(reuse=self.reusable)
 
 
 @dataclass(slots=True)
-class Whole:
-    """A good answer that came in one piece."""
+class WholeAnswer:
+    """A good answer in one piece; `dropped` names fields that the engine could not take."""
 
     body: bytes
     usage: sse.Usage | None
@@ -99,22 +112,37 @@ class Whole:
     dropped: tuple[str, ...] = ()
 
 
-class _Choice(msgspec.Struct):
+class AnswerChoice(msgspec.Struct):
+    """One choice of a whole answer, as far as it is read."""
+
     finish_reason: str | None = None
 
 
-class _Whole(msgspec.Struct):
+class AnswerBody(msgspec.Struct):
+    """The body of a whole answer, as far as it is read."""
+
     usage: sse.Usage | None = None
-    choices: list[_Choice] = []
+    choices: list[AnswerChoice] = []
     error: msgspec.Raw = msgspec.Raw()
 
+    @property
+    def finish(self) -> str | None:
+        """The finish reason of the first choice."""
+        return self.choices[0].finish_reason if self.choices else None
 
-decode_whole = msgspec.json.Decoder(_Whole).decode
-_decode_body = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+decode_answer = msgspec.json.Decoder(AnswerBody).decode
+_decode_options = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-def renamed(call: Call, model: str, **changes: msgspec.Raw | None) -> Body:
-    """The body under the engine's name of the model, fields set, or removed where None."""
+def body_for(call: Call, model: str, **changes: msgspec.Raw | None) -> Body:
+    """The body of a call under the engine's name of the model.
+
+    Args:
+        call: The call. A stream is made to report usage, whether the client wants it or not.
+        model: The engine's name of the model.
+        changes: Fields to be set, or removed where None.
+    """
     body = dict(call.body)
     body["model"] = msgspec.Raw(msgspec.json.encode(model))
     if call.stream:
@@ -127,15 +155,13 @@ def renamed(call: Call, model: str, **changes: msgspec.Raw | None) -> Body:
     return body
 
 
-_ONLY_USAGE = msgspec.Raw(b'{"include_usage":true}')
-
-
 def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
+    """Stream options that ask for usage, in addition to what the client asked for."""
     if options is None or bytes(options) == b"null":
         return _ONLY_USAGE
     try:
-        given = _decode_body(options)
+        asked = _decode_options(options)
     except msgspec.DecodeError:
         return _ONLY_USAGE
-    given["include_usage"] = TRUE
-    return msgspec.Raw(msgspec.json.encode(given))
+    asked["include_usage"] = TRUE
+    return msgspec.Raw(msgspec.json.encode(asked))

@@ -2,16 +2,16 @@
 
     BackendError
     ├── Unreachable     no connection: nothing was sent
-    ├── Silent          connected, but no answer within the deadline
+    ├── NoAnswer        connected, but no answer within the deadline
     ├── Broken          the connection or the answer broke before its first event
-    ├── Sick            it said 5xx
-    ├── Busy            it said 429, or 503 because it has too much to do
-    ├── Refused         it said 4xx: the request is at fault, not the engine
+    ├── ServerError     it answered 5xx
+    ├── Busy            it answered 429, or 503 because it has too much to do
+    ├── Refused         it answered 4xx: the request is at fault, not the engine
     ├── Unsupported     this engine cannot do what was asked, whoever asks
     └── BrokeOff        the answer broke after its first event was handed out
 
-All but `BrokeOff` are raised before a single byte of the answer was handed out,
-so the type alone says whether another engine may still be asked.
+All but `BrokeOff` are raised before a single byte of the answer was handed out, so the
+type alone says whether another engine may still be asked.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from typing import ClassVar
 
 
 class BackendError(Exception):
-    """An engine did not answer as asked. The text is for the log, not for strangers."""
+    """An engine did not answer as asked. The text is for the log, not for clients."""
 
-    #: Whether another replica or lane may be asked instead.
-    elsewhere: ClassVar[bool] = True
-    #: Whether the engine is to blame.
-    blame: ClassVar[bool] = True
+    #: Whether another replica or lane may receive the request instead.
+    retryable: ClassVar[bool] = True
+    #: Whether the engine is at fault. Its circuit breaker counts these.
+    engine_fault: ClassVar[bool] = True
 
 
 class Unreachable(BackendError):
     """No connection could be made; nothing was sent."""
 
 
-class Silent(BackendError):
-    """The engine took the request and did not answer in time."""
+class NoAnswer(BackendError):
+    """The engine took the request and did not answer before the deadline."""
 
 
 class Broken(BackendError):
     """The answer broke, or made no sense, before its first event."""
 
 
-class Sick(BackendError):
-    """The engine said that it failed (5xx)."""
+class ServerError(BackendError):
+    """The engine answered that it failed (5xx)."""
 
     def __init__(self, message: str, *, status: int = 500) -> None:
         super().__init__(message)
@@ -49,9 +49,12 @@ class Sick(BackendError):
 
 
 class Busy(BackendError):
-    """The engine has too much to do. It is not ill."""
+    """The engine has too much to do, and is otherwise healthy.
 
-    blame = False
+    `retry_after` is in seconds, where the engine names them.
+    """
+
+    engine_fault = False
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -59,10 +62,10 @@ class Busy(BackendError):
 
 
 class Refused(BackendError):
-    """The engine refused this request (4xx); asking elsewhere would not help."""
+    """The engine refused this request (4xx); another engine would do the same."""
 
-    elsewhere = False
-    blame = False
+    retryable = False
+    engine_fault = False
 
     def __init__(
         self,
@@ -81,13 +84,13 @@ class Refused(BackendError):
 
 
 class Unsupported(BackendError):
-    """This engine has no way to do this; the text says what would give it one."""
+    """This engine cannot do this as it was started; the text says how to start it."""
 
-    elsewhere = False
-    blame = False
+    retryable = False
+    engine_fault = False
 
 
 class BrokeOff(BackendError):
     """The answer broke after its first event: it can be neither repaired nor repeated."""
 
-    elsewhere = False
+    retryable = False

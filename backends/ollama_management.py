@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from backends.errors import Broken, Refused, Sick, Silent, Unreachable
+from backends.errors import Broken, NoAnswer, Refused, ServerError, Unreachable
 from backends.reports import Loaded
 from backends.transport import tls
 
@@ -156,10 +156,10 @@ class Management:
         except library().ResponseError as exc:
             if 400 <= exc.status_code < 500:
                 raise Refused(exc.error, status=exc.status_code) from exc
-            raise Sick(f"{self._label} said {exc.status_code}: {exc.error}") from exc
+            raise ServerError(f"{self._label} said {exc.status_code}: {exc.error}") from exc
         except (ConnectionError, httpx.ConnectTimeout) as exc:
             raise Unreachable(f"{self._label}: {str(exc) or 'no connection in time'}") from exc
         except httpx.TimeoutException as exc:
-            raise Silent(f"{self._label}: {str(exc) or 'no answer in time'}") from exc
+            raise NoAnswer(f"{self._label}: {str(exc) or 'no answer in time'}") from exc
         except (httpx.HTTPError, ValueError) as exc:
             raise Broken(f"{self._label}: {str(exc) or type(exc).__name__}") from exc

@@ -1,4 +1,4 @@
-"""What an engine reports of itself and of its models."""
+"""What an engine reports about itself and its models. None always means: not reported."""
 
 from __future__ import annotations
 
@@ -22,9 +22,15 @@ class Readiness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a model on an engine can take. None: not known, so let it try.
+    """What a model on an engine can take. None: not reported, so requests are let through.
 
-    `context` is in tokens, prompt and answer together.
+    Attributes:
+        context: Tokens of prompt and answer together.
+        chat: Chat completions.
+        tools: Tool definitions.
+        images: Images in messages.
+        embeddings: Embeddings.
+        multiple_choices: Several answers to one prompt (n > 1).
     """
 
     context: int | None = None
@@ -32,32 +38,52 @@ class Capabilities:
     tools: bool | None = None
     images: bool | None = None
     embeddings: bool | None = None
-    many: bool | None = None  # n > 1
+    multiple_choices: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What an engine says of itself now. None: it does not tell.
+    """What happens inside an engine now.
 
     Attributes:
-        running: Requests inside the engine.
-        waiting: Requests that it lets wait.
+        running: Requests that it answers.
+        waiting: Requests in its own queue.
         loaded: Whether a model that it is ready for is in memory already.
-        on_gpu: Which part of a loaded model is in GPU memory, from 0.0 to 1.0.
+        on_gpu: The part of a loaded model that is in GPU memory, 0.0 to 1.0.
     """
 
     running: int | None = None
     waiting: int | None = None
-    loaded: bool = True  # or it would not be ready
+    loaded: bool = True  # as most engines are ready only then
     on_gpu: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """What an engine says that it is; where that changes, so may its speed.
+class Loaded:
+    """A model in memory.
 
-    Empty or None: it does not tell. `weights` is their precision, `digest` what its name of
-    the model stands for: a checksum, a repository, a file.
+    Attributes:
+        model: The engine's name of it.
+        size: Bytes in all.
+        on_gpu: Bytes of them in GPU memory.
+        context: Tokens of context per slot.
+    """
+
+    model: str
+    size: int
+    on_gpu: int
+    context: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What serves a model. Where it changes, a measured profile may be out of date.
+
+    Attributes:
+        version: Version of the engine; empty: not reported.
+        weights: Precision of the weights; empty: not reported.
+        digest: What its name of the model stands for: a checksum, a repository, a file.
+        slots: Concurrent requests that it was started for.
     """
 
     version: str = ""
@@ -66,17 +92,7 @@ class Identity:
     slots: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model in memory: bytes in all, bytes of them on a GPU, tokens of context a slot."""
-
-    model: str
-    size: int
-    on_gpu: int
-    context: int | None
-
-
-class Listed(msgspec.Struct):
+class ListedModel(msgspec.Struct):
     """One entry of `/v1/models`."""
 
     id: str
@@ -85,27 +101,27 @@ class Listed(msgspec.Struct):
     root: str | None = None
 
 
-class Version(msgspec.Struct):
-    """What Ollama and vLLM say of theirs."""
+class ModelListing(msgspec.Struct):
+    """The body of `/v1/models`."""
+
+    data: list[ListedModel] | None = None
+
+
+class VersionBody(msgspec.Struct):
+    """What Ollama and vLLM answer when asked for their version."""
 
     version: str = ""
 
 
-class Listing(msgspec.Struct):
-    """The body of `/v1/models`."""
-
-    data: list[Listed] | None = None
-
-
 @dataclass(frozen=True, slots=True)
-class Metrics:
-    """Prometheus text, as far as we need it: the sum of a gauge over its labels."""
+class Gauges:
+    """The gauges of a Prometheus page, each summed over its labels."""
 
     values: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, text: str) -> Metrics:
-        """Read gauges; lines that are no samples are passed over."""
+    def of(cls, text: str) -> Gauges:
+        """Read a page; lines that are not samples are skipped."""
         values: dict[str, float] = {}
         for line in text.splitlines():
             if line.startswith("#") or " " not in line:
@@ -120,6 +136,6 @@ class Metrics:
         return cls(values)
 
     def count(self, name: str) -> int | None:
-        """A gauge as a whole number, or None where the engine has no such gauge."""
+        """A gauge as a whole number; None where the page has no such gauge."""
         value = self.values.get(name)
         return None if value is None or not math.isfinite(value) else int(value)

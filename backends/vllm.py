@@ -1,6 +1,6 @@
-"""vLLM: paged attention, continuous batching, tensor parallel. Made for many at once.
+"""vLLM: paged attention, continuous batching, tensor parallel. Made for many users.
 
-Read in vLLM 0.32, seen in 0.32 on CPU.
+Checked against the source of 0.32 and a server of 0.32 on CPU.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import msgspec
 
 from backends import calls, errors
 from backends.base import Engine
-from backends.calls import Bridged, Call
+from backends.calls import BridgedRequest, Call
 from backends.errors import Broken, Refused, Unsupported
-from backends.reports import Activity, Capabilities, Identity, Metrics, Readiness
+from backends.reports import Activity, Capabilities, Gauges, Identity, Readiness
 
-#: First sleep of a 70B is about 8 s, a wake 2-4 s; these are the deadlines.
+#: Deadlines, seconds. The first sleep of a 70B takes about 8 s, a wake 2-4 s.
 SLEEP_S = 120.0
 WAKE_S = 60.0
-#: How often it is looked at while it ends what runs.
-IDLE_LOOK_S = 0.05
+#: Seconds between two looks at a server that is to become idle.
+IDLE_POLL_S = 0.05
 
 
-class _Routes(msgspec.Struct):
+class _OpenAPI(msgspec.Struct):
     paths: dict[str, msgspec.Raw] = {}
 
 
@@ -40,7 +40,7 @@ class VLLM(Engine):
     sign_path = "/version"
 
     async def models(self) -> list[str]:
-        return [model.id for model in await self.listed()]
+        return [model.id for model in await self.listed_models()]
 
     async def ready(self, model: str) -> Readiness:
         try:
@@ -57,13 +57,13 @@ class VLLM(Engine):
 
     async def asleep(self) -> bool:
         try:  # without dev mode it has no such endpoint, and cannot sleep
-            return (await self.told("/is_sleeping", _Sleeping)).is_sleeping
+            return (await self.get_json("/is_sleeping", _Sleeping)).is_sleeping
         except (Refused, Broken):  # not there, or not for us
             return False
 
     async def capabilities(self, model: str) -> Capabilities:
-        listed = {entry.id: entry for entry in await self.listed()}
-        routes = (await self.told("/openapi.json", _Routes)).paths
+        listed = {entry.id: entry for entry in await self.listed_models()}
+        routes = (await self.get_json("/openapi.json", _OpenAPI)).paths
         chat = calls.CHAT in routes
         return Capabilities(
             context=listed[model].max_model_len if model in listed else None,
@@ -71,17 +71,17 @@ class VLLM(Engine):
             tools=await self._takes_tools(model) if chat else False,
             images=None,
             embeddings=calls.EMBEDDINGS in routes,
-            many=True,
+            multiple_choices=True,
         )
 
     async def identity(self, model: str) -> Identity:
-        roots = {entry.id: entry.root for entry in await self.listed()}
+        roots = {entry.id: entry.root for entry in await self.listed_models()}
         version = await self.version()
         root = roots.get(model) or ""
         return Identity(version, digest=Path(root).name if root.startswith("/") else root)
 
     async def _takes_tools(self, model: str) -> bool:
-        """Whether it was started with a tool parser: no endpoint tells, so ask for one token."""
+        """Whether it was started with a tool parser: no endpoint says so, one token does."""
         tool = {"type": "function", "function": {"name": "noop", "parameters": {"type": "object"}}}
         question = {
             "model": model,
@@ -100,7 +100,7 @@ class VLLM(Engine):
         # Dev mode gives it its sleep endpoints. That it frees memory when it sleeps takes
         # `--enable-sleep-mode` as well: no endpoint tells that, only the memory does.
         try:
-            await self.told("/is_sleeping", _Sleeping)
+            await self.get_json("/is_sleeping", _Sleeping)
         except Refused:
             return False
         return True
@@ -111,20 +111,20 @@ class VLLM(Engine):
         return "Start vLLM with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1"
 
     async def contexts(self, models: Iterable[str]) -> dict[str, int | None]:
-        return {entry.id: entry.max_model_len for entry in await self.listed()}
+        return {entry.id: entry.max_model_len for entry in await self.listed_models()}
 
     async def resident(self) -> list[str]:
-        # It counts as asleep from the moment it was told to, whatever it still ends.
+        # It reports sleep as soon as it is told to sleep, while requests still end.
         return [] if await self.asleep() else await self.models()
 
     async def load(self, model: str) -> None:
         if not await self.sleeps():
             if model not in await self.models():
-                raise Unsupported(f"{self} has one model for its life, and it is not {model!r}")
-            return  # it is in memory as long as the process runs
+                raise Unsupported(f"{self} serves the model it was started with, not {model!r}")
+            return  # the model is in memory as long as the process runs
         await self.post("/wake_up", timeout_s=WAKE_S)
         if await self.asleep():
-            raise Broken(f"{self} said that it is awake, and sleeps")
+            raise Broken(f"{self} confirmed that it is awake, and still sleeps")
 
     async def unload(self, model: str) -> None:
         if not await self.sleeps():
@@ -132,25 +132,25 @@ class VLLM(Engine):
                 f"{self} has no /sleep: start it with VLLM_SERVER_DEV_MODE=1 "
                 "and --enable-sleep-mode"
             )
-        # A sleep that waits for requests cannot be called off: woken before they end, it
-        # serves on, and falls asleep all the same as soon as it is idle, under the feet of
-        # the next ones. So it is told only when nothing runs.
+        # A sleep that waits for requests cannot be cancelled: woken before they end, vLLM
+        # serves on, and still falls asleep as soon as it is idle, under the next requests.
+        # So the sleep is requested only when nothing runs.
         while (await self.activity(model)).running:  # noqa: ASYNC110 - vLLM has no event for it
-            await asyncio.sleep(IDLE_LOOK_S)
-        # The default mode, abort, kills running requests; level 2 has open correctness bugs.
+            await asyncio.sleep(IDLE_POLL_S)
+        # The default mode, abort, ends running requests; level 2 has open correctness bugs.
         await self.post("/sleep?level=1&mode=wait", timeout_s=SLEEP_S)
         if not await self.asleep():
-            raise Broken(f"{self} said that it sleeps, and does not")
+            raise Broken(f"{self} confirmed that it sleeps, and does not")
 
     async def activity(self, model: str) -> Activity:
-        metrics = Metrics.of((await self.get("/metrics")).decode("utf-8", "replace"))
+        metrics = Gauges.of((await self.get("/metrics")).decode("utf-8", "replace"))
         return Activity(
             metrics.count("vllm:num_requests_running"), metrics.count("vllm:num_requests_waiting")
         )
 
-    def bridge(self, call: Call, model: str) -> Bridged:
+    def bridge(self, call: Call, model: str) -> BridgedRequest:
         changes: dict[str, msgspec.Raw | None] = {}
         if call.continues and "continue_final_message" not in call.body:
             changes["continue_final_message"] = calls.TRUE
             changes["add_generation_prompt"] = calls.FALSE
-        return Bridged(calls.renamed(call, model, **changes))
+        return BridgedRequest(calls.body_for(call, model, **changes))

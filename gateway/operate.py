@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backends.transport import http
+from backends.transport.origin import Origin
 from gateway.errors import UsageError
 
 #: The status of a gateway with many models is some hundred kilobytes.
@@ -86,7 +87,7 @@ async def fetch(
     content = b"" if body is None else msgspec.json.encode(body)
     try:
         async with http.Client() as client:
-            origin = http.Origin.of(url)
+            origin = Origin.of(url)
             answer = await client.request(
                 origin, method, path, headers, content, connect_s=2, head_s=5
             )

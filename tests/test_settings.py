@@ -172,7 +172,7 @@ def test_a_value_that_makes_no_sense_is_told_with_its_place(
 def test_a_bad_url_is_told_with_what_to_write(place: Place, url: str) -> None:
     said = place.mistake(f"engines: {{vllm: {{urls: ['{url}']}}}}")
 
-    assert f"engines.vllm.urls.0: '{url}' is no base URL: write http://HOST:PORT" in said
+    assert f"engines.vllm.urls.0: '{url}' is not a base URL: write http://HOST:PORT" in said
 
 
 def test_a_port_that_is_none_is_a_bad_url(place: Place) -> None:

@@ -1,42 +1,44 @@
-"""The one HTTP client that talks to engines.
+"""The HTTP client that talks to engines.
 
-Made for relaying: a body is handed over as it arrives, a connection that is closed
-early is really closed, and a deadline costs nothing per chunk. No redirects, no
-cookies, no proxies, no retries but one: a kept connection that the engine had closed
-already. The parser is httptools (llhttp, Node's); connections are plain asyncio.
+It is made for relaying: a body is handed out as it arrives, a response that is closed early
+closes its connection, and a deadline costs nothing per chunk. It follows no redirect, keeps
+no cookie and uses no proxy. It repeats a request in one case: the engine had closed a kept
+connection while it was idle. The parser is httptools (llhttp, Node's); connections are
+plain asyncio.
 """
 
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Self, cast
-from urllib.parse import urlsplit
 
 import httptools
 
-from backends.transport import tls
+from backends.transport import compression, tls
+from backends.transport.compression import Inflater
+from backends.transport.origin import Origin
 
-#: Bytes that may wait here for a slow reader before the engine is made to wait.
+#: Unread bytes of a response from which on the engine has to wait.
 HIGH_WATER = 256 * 1024
+#: The largest head of a response, bytes.
 MAX_HEAD = 64 * 1024
-#: Engines keep idle connections for 5 s (uvicorn, cpp-httplib); ours go before that.
-KEEP_S = 4.0
+#: How long idle connections are kept, seconds. Engines close theirs after 5 s (uvicorn,
+#: cpp-httplib), so ours must go before.
+KEEP_ALIVE_S = 4.0
 
 
 class HttpError(Exception):
-    """The exchange failed; the text says how."""
+    """An exchange failed; the text says how."""
 
 
 class ConnectFailed(HttpError):
-    """No connection: refused, unresolved, or no answer to it in time."""
+    """There was no connection: refused, unresolved, or not accepted in time."""
 
 
 class TimedOut(HttpError):
-    """Nothing came within the deadline."""
+    """Nothing arrived before the deadline."""
 
 
 class Disconnected(HttpError):
@@ -44,39 +46,11 @@ class Disconnected(HttpError):
 
 
 class Malformed(HttpError):
-    """What came is not HTTP, or more of it than allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where to connect, and the path every request there begins with."""
-
-    host: str
-    port: int
-    tls: bool
-    prefix: str = ""
-
-    @classmethod
-    def of(cls, url: str) -> Origin:
-        """The origin of a base URL; raises ValueError on anything that is none."""
-        parts = urlsplit(url)
-        more = parts.query or parts.fragment or parts.username  # would be lost on the way
-        if parts.scheme not in ("http", "https") or not parts.hostname or more:
-            msg = f"{url!r} is no base URL: write http://HOST:PORT"
-            raise ValueError(msg)
-        tls = parts.scheme == "https"
-        port = parts.port or (443 if tls else 80)
-        return cls(parts.hostname, port, tls, parts.path.rstrip("/"))
-
-    @property
-    def authority(self) -> str:
-        """What the Host header says."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
+    """What arrived is not HTTP, or more of it than allowed."""
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, one exchange at a time."""
+    """One connection, with one exchange at a time."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -97,7 +71,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         response = self.response
         if response is None or response.complete:
-            self.abort()  # bytes that nobody asked for: whose answer would they be?
+            self.abort()  # bytes that belong to no request
             return
         try:
             self.parser.feed_data(data)
@@ -106,7 +80,7 @@ class _Connection(asyncio.Protocol):
                 response.fail(Malformed(f"not HTTP: {exc}"))
             self.abort()
             return
-        response.arrived()
+        response.on_data()
 
     def eof_received(self) -> bool:
         return False
@@ -114,7 +88,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
         if self.response is not None:
-            self.response.ended(exc)
+            self.response.on_connection_lost(exc)
 
     def abort(self) -> None:
         self.lost = True
@@ -122,12 +96,12 @@ class _Connection(asyncio.Protocol):
 
 
 class Response:
-    """An answer, from its head on; `read()` gives the body as it arrives."""
+    """A response, from its head on; `read()` returns the body as it arrives."""
 
     def __init__(self, connection: _Connection, pool: _Pool, head_s: float) -> None:
         self.status = 0
         self.complete = False
-        self._idle_s = head_s
+        self._timeout_s = head_s
         self._connection = connection
         self._pool = pool
         self._loop = connection.loop
@@ -136,13 +110,14 @@ class Response:
         self._chunks: list[bytes] = []
         self._buffered = 0
         self._paused = False
-        self._framed = False
-        self._keeps = False
-        self._inflate: zlib._Decompress | None = None
+        self._has_length = False
+        self._keep_alive = False
+        self._inflater: Inflater | None = None
         self._error: HttpError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._heard = self._loop.time()
-        self._strict = True  # the time runs whatever comes: a comment is no first token
+        self._timer_from = self._loop.time()
+        # At first the deadline holds whatever arrives: a comment is not a first token.
+        self._deadline_is_absolute = True
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -160,16 +135,16 @@ class Response:
 
     def on_headers_complete(self) -> None:
         status = self._connection.parser.get_status_code()
-        if status < 200:  # 100 Continue and its like come before the real head
+        if status < 200:  # 100 Continue and the like precede the real head
             self._headers.clear()
             return
         self.status = status
         headers = self._headers
-        self._framed = b"content-length" in headers or b"transfer-encoding" in headers
+        self._has_length = b"content-length" in headers or b"transfer-encoding" in headers
         encoding = headers.get(b"content-encoding", b"").lower()
-        if encoding in (b"gzip", b"x-gzip", b"deflate"):
-            self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        elif encoding not in (b"", b"identity"):
+        if encoding in compression.GZIP_OR_DEFLATE:
+            self._inflater = Inflater(16 * HIGH_WATER)
+        elif encoding not in compression.NONE:
             self._error = Malformed(f"content encoding {encoding.decode('latin-1')!r}")
 
     def on_body(self, data: bytes) -> None:
@@ -179,22 +154,22 @@ class Response:
     def on_message_complete(self) -> None:
         if self.status:
             self.complete = True
-            self._keeps = self._connection.parser.should_keep_alive()
+            self._keep_alive = self._connection.parser.should_keep_alive()
 
     # Called by the connection
 
-    def arrived(self) -> None:
-        if not self._strict:
-            self._heard = self._loop.time()
+    def on_data(self) -> None:
+        if not self._deadline_is_absolute:
+            self._timer_from = self._loop.time()
         if self._buffered > HIGH_WATER and not self._paused:
             self._paused = True
             self._connection.transport.pause_reading()
         self._wake()
 
-    def ended(self, exc: Exception | None) -> None:
+    def on_connection_lost(self, exc: Exception | None) -> None:
         if not self.complete:
-            if self.status and not self._framed and exc is None:
-                self.complete = True  # no length was given: the end of the line is the end
+            if self.status and not self._has_length and exc is None:
+                self.complete = True  # without a length the body ends with the connection
             else:
                 self.fail(Disconnected(f"the connection was lost ({exc or 'closed early'})"))
         self._wake()
@@ -209,28 +184,28 @@ class Response:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    # One lazy timer an exchange: hearing something only notes the time.
+    # One lazy timer for each exchange: data that arrives only sets `_timer_from`.
 
-    def _watch_time(self) -> None:
-        if self._waiter is None and not self._strict:
-            # The reader is busy: the silence is ours, not the engine's.
-            self._heard = self._loop.time()
-        left = self._heard + self._idle_s - self._loop.time()
+    def _check_deadline(self) -> None:
+        if self._waiter is None and not self._deadline_is_absolute:
+            # The reader is busy, so the silence is not the engine's.
+            self._timer_from = self._loop.time()
+        left = self._timer_from + self._timeout_s - self._loop.time()
         if left <= 0:
-            missed = "no answer" if self._strict else "nothing"
-            self.fail(TimedOut(f"{missed} came for {self._idle_s:g} s"))
+            missing = "no answer" if self._deadline_is_absolute else "no data"
+            self.fail(TimedOut(f"{missing} for {self._timeout_s:g} s"))
             self._connection.abort()
         else:
-            self._timer = self._loop.call_later(left, self._watch_time)
+            self._timer = self._loop.call_later(left, self._check_deadline)
 
-    def allow_silence(self, seconds: float) -> None:
-        """How long the engine may say nothing from now on; until then all of it counts."""
-        self._idle_s = seconds
-        self._strict = False
-        self._heard = self._loop.time()
+    def set_idle_timeout(self, seconds: float) -> None:
+        """Let the engine be silent for so long from now on; until now one deadline held for all."""
+        self._timeout_s = seconds
+        self._deadline_is_absolute = False
+        self._timer_from = self._loop.time()
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(seconds, self._watch_time)
+        self._timer = self._loop.call_later(seconds, self._check_deadline)
 
     async def _wait(self) -> None:
         self._waiter = self._loop.create_future()
@@ -241,17 +216,17 @@ class Response:
 
     async def head(self) -> None:
         """Return when the status is known; raises `HttpError`."""
-        self._timer = self._loop.call_later(self._idle_s, self._watch_time)
+        self._timer = self._loop.call_later(self._timeout_s, self._check_deadline)
         while not self.status and self._error is None:
             await self._wait()
         if self._error is not None:
             raise self._error
 
     async def read(self) -> bytes:
-        """What has come since the last call, at least a byte; empty at the end.
+        """What has arrived since the last call, at least one byte; empty at the end.
 
         Raises:
-            HttpError: The answer broke off; what came before was handed out.
+            HttpError: The response broke off; what arrived before was handed out.
         """
         while not self._chunks:
             if self._error is not None:
@@ -266,21 +241,14 @@ class Response:
         if self._paused:
             self._paused = False
             if not self._connection.lost:
-                self._heard = self._loop.time()
+                self._timer_from = self._loop.time()
                 self._connection.transport.resume_reading()
-        if self._inflate is not None:
-            return self._inflated(data) or await self.read()
-        return data
-
-    def _inflated(self, data: bytes) -> bytes:
-        assert self._inflate is not None  # noqa: S101 - the caller looked
+        if self._inflater is None:
+            return data
         try:
-            out = self._inflate.decompress(data, 16 * HIGH_WATER)
-        except zlib.error as exc:
-            raise Malformed(f"not the compression it names: {exc}") from exc
-        if self._inflate.unconsumed_tail:
-            raise Malformed("it unpacks to more than an answer can be")
-        return out
+            return self._inflater.feed(data) or await self.read()
+        except ValueError as exc:
+            raise Malformed(str(exc)) from exc
 
     async def read_all(self, limit: int) -> bytes:
         """The whole body; raises `HttpError`, also when it is over `limit` bytes."""
@@ -289,26 +257,26 @@ class Response:
         while data := await self.read():
             size += len(data)
             if size > limit:
-                raise Malformed(f"the answer is over {limit} bytes")
+                raise Malformed(f"the answer has over {limit} bytes")
             parts.append(data)
         return b"".join(parts)
 
     def close(self, *, reuse: bool) -> None:
-        """End the exchange: keep the connection where it is whole, cut it where not."""
+        """End the exchange: keep the connection after a whole response, else cut it."""
         if self._closed:
             return
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         whole = self.complete and self._error is None and not self._chunks
-        if reuse and whole and self._keeps:
+        if reuse and whole and self._keep_alive:
             self._pool.keep(self._connection)
         else:
             self._connection.abort()
 
 
 class _Pool:
-    """The idle connections to one origin, the freshest first."""
+    """The idle connections to one origin; the one used last is taken first."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -331,7 +299,7 @@ class _Pool:
         return None
 
     def _drop_stale(self) -> None:
-        stale = self._loop.time() - KEEP_S
+        stale = self._loop.time() - KEEP_ALIVE_S
         while self._idle and (self._idle[0].lost or self._idle[0].idle_since < stale):
             self._idle.popleft().abort()
 
@@ -341,11 +309,11 @@ class _Pool:
 
 
 class Client:
-    """Connections to any number of engines. Make one a process, close it at the end.
+    """Connections to any number of engines. Make one for the process, close it at the end.
 
     Args:
-        resolve: The address of a host, asked for each connection, so that a name may move;
-            raises OSError where it has none. As it is, the system's resolver does it.
+        resolve: Returns the address of a host, for each connection anew, so that a name may
+            move; raises OSError where it has none. By default the system resolves names.
     """
 
     def __init__(self, resolve: Callable[[str], str] = str) -> None:
@@ -374,10 +342,10 @@ class Client:
         connect_s: float,
         head_s: float,
     ) -> Response:
-        """Send a request and return its answer once the head is there.
+        """Send a request and return its response once the head is there.
 
-        `head_s` bounds the time to the whole answer, or, once `allow_silence` was called,
-        the time until then.
+        `head_s` bounds the time to the end of the response, or to the call of its
+        `set_idle_timeout`.
 
         Raises:
             HttpError: `ConnectFailed` where nothing was sent.
@@ -405,7 +373,7 @@ class Client:
             except Disconnected:
                 response.close(reuse=False)
                 if kept is not None:
-                    kept = None  # the engine had closed it while it was idle: make another
+                    kept = None  # the engine had closed it while it was idle
                     continue
                 raise
             except BaseException:

@@ -1,12 +1,13 @@
-"""What is seen in an OpenAI stream while its bytes pass by.
+"""An engine's event stream: cut into whole events, read on the way, and made safe to relay.
 
-`Watch` cuts the bytes into whole events, looks into each for what is counted (first
-content, usage, finish, error) and hands the event on as it came. Only whole events go
-out, so that an answer which breaks off in the middle of one can still be ended with an
-event that every client understands. Two things are changed on the way, because real
-clients break on them: what is no data is left out (comments, and an `id`, which sticks
-and makes openai-python crash at our next comment), and what the client did not ask for
-(usage) or would miss (the other name of `reasoning`) is taken out or put in.
+`StreamFilter` reads from each event what is counted (first content, usage, finish reason,
+error) and passes it on as it came. Only whole events go out. An answer that breaks off
+inside one can still be ended with an event that every client understands.
+
+Real clients break on two things, so these change on the way:
+- Blocks without data are left out: comments, and an `id`, which openai-python keeps and
+  crashes on at our next comment.
+- Usage that the client did not ask for is removed; reasoning gets both of its names.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 
 import msgspec
 
-#: The largest event, bytes. More than this without an end is no event.
+#: The largest event, bytes. A stream with a larger one has failed.
 MAX_EVENT = 1024 * 1024
 
 DONE = b"data: [DONE]\n\n"
 
 
 class Usage(msgspec.Struct):
-    """Tokens of one exchange, as the engine counted them."""
+    """Tokens of one exchange, as the engine counted them; false where it reported none."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -55,12 +56,12 @@ _EMPTY = frozenset((b"", b'""', b"null", b"[]", b"{}", b"false", b"0"))
 
 
 def truthy(raw: msgspec.Raw) -> bool:
-    """Whether a piece of JSON would count as something in the clients' `if`."""
+    """Whether clients would take a piece of JSON for true in an `if`."""
     return bytes(raw) not in _EMPTY
 
 
 def data_of(event: bytes) -> bytes:
-    """The data of one event (LF line ends), its lines joined; empty where it has none."""
+    """The data of one event with LF line ends, its lines joined; empty where it has none."""
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2:
         return event[6:-2]  # what every engine sends nearly always
     lines = []
@@ -71,25 +72,31 @@ def data_of(event: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-class Watch:
-    """Watches one stream. Feed it bytes in any cut; it returns whole events.
+class StreamFilter:
+    """Filters one stream: bytes in any cut go in, whole events come out.
 
     Args:
         usage: Whether the client asked for the usage event.
 
-    What it has seen is in its attributes. After a `fault` it takes nothing more.
+    Attributes:
+        content: Whether content, reasoning or a tool call has passed.
+        usage: The last usage reported, if any.
+        finish: The last finish reason, if any.
+        done: Whether `[DONE]` has passed.
+        error_event: The data of an error event; empty: there was none.
+        error: Why the stream has failed; None: it has not. Nothing passes after it.
     """
 
-    __slots__ = ("_cr", "_tail", "_wants_usage", "content", "done", "error", "fault", "finish",
-                 "usage")  # fmt: skip
+    __slots__ = ("_cr", "_tail", "_wants_usage", "content", "done", "error", "error_event",
+                 "finish", "usage")  # fmt: skip
 
     def __init__(self, *, usage: bool) -> None:
-        self.content = False  # some content, reasoning or tool call has passed
+        self.content = False
         self.usage: Usage | None = None
         self.finish: str | None = None
         self.done = False
-        self.error = b""  # the data of an error event
-        self.fault: str | None = None  # why this is no good stream (any more)
+        self.error_event = b""
+        self.error: str | None = None
         self._wants_usage = usage
         self._tail = b""
         self._cr = False
@@ -97,18 +104,18 @@ class Watch:
     @property
     def complete(self) -> bool:
         """Whether a stream that ends now has ended well."""
-        return self.fault is None and (self.done or self.finish is not None)
+        return self.error is None and (self.done or self.finish is not None)
 
     @property
     def _over(self) -> bool:
-        return self.done or self.fault is not None
+        return self.done or self.error is not None
 
-    def ending(self) -> bytes:
-        """What a good stream still owes its client at its end."""
+    def terminator(self) -> bytes:
+        """What a client still needs at the end of a good stream: `[DONE]`, or nothing."""
         return b"" if self.done else DONE
 
     def feed(self, data: bytes) -> bytes:
-        """The events that `data` completes, ready to be relayed."""
+        """The events that `data` completes, as they are to be relayed."""
         if self._over:
             return b""  # nothing after [DONE] is part of the answer
         if self._cr or b"\r" in data:
@@ -123,22 +130,22 @@ class Watch:
         if end < len(data):
             self._keep(data[end:])
         if data.find(b"\n\n") == end - 2:  # one event: the usual case
-            return self._pass(data if end == len(data) else data[:end])
+            return self.process_event(data if end == len(data) else data[:end])
         out = []
         for event in data[: end - 2].split(b"\n\n"):
-            out.append(self._pass(event + b"\n\n"))
+            out.append(self.process_event(event + b"\n\n"))
             if self._over:
                 break
         return b"".join(out)
 
     def _keep(self, tail: bytes) -> None:
         if len(tail) > MAX_EVENT:
-            self.fault = f"an event of over {MAX_EVENT} bytes"
+            self.error = f"an event of over {MAX_EVENT} bytes"
             tail = b""
         self._tail = tail
 
     def _only_lf(self, data: bytes) -> bytes:
-        """Line ends as LF, also where a CR LF was cut in two."""
+        """The data with LF as line end, also where a CR LF was cut in two."""
         if self._cr:
             data = b"\n" + data.removeprefix(b"\n")
         self._cr = data.endswith(b"\r")
@@ -146,7 +153,7 @@ class Watch:
             data = data[:-1]
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
-    def _pass(self, event: bytes) -> bytes:  # noqa: C901, PLR0911, PLR0912 - one look, all to be seen
+    def process_event(self, event: bytes) -> bytes:  # noqa: C901, PLR0911, PLR0912 - one pass
         """One event as it is to be relayed; empty where it is to be left out."""
         data = data_of(event)
         if not data or data.isspace():
@@ -159,33 +166,34 @@ class Watch:
         try:
             if not data.isascii():
                 data.decode()
-            seen = _decode(data)
+            decoded = _decode(data)
         except msgspec.ValidationError:
             if data.lstrip()[:1] == b"{":
-                return event  # an object of another shape: the client's business
-            self.fault = "an event that is no object"
+                return event  # an object of another shape is the client's to read
+            self.error = "an event that is not an object"
             return b""
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-            self.fault = "an event that is no valid JSON"
+            self.error = "an event that is not valid JSON"
             return b""
-        if truthy(seen.error):
-            self.error = data
-            self.fault = "the engine reported an error in the stream"
+        if truthy(decoded.error):
+            self.error_event = data
+            self.error = "the engine reported an error in the stream"
             return b""
-        if seen.choices:
-            self._look(seen.choices)
+        if decoded.choices:
+            self.inspect(decoded.choices)
             if b'"reasoning' in data:
                 both = both_reasoning_names(data, "delta")
                 if both is not data:
                     event = _event(both)
-        if seen.usage is not None:
-            if seen.usage:
-                self.usage = seen.usage
-            if not self._wants_usage or (seen.choices and not seen.usage):
-                return _without_usage(event) if seen.choices else b""
+        if decoded.usage is not None:
+            if decoded.usage:
+                self.usage = decoded.usage
+            if not self._wants_usage or (decoded.choices and not decoded.usage):
+                return _without_usage(event) if decoded.choices else b""
         return event
 
-    def _look(self, choices: list[_Choice]) -> None:
+    def inspect(self, choices: list[_Choice]) -> None:
+        """Note the finish reason, and whether there is content."""
         for choice in choices:
             if choice.finish_reason is not None:
                 self.finish = choice.finish_reason
@@ -204,24 +212,25 @@ class Watch:
 
 
 def _event(data: bytes) -> bytes:
+    """One event with this data."""
     return b"data: " + data.replace(b"\n", b"\ndata: ") + b"\n\n"
 
 
 def _without_usage(event: bytes) -> bytes:
-    said = msgspec.json.decode(data_of(event))
-    del said["usage"]
-    return _event(msgspec.json.encode(said))
+    chunk = msgspec.json.decode(data_of(event))
+    del chunk["usage"]
+    return _event(msgspec.json.encode(chunk))
 
 
 def both_reasoning_names(data: bytes, part: str) -> bytes:
-    """An answer or chunk whose reasoning is there under both names in use.
+    """An answer or chunk that has its reasoning under both names in use.
 
-    vLLM and Ollama say `reasoning`; many clients read only `reasoning_content`.
-    `part` is where it stands in a choice: `delta` or `message`.
+    vLLM and Ollama write `reasoning`; many clients read only `reasoning_content`.
+    `part` is the field of a choice that holds it: `delta` or `message`.
     """
-    said: dict[str, Any] = msgspec.json.decode(data)
+    body: dict[str, Any] = msgspec.json.decode(data)
     changed = False
-    for choice in said.get("choices") or []:
+    for choice in body.get("choices") or []:
         inner = choice.get(part)
         if not isinstance(inner, dict):
             continue
@@ -229,4 +238,4 @@ def both_reasoning_names(data: bytes, part: str) -> bytes:
         if reasoning and not (inner.get("reasoning") and inner.get("reasoning_content")):
             inner["reasoning"] = inner["reasoning_content"] = reasoning
             changed = True
-    return msgspec.json.encode(said) if changed else data
+    return msgspec.json.encode(body) if changed else data

@@ -19,6 +19,7 @@ import msgspec
 from backends.errors import BackendError
 from backends.processes.supervised import Supervised
 from backends.transport import http
+from backends.transport.origin import Origin
 from gateway import settings
 from gateway.settings import Settings
 from loadtests.measure.experiment import Subject
@@ -91,7 +92,7 @@ async def _wait_settled(url: str, process: Supervised) -> None:
         while process.running:
             with contextlib.suppress(http.HttpError, msgspec.DecodeError):
                 answer = await client.request(
-                    http.Origin.of(url), "GET", "/ready", {}, b"", connect_s=2, head_s=5
+                    Origin.of(url), "GET", "/ready", {}, b"", connect_s=2, head_s=5
                 )
                 readiness = msgspec.json.decode(await answer.read_all(2**20))
                 answer.close(reuse=False)
@@ -103,7 +104,7 @@ async def _wait_settled(url: str, process: Supervised) -> None:
             if time.monotonic() > deadline:
                 raise BackendError(f"after {GATEWAY_READY_S:g} s {reason}")
             await asyncio.sleep(0.2)
-    raise BackendError(process.last_words())
+    raise BackendError(process.exit_report())
 
 
 def gateway_arguments(args: argparse.Namespace) -> list[str]:

@@ -44,7 +44,7 @@ async def configured_model(
     overrides: dict[str, Any] = {"pair": dict(args.pair)} if args.pair else {}
     read = settings.load(args.config, overrides, settings.environment())
     if not read.engines:
-        urls = await discovery.find(client, discovery.USUAL, own_port=0)
+        urls = await discovery.find(client, discovery.USUAL_PORTS, own_port=0)
         engines = {kind: settings.EngineSettings(urls=(url,)) for kind, url in urls.items()}
         read = read.model_copy(update={"engines": engines})
     models = read.served()

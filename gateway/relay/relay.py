@@ -15,7 +15,7 @@ from functools import partial
 import msgspec
 
 from backends import base, errors
-from backends.errors import BackendError, Busy, Refused, Silent, Unreachable
+from backends.errors import BackendError, Busy, NoAnswer, Refused, Unreachable
 from gateway.errors import (
     EngineBusy,
     EngineFailed,
@@ -133,7 +133,7 @@ class Relay:
                     if reply.begun and self._status_events and failure is None:
                         await reply.events(_status_event("The GPU is there.", done=True))
                     await self._attempt(model, replica, request, exchange, reply)
-                    if exchange.usage is not None and not request.needs.many:
+                    if exchange.usage is not None and not request.needs.multiple_choices:
                         model.admission.served(ticket, exchange.usage.completion_tokens)
                     return
             except NoLane:
@@ -142,7 +142,7 @@ class Relay:
                 raise
             except BackendError as exc:
                 failed = _translated(exc)
-                again = exc.elsewhere and not reply.begun and failure is None
+                again = exc.retryable and not reply.begun and failure is None
                 if not again or not self._budget.spend():
                     raise failed from exc
                 failure = failed
@@ -164,7 +164,7 @@ class Relay:
             needs.tools = False
         if pin is not None and pin not in model.lanes:
             pin = None
-        able, why = model.able(needs)
+        able, why = model.eligible_lanes(needs)
         return Ticket(key, request.background, pin, able, why), stripped
 
     async def _attempt(
@@ -190,7 +190,7 @@ class Relay:
         exchange: Exchange,
         reply: Reply,
     ) -> None:
-        whole = await engine.ask(request.call, name)
+        whole = await engine.fetch_answer(request.call, name)
         exchange.first = time.monotonic()
         exchange.usage = whole.usage
         exchange.dropped += whole.dropped
@@ -204,16 +204,15 @@ class Relay:
         exchange: Exchange,
         reply: Reply,
     ) -> None:
-        answer = await engine.open(request.call, name)
+        answer = await engine.open_stream(request.call, name)
         try:
             exchange.dropped += answer.dropped
-            watch = answer.watch
             while data := await answer.read():
-                if watch.content and not exchange.first:
+                if answer.filter.content and not exchange.first:
                     exchange.first = time.monotonic()
                 await reply.events(data)
         finally:
-            exchange.usage = answer.watch.usage
+            exchange.usage = answer.filter.usage
             answer.close()
         await reply.end()
 
@@ -235,7 +234,7 @@ def _translated(error: BackendError) -> GatewayError:
             return EngineBusy("The engine has too much to do.", retry_after=error.retry_after or 1)
         case Unreachable():
             return NoLane("The engine cannot be reached.", retry_after=5)
-        case Silent():
+        case NoAnswer():
             return EngineSilent("The engine did not answer in time.")
         case errors.BrokeOff():
             return EngineFailed("The engine's answer broke off before its end.")

@@ -160,7 +160,7 @@ class Admission:
                 if one.holds and one not in held_before:
                     server.loaded = True
                     server.breaker.reset()
-                    server.prober.disregard()
+                    server.prober.discard_pending()
                 self._look(replica, now)
         self._act(self.scheduler.changed(now))
 
@@ -192,8 +192,8 @@ class Admission:
         """A request failed on a replica."""
         server = self.servers[replica]
         server.breaker.on_failure(failure_of(error), _now())
-        if error.blame:
-            server.prober.doubt()
+        if error.engine_fault:
+            server.prober.probe_now()
         self._refresh(replica)
 
     def _refresh(self, replica: Replica) -> None:
@@ -366,7 +366,7 @@ _STATES = {
 def failure_of(error: BackendError) -> Failure:
     """An engine's error, translated for the circuit breaker."""
     busy_s = (error.retry_after or DEFAULT_BUSY_S) if isinstance(error, Busy) else None
-    return Failure(error.blame, isinstance(error, Unreachable), busy_s)
+    return Failure(error.engine_fault, isinstance(error, Unreachable), busy_s)
 
 
 def _now() -> float:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from backends.kinds import KINDS, Kind
-from backends.transport.http import Origin
+from backends.transport.origin import Origin
 
 
 def _base_url(url: str) -> str:

@@ -25,7 +25,7 @@ TOY = '''
 """An engine that is made up for a test."""
 
 from backends.base import Engine
-from backends.calls import Bridged, Call, renamed
+from backends.calls import BridgedRequest, Call, body_for
 from backends.errors import BackendError, Unsupported
 from backends.reports import Activity, Capabilities, Identity, Readiness
 
@@ -38,7 +38,7 @@ class Toy(Engine):
     sign_field = "object"
 
     async def models(self) -> list[str]:
-        return [model.id for model in await self.listed()]
+        return [model.id for model in await self.listed_models()]
 
     async def ready(self, model: str) -> Readiness:
         try:
@@ -61,8 +61,8 @@ class Toy(Engine):
     async def activity(self, model: str) -> Activity:
         return Activity()
 
-    def bridge(self, call: Call, model: str) -> Bridged:
-        return Bridged(renamed(call, model))
+    def bridge(self, call: Call, model: str) -> BridgedRequest:
+        return BridgedRequest(body_for(call, model))
 '''
 ENTRY = """
         EngineKind(

@@ -47,7 +47,7 @@ class TestVLLM(Contract):
 
     async def test_it_says_what_runs(self, subject: Subject) -> None:
         call = subject.call(stream=True, max_tokens=1500, ignore_eos=True)
-        answer = await subject.engine.open(call, subject.model)
+        answer = await subject.engine.open_stream(call, subject.model)
         await answer.read()
 
         running = (await subject.engine.activity(subject.model)).running

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import httpx
 import pytest
 
-from backends.errors import Broken, Busy, Refused, Sick, Unreachable
+from backends.errors import Broken, Busy, Refused, ServerError, Unreachable
 from backends.fake import (
     DONE,
     Answer,
@@ -567,7 +567,7 @@ async def test_07_a_refusal_is_passed_on_in_one_shape_and_never_retried(
 
 # 8. Flapping: the breaker by itself, at given times
 
-SICK_NOW = Sick("500")
+SICK_NOW = ServerError("500")
 
 
 def well(slots: int = 8) -> Breaker:

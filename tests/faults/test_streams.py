@@ -41,7 +41,7 @@ from backends.fake import (
     usage,
     usage_chunk,
 )
-from backends.transport.sse import MAX_EVENT, Watch
+from backends.transport.sse import MAX_EVENT, StreamFilter
 from tests.clients import node, sdk
 from tests.support.gateways import Running, StartGateway
 from tests.support.models import alone, chat, pair
@@ -407,7 +407,7 @@ def test_18_any_cut_of_a_stream_gives_the_same_content(
     contents, raw = stream_of
     ends = sorted({0, len(raw), *(cut % len(raw) for cut in cuts)})
 
-    whole, cut = Watch(usage=False), Watch(usage=False)
+    whole, cut = StreamFilter(usage=False), StreamFilter(usage=False)
     out = whole.feed(raw)
     pieces = b"".join(cut.feed(raw[a:b]) for a, b in pairwise(ends))
 
@@ -422,9 +422,9 @@ def test_18_a_stream_cut_at_every_byte_gives_the_same_content(
     stream_of: tuple[list[str], bytes],
 ) -> None:
     contents, raw = stream_of
-    watch = Watch(usage=False)
+    passed = StreamFilter(usage=False)
 
-    out = b"".join(watch.feed(bytes([byte])) for byte in raw)
+    out = b"".join(passed.feed(bytes([byte])) for byte in raw)
 
     assert [made["choices"][0]["delta"]["content"] for made in events(out)] == contents
 

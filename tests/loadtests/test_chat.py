@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from loadtests.measure import samples
-from tests.support.servers import WHOLE, always, locust, scripted
+from tests.support.locusts import RunLocust
+from tests.support.servers import WHOLE, always, scripted
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def raw(tmp_path: Path) -> Path:
     return tmp_path / "chat.jsonl"
 
 
-def test_what_was_said_goes_along_with_every_question(raw: Path) -> None:
+def test_what_was_said_goes_along_with_every_question(locust: RunLocust, raw: Path) -> None:
     with scripted(always(*WHOLE)) as server:
         done = locust(
             "chat", "--host", server.url, "-u", 2, "-t", "4s", "--think-s", 0.05, "--turns", 3,
@@ -34,7 +35,7 @@ def test_what_was_said_goes_along_with_every_question(raw: Path) -> None:
     assert len({one.user for one in asked}) == 2
 
 
-def test_people_of_several_processes_write_into_one_file(raw: Path) -> None:
+def test_people_of_several_processes_write_into_one_file(locust: RunLocust, raw: Path) -> None:
     with scripted(always(*WHOLE)) as server:
         done = locust(
             "chat", "--host", server.url, "-u", 4, "-r", 4, "-t", "4s", "--think-s", 0.2,
@@ -48,7 +49,7 @@ def test_people_of_several_processes_write_into_one_file(raw: Path) -> None:
     assert {one.user // 10_000 for one in requests if isinstance(one, samples.Request)} == {0, 1}
 
 
-def test_while_people_are_still_coming_nothing_counts(raw: Path) -> None:
+def test_while_people_are_still_coming_nothing_counts(locust: RunLocust, raw: Path) -> None:
     with scripted(always(*WHOLE)) as server:
         locust(
             "chat", "--host", server.url, "-u", 3, "-t", "5s", "--think-s", 0.05, "--hang-up", 0,
@@ -60,7 +61,7 @@ def test_while_people_are_still_coming_nothing_counts(raw: Path) -> None:
     assert set(phases) == {"warm-up", "measured"}
 
 
-def test_some_hang_up_and_that_is_no_failure_of_the_server(raw: Path) -> None:
+def test_some_hang_up_and_that_is_no_failure_of_the_server(locust: RunLocust, raw: Path) -> None:
     with scripted(lambda number: (200, WHOLE) if number < 2 else _hang()) as server:
         done = locust(
             "chat", "--host", server.url, "-u", 1, "-t", "5s", "--think-s", 0.05, "--hang-up", 1,
@@ -85,7 +86,7 @@ def _hang() -> tuple[int, list[object]]:
         (["--tokens-out", "-1"], "--tokens-out -1: 1 at the least"),
     ],
 )
-def test_what_makes_no_sense_is_refused(arguments: list[str], why: str) -> None:
+def test_what_makes_no_sense_is_refused(locust: RunLocust, arguments: list[str], why: str) -> None:
     done = locust("chat", "--host", "http://127.0.0.1:9", "--model", "m", *arguments)
 
     assert done.returncode == 2

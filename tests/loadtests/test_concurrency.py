@@ -19,7 +19,8 @@ import pytest
 
 from loadtests.measure import samples
 from loadtests.measure.samples import Cell, Request
-from tests.support.servers import WHOLE, always, locust, nobody, scripted
+from tests.support.locusts import RunLocust, locust_process
+from tests.support.servers import WHOLE, always, nobody, scripted
 
 #: Quick and exact enough: what is measured is checked elsewhere (test_selfcheck).
 QUICK = ["--ttft-s", "0.05", "--gap-s", "0.005", "--tokens", "8"]
@@ -49,7 +50,9 @@ def by_cell(raw: Path) -> list[tuple[Cell, list[Request]]]:
     return samples.by_cell(samples.read(raw))
 
 
-def test_every_level_is_kept_and_everybody_has_all_rounds(known: str, raw: Path) -> None:
+def test_every_level_is_kept_and_everybody_has_all_rounds(
+    locust: RunLocust, known: str, raw: Path
+) -> None:
     done = locust(
         "concurrency", "--target", f"a={known}=known", "--levels", "1,3", "--rounds", 2,
         "--repetitions", 2, "--cooldown-s", 0, "--tokens-out", 8, "--raw", raw,
@@ -70,7 +73,7 @@ def test_every_level_is_kept_and_everybody_has_all_rounds(known: str, raw: Path)
         assert {one.tokens_out for one in measured} == {8}
 
 
-def test_targets_come_forth_and_then_back(known: str, raw: Path) -> None:
+def test_targets_come_forth_and_then_back(locust: RunLocust, known: str, raw: Path) -> None:
     locust(
         "concurrency", "--target", f"a={known}=known", "--target", f"b={known}=known",
         "--levels", "1", "--rounds", 1, "--repetitions", 2, "--cooldown-s", 0, "--raw", raw,
@@ -79,7 +82,9 @@ def test_targets_come_forth_and_then_back(known: str, raw: Path) -> None:
     assert [cell.target for cell, _ in by_cell(raw)] == ["a", "b", "b", "a"]
 
 
-def test_locusts_own_tables_have_ttft_and_e2e_of_their_own(known: str, raw: Path) -> None:
+def test_locusts_own_tables_have_ttft_and_e2e_of_their_own(
+    locust: RunLocust, known: str, raw: Path
+) -> None:
     done = locust(
         "concurrency", "--host", known, "--levels", "2", "--rounds", 1, "--raw", raw
     )  # fmt: skip
@@ -89,7 +94,9 @@ def test_locusts_own_tables_have_ttft_and_e2e_of_their_own(known: str, raw: Path
     assert rows[0][5] == "2"  # what counts, and no more
 
 
-def test_users_in_several_processes_are_as_many_and_no_two_the_same(known: str, raw: Path) -> None:
+def test_users_in_several_processes_are_as_many_and_no_two_the_same(
+    locust: RunLocust, known: str, raw: Path
+) -> None:
     done = locust(
         "concurrency", "--host", known, "--levels", "4", "--rounds", 2, "--processes", 2,
         "--raw", raw,
@@ -104,7 +111,7 @@ def test_users_in_several_processes_are_as_many_and_no_two_the_same(known: str, 
 
 
 def test_with_a_number_of_users_and_a_time_it_is_a_locust_file_as_any_other(
-    known: str, raw: Path
+    locust: RunLocust, known: str, raw: Path
 ) -> None:
     done = locust("concurrency", "--host", known, "-u", 3, "-t", "4s", "--raw", raw)
 
@@ -114,7 +121,9 @@ def test_with_a_number_of_users_and_a_time_it_is_a_locust_file_as_any_other(
     assert len([one for one in requests if one.phase == "measured"]) > 3
 
 
-def test_in_an_open_loop_requests_come_whoever_waits(known: str, raw: Path) -> None:
+def test_in_an_open_loop_requests_come_whoever_waits(
+    locust: RunLocust, known: str, raw: Path
+) -> None:
     done = locust(
         "concurrency", "--host", known, "--rate", "20", "--arrivals", 30, "--raw", raw
     )  # fmt: skip
@@ -137,7 +146,9 @@ def test_help_teaches_the_files_own_options(file: str) -> None:
         assert option in said
 
 
-def test_the_first_line_says_how_it_was_asked_to_measure(known: str, raw: Path) -> None:
+def test_the_first_line_says_how_it_was_asked_to_measure(
+    locust: RunLocust, known: str, raw: Path
+) -> None:
     locust("concurrency", "--host", known, "--levels", "1", "--warm-up", 0, "--rounds", 1,
            "--raw", raw)  # fmt: skip
 
@@ -147,7 +158,7 @@ def test_the_first_line_says_how_it_was_asked_to_measure(known: str, raw: Path) 
     assert asked == {"host": known, "levels": "1", "warm_up": 0, "rounds": "1"}
 
 
-def test_a_key_is_sent_and_written_nowhere(raw: Path) -> None:
+def test_a_key_is_sent_and_written_nowhere(locust: RunLocust, raw: Path) -> None:
     with scripted(always(*WHOLE)) as server:
         done = locust(
             "concurrency", "--host", server.url, "--model", "m", "--levels", "1", "--rounds", 1,
@@ -179,7 +190,7 @@ def test_a_key_is_sent_and_written_nowhere(raw: Path) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line_before_anybody_is_asked(
-    arguments: list[str], why: str
+    locust: RunLocust, arguments: list[str], why: str
 ) -> None:
     done = locust("concurrency", *arguments)
 
@@ -199,7 +210,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line_before_anybody_is_asked(
     ],
 )
 def test_a_target_that_refuses_its_first_request_is_named_with_what_to_do(
-    raw: Path, status: int, message: str, hint: str
+    locust: RunLocust, raw: Path, status: int, message: str, hint: str
 ) -> None:
     with scripted(lambda _: (status, {"error": {"message": message}})) as server:
         done = locust("concurrency", "--host", server.url, "--model", "m", "--raw", raw)
@@ -209,7 +220,7 @@ def test_a_target_that_refuses_its_first_request_is_named_with_what_to_do(
     assert hint in done.stderr
 
 
-def test_a_target_at_which_nobody_listens_is_named(raw: Path) -> None:
+def test_a_target_at_which_nobody_listens_is_named(locust: RunLocust, raw: Path) -> None:
     url = nobody()
 
     done = locust("concurrency", "--target", f"dead={url}=m", "--raw", raw)
@@ -219,7 +230,9 @@ def test_a_target_at_which_nobody_listens_is_named(raw: Path) -> None:
     assert "is it running" in done.stderr
 
 
-def test_a_target_that_dies_is_given_up_and_the_others_are_measured(known: str, raw: Path) -> None:
+def test_a_target_that_dies_is_given_up_and_the_others_are_measured(
+    locust: RunLocust, known: str, raw: Path
+) -> None:
     refused = (503, {"error": {"message": "dead"}})
     with scripted(lambda number: (200, WHOLE) if number <= 1 else refused) as server:
         done = locust(
@@ -234,7 +247,7 @@ def test_a_target_that_dies_is_given_up_and_the_others_are_measured(known: str, 
     assert (alive.target, alive.outcome) == ("lives", "complete")
 
 
-def test_single_failures_are_counted_and_sink_nothing(raw: Path) -> None:
+def test_single_failures_are_counted_and_sink_nothing(locust: RunLocust, raw: Path) -> None:
     with scripted(lambda n: (200, WHOLE) if n % 3 else (500, {"error": "once"})) as server:
         locust(
             "concurrency", "--host", server.url, "--model", "m", "--levels", "1", "--rounds", 6,
@@ -247,7 +260,7 @@ def test_single_failures_are_counted_and_sink_nothing(raw: Path) -> None:
     assert (len(errors), errors.count("500: once")) == (6, 2)
 
 
-def test_a_full_disk_ends_it_with_what_to_do(known: str) -> None:
+def test_a_full_disk_ends_it_with_what_to_do(locust: RunLocust, known: str) -> None:
     done = locust("concurrency", "--host", known, "--levels", "1", "--raw", "/dev/full")
 
     assert done.returncode == 2
@@ -260,7 +273,7 @@ def test_a_disk_that_becomes_full_ends_it_and_what_was_written_is_kept(
     def little_space() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (32768, 32768))
 
-    done = locust("concurrency", "--host", known, "-u", 4, "-t", "20s", "--raw", raw,
+    done = locust_process("concurrency", "--host", known, "-u", 4, "-t", "20s", "--raw", raw,
                   preexec_fn=little_space)  # fmt: skip
 
     assert done.returncode == 2

@@ -13,7 +13,7 @@ import pytest
 
 from backends import calls
 from backends.base import Engine
-from backends.calls import Answer, Call, Whole
+from backends.calls import Call, StreamedAnswer, WholeAnswer
 from backends.errors import Refused, Unsupported
 from backends.reports import Readiness
 from backends.transport import sse
@@ -42,9 +42,9 @@ class Subject:
         wants = bool((asked.get("stream_options") or {}).get("include_usage"))
         return Call(path, raw, stream=stream, wants_usage=wants)
 
-    async def stream(self, **fields: Any) -> tuple[list[dict[str, Any]], Answer]:
+    async def stream(self, **fields: Any) -> tuple[list[dict[str, Any]], StreamedAnswer]:
         """The events of a streamed answer but `[DONE]`, and the answer, read and closed."""
-        answer = await self.engine.open(self.call(stream=True, **fields), self.model)
+        answer = await self.engine.open_stream(self.call(stream=True, **fields), self.model)
         raw = b""
         try:
             while data := await answer.read():
@@ -55,9 +55,11 @@ class Subject:
         events = [sse.data_of(event + b"\n\n") for event in raw.split(b"\n\n")[:-1]]
         return [msgspec.json.decode(event) for event in events[:-1]], answer
 
-    async def ask(self, path: str = calls.CHAT, **fields: Any) -> tuple[dict[str, Any], Whole]:
+    async def ask(
+        self, path: str = calls.CHAT, **fields: Any
+    ) -> tuple[dict[str, Any], WholeAnswer]:
         """A whole answer, decoded."""
-        whole = await self.engine.ask(self.call(path, **fields), self.model)
+        whole = await self.engine.fetch_answer(self.call(path, **fields), self.model)
         return msgspec.json.decode(whole.body), whole
 
 
@@ -96,11 +98,11 @@ class Contract:
         events, answer = await subject.stream()
 
         assert text(events)
-        assert answer.watch.content
-        assert answer.watch.finish == "length"
-        assert answer.watch.usage is not None
-        assert answer.watch.usage.completion_tokens == 8
-        assert answer.watch.usage.prompt_tokens > 0
+        assert answer.filter.content
+        assert answer.filter.finish == "length"
+        assert answer.filter.usage is not None
+        assert answer.filter.usage.completion_tokens == 8
+        assert answer.filter.usage.prompt_tokens > 0
 
     async def test_usage_is_in_the_stream_only_if_asked_for(self, subject: Subject) -> None:
         silent, _ = await subject.stream()
@@ -122,7 +124,7 @@ class Contract:
         call = subject.call(max_completion_tokens=3)
         del call.body["max_tokens"]
 
-        whole = await subject.engine.ask(call, subject.model)
+        whole = await subject.engine.fetch_answer(call, subject.model)
 
         assert whole.usage is not None
         assert whole.usage.completion_tokens == 3
@@ -136,15 +138,15 @@ class Contract:
 
     async def test_a_text_may_be_completed_in_a_stream(self, subject: Subject) -> None:
         call = subject.call(calls.COMPLETIONS, stream=True)
-        answer = await subject.engine.open(call, subject.model)
+        answer = await subject.engine.open_stream(call, subject.model)
         raw = b""
         while data := await answer.read():
             raw += data
         answer.close()
 
         assert b'"usage":{' not in raw  # Ollama puts an empty one into each event
-        assert answer.watch.usage is not None
-        assert 1 <= answer.watch.usage.completion_tokens <= 8
+        assert answer.filter.usage is not None
+        assert 1 <= answer.filter.usage.completion_tokens <= 8
 
     async def test_a_prompt_in_a_list_of_one_is_a_prompt(self, subject: Subject) -> None:
         said, _ = await subject.ask(calls.COMPLETIONS, prompt=["The sea is"])
@@ -178,7 +180,7 @@ class Contract:
 
     async def test_a_stream_left_early_stops_the_engine(self, subject: Subject) -> None:
         endless = subject.call(stream=True, max_tokens=1500, ignore_eos=True)
-        answer = await subject.engine.open(endless, subject.model)
+        answer = await subject.engine.open_stream(endless, subject.model)
         await answer.read()
         answer.close()
 

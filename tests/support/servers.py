@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,15 +106,3 @@ def nobody() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
-
-
-def locust(
-    file: str, *arguments: object, within_s: float = 50, **how: Any
-) -> subprocess.CompletedProcess[str]:
-    """A Locust file of ours, run to its end without a page."""
-    command = [sys.executable, "-m", "locust", "-f", f"loadtests/{file}.py", "--headless"]
-    command += ["--only-summary", "--loglevel", "WARNING", "--exit-code-on-error", "0"]
-    command += map(str, arguments)
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=within_s, check=False, **how
-    )

@@ -1,4 +1,4 @@
-"""An engine's error body, read whichever of four shapes it has."""
+"""An engine's error body, whichever of four shapes it has."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import msgspec
 
 
 @dataclass(slots=True)
-class Fault:
-    """An error as an engine wrote it, in OpenAI's words."""
+class ErrorBody:
+    """An error as an engine wrote it, in OpenAI's fields.
+
+    `status` is the HTTP status that the body itself names, as in an error inside a 200.
+    """
 
     message: str
     type: str = "invalid_request_error"
@@ -18,25 +21,25 @@ class Fault:
     status: int | None = None
 
 
-def read_fault(body: bytes) -> Fault:
-    """Whatever an engine says of an error, whichever of four shapes it uses.
+def read_error_body(body: bytes) -> ErrorBody:
+    """The error that a body describes; a body of no known shape has a message that says so.
 
-    `{"error": {…}}` (all on /v1), `{"error": "text"}` (Ollama), `{"message": …}`
-    at the top (older vLLM), `{"detail": …}` (what FastAPI says by itself).
+    Known are `{"error": {…}}` (all engines on /v1), `{"error": "text"}` (Ollama),
+    `{"message": …}` at the top (older vLLM) and `{"detail": …}` (FastAPI's own).
     """
     try:
-        said = msgspec.json.decode(body)
+        decoded = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError):
-        return Fault("the engine answered with an error that is not JSON")
-    error = said.get("error", said) if isinstance(said, dict) else said
+        return ErrorBody("the engine answered with an error that is not JSON")
+    error = decoded.get("error", decoded) if isinstance(decoded, dict) else decoded
     if isinstance(error, str):
-        return Fault(error)
+        return ErrorBody(error)
     if not isinstance(error, dict):
-        return Fault("the engine answered with an error of no known shape")
+        return ErrorBody("the engine answered with an error of no known shape")
     code = error.get("code")
     message = error.get("message") or error.get("detail") or "the engine gave no reason"
     kind, param = error.get("type"), error.get("param")
-    return Fault(
+    return ErrorBody(
         message=message if isinstance(message, str) else msgspec.json.encode(message).decode(),
         type=kind if isinstance(kind, str) else "invalid_request_error",
         param=param if isinstance(param, str) else None,
