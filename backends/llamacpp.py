@@ -1,7 +1,7 @@
-"""llama.cpp's own server: embedded by us (`xllamacpp`), or any llama-server that runs.
+"""llama.cpp's server: the embedded one (`xllamacpp`), or any llama-server that runs.
 
-It has one model for its life and answers for it under any name. As a program,
-`python -m backends.llamacpp`, this module is the embedded server.
+It serves the one model that it was started with, and answers for it under any name. As a
+program, `python -m backends.llamacpp`, this module is the embedded server.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class LlamaCpp(Engine):
             await self.get("/health")
             return Readiness.READY if model in await self.models() else Readiness.ABSENT
         except (errors.Busy, errors.ServerError):
-            return Readiness.LOADING  # it listens before its model is read, and says 503
+            return Readiness.LOADING  # it listens before its model is read, and answers 503
         except errors.BackendError:
             return Readiness.DOWN
 
@@ -80,7 +80,7 @@ class LlamaCpp(Engine):
         return Identity(props.build_info, props.model_ftype, file, props.total_slots)
 
     async def _embeds(self, model: str) -> bool:
-        """Whether it was started with --embeddings: only asking tells."""
+        """Whether it was started with --embeddings: only a request shows it."""
         try:
             await self.post(calls.EMBEDDINGS, {"model": model, "input": "a"}, timeout_s=60.0)
         except errors.BackendError:
@@ -89,13 +89,13 @@ class LlamaCpp(Engine):
 
     async def load(self, model: str) -> None:
         if await self.ready(model) is not Readiness.READY:
-            raise Unsupported(f"{self} has one model for its life, and it is not {model!r}")
+            raise Unsupported(f"{self} serves the model it was started with, not {model!r}")
 
     async def unload(self, model: str) -> None:
         raise Unsupported(f"{self} keeps its model as long as it runs: stop the process instead")
 
     async def release_obstacle(self) -> str:
-        return "A llama-server keeps its model as long as it runs"
+        return "A llama-server keeps its model as long as it runs: stop the process instead"
 
     async def activity(self, model: str) -> Activity:
         metrics = Gauges.of((await self.get("/metrics")).decode("utf-8", "replace"))
@@ -109,11 +109,11 @@ class LlamaCpp(Engine):
 
 
 def serve(gguf: Path, name: str, slots: int, context: int) -> None:
-    """Run the embedded server until told to stop, or until whoever started it is gone.
+    """Run the embedded server until SIGTERM, or until the process that started it has ended.
 
-    Its base URL is the first line on stdout. The model is read before that.
+    The first line on stdout is its base URL. The model is in memory by then.
     """
-    # An extra that only this process needs, and that has no types.
+    # An optional dependency that only this process needs, and that has no types.
     xllamacpp: Any = importlib.import_module("xllamacpp")
 
     params = xllamacpp.CommonParams()
@@ -126,24 +126,24 @@ def serve(gguf: Path, name: str, slots: int, context: int) -> None:
     params.cpuparams.n_threads = len(os.sched_getaffinity(0))
     params.endpoint_metrics = True
     params.ui = False
-    params.cache_ram_mib = 256  # of finished prompts; it would take up to 8 GiB
-    # One server chats and embeds, once it is told how to make one vector of many.
+    params.cache_ram_mib = 256  # for finished prompts; the default is 8 GiB
+    # With a pooling type set, one server both chats and embeds.
     params.embedding = True
     params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway handles Ctrl-C
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
-    sys.stdin.read()  # ends when the other end is closed, by a stop or by a kill -9
+    sys.stdin.read()  # ends when the other end closes, by a stop or by a kill -9
 
 
 def main() -> None:
-    """Read the command line and serve."""
+    """Serve as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m backends.llamacpp", description=serve.__doc__)
     parser.add_argument("gguf", type=Path, help="model file")
-    parser.add_argument("--name", required=True, help="name it answers to")
-    parser.add_argument("--slots", type=int, default=4, help="requests at once")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of context a slot")
+    parser.add_argument("--name", required=True, help="public name of the model")
+    parser.add_argument("--slots", type=int, default=4, help="concurrent requests")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of context per slot")
     args = parser.parse_args()
     serve(args.gguf, args.name, args.slots, args.context)
 

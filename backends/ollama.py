@@ -1,7 +1,7 @@
-"""Ollama: llama.cpp with a model store. Simple, and good for one or a few users.
+"""Ollama: llama.cpp with a model store. Simple, and fast for one or a few users.
 
-Its management goes through the `ollama` client; answers go through the relay's own
-client, whose cost per chunk is a tenth. Read in Ollama 0.24, seen in 0.24.
+Models are managed through the `ollama` package. Answers go through the gateway's own HTTP
+client, which costs a tenth per chunk. Checked against the source and a server of 0.24.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from backends.errors import Broken, Refused
 from backends.ollama_management import Management
 from backends.reports import Activity, Capabilities, Identity, Loaded, Readiness
 
-#: Characters of a digest that tell models apart, as `ollama list` shows them.
+#: Characters of a digest that identify a model, as in `ollama list`.
 DIGEST = 12
 #: Seconds between two looks at a model that is to leave memory.
 UNLOAD_POLL_S = 0.1
 
-#: What /v1 of Ollama reads. It ignores everything else without a word, so the rest is
-#: taken out here and named to the client instead.
+#: Fields that /v1 of Ollama reads. It ignores all others silently, so they are removed here
+#: and named to the client.
 KNOWN = {
     calls.CHAT: frozenset((
         "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens",
@@ -43,7 +43,7 @@ KNOWN = {
 
 
 def full(model: str) -> str:
-    """A model's name with its tag, as Ollama lists it; its API takes it without, too."""
+    """A model's name with its tag, as Ollama lists it; its API also takes it without."""
     return model if ":" in model.rpartition("/")[2] else f"{model}:latest"
 
 
@@ -110,7 +110,7 @@ class Ollama(Engine):
     async def load(self, model: str) -> None:
         await self._management.load(model)
         if full(model) not in await self.resident():
-            raise Broken(f"{self} said that it has loaded {model}, and does not have it")
+            raise Broken(f"{self} confirmed the load of {model}, and does not list it in memory")
 
     async def unload(self, model: str) -> None:
         # The answer comes at once, the memory later: only /api/ps shows when.
@@ -158,7 +158,7 @@ class Ollama(Engine):
 
 
 def _context_of(parameters: str) -> int | None:
-    """The `num_ctx` among a model file's parameters."""
+    """Tokens of context that a model file's `num_ctx` sets; None: it sets none."""
     for line in parameters.splitlines():
         name, _, value = line.partition(" ")
         if name == "num_ctx" and value.strip().isdecimal():
@@ -167,10 +167,10 @@ def _context_of(parameters: str) -> int | None:
 
 
 def _one_prompt(body: Body) -> msgspec.Raw | None:
-    """Ollama takes one prompt, as a string; a list of one is the same to everyone else.
+    """The prompt as one string, which is all that Ollama takes; other engines take lists.
 
     Raises:
-        Refused: There are several, or they are token numbers.
+        Refused: The list holds several prompts, or token numbers.
     """
     prompt = body.get("prompt")
     if prompt is None or bytes(prompt)[:1] == b'"':

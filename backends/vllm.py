@@ -1,6 +1,6 @@
-"""vLLM: paged attention, continuous batching, tensor parallel. Made for many at once.
+"""vLLM: paged attention, continuous batching, tensor parallel. Made for many users.
 
-Read in vLLM 0.32, seen in 0.32 on CPU.
+Checked against the source of 0.32 and a server of 0.32 on CPU.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from backends.calls import BridgedRequest, Call
 from backends.errors import Broken, Refused, Unsupported
 from backends.reports import Activity, Capabilities, Gauges, Identity, Readiness
 
-#: First sleep of a 70B is about 8 s, a wake 2-4 s; these are the deadlines.
+#: Deadlines, seconds. The first sleep of a 70B takes about 8 s, a wake 2-4 s.
 SLEEP_S = 120.0
 WAKE_S = 60.0
-#: How often it is looked at while it ends what runs.
-IDLE_LOOK_S = 0.05
+#: Seconds between two looks at a server that is to become idle.
+IDLE_POLL_S = 0.05
 
 
-class _Routes(msgspec.Struct):
+class _OpenAPI(msgspec.Struct):
     paths: dict[str, msgspec.Raw] = {}
 
 
@@ -63,7 +63,7 @@ class VLLM(Engine):
 
     async def capabilities(self, model: str) -> Capabilities:
         listed = {entry.id: entry for entry in await self.listed_models()}
-        routes = (await self.get_json("/openapi.json", _Routes)).paths
+        routes = (await self.get_json("/openapi.json", _OpenAPI)).paths
         chat = calls.CHAT in routes
         return Capabilities(
             context=listed[model].max_model_len if model in listed else None,
@@ -81,7 +81,7 @@ class VLLM(Engine):
         return Identity(version, digest=Path(root).name if root.startswith("/") else root)
 
     async def _takes_tools(self, model: str) -> bool:
-        """Whether it was started with a tool parser: no endpoint tells, so ask for one token."""
+        """Whether it was started with a tool parser: no endpoint says so, one token does."""
         tool = {"type": "function", "function": {"name": "noop", "parameters": {"type": "object"}}}
         question = {
             "model": model,
@@ -114,17 +114,17 @@ class VLLM(Engine):
         return {entry.id: entry.max_model_len for entry in await self.listed_models()}
 
     async def resident(self) -> list[str]:
-        # It counts as asleep from the moment it was told to, whatever it still ends.
+        # It reports sleep as soon as it is told to sleep, while requests still end.
         return [] if await self.asleep() else await self.models()
 
     async def load(self, model: str) -> None:
         if not await self.sleeps():
             if model not in await self.models():
-                raise Unsupported(f"{self} has one model for its life, and it is not {model!r}")
-            return  # it is in memory as long as the process runs
+                raise Unsupported(f"{self} serves the model it was started with, not {model!r}")
+            return  # the model is in memory as long as the process runs
         await self.post("/wake_up", timeout_s=WAKE_S)
         if await self.asleep():
-            raise Broken(f"{self} said that it is awake, and sleeps")
+            raise Broken(f"{self} confirmed that it is awake, and still sleeps")
 
     async def unload(self, model: str) -> None:
         if not await self.sleeps():
@@ -132,15 +132,15 @@ class VLLM(Engine):
                 f"{self} has no /sleep: start it with VLLM_SERVER_DEV_MODE=1 "
                 "and --enable-sleep-mode"
             )
-        # A sleep that waits for requests cannot be called off: woken before they end, it
-        # serves on, and falls asleep all the same as soon as it is idle, under the feet of
-        # the next ones. So it is told only when nothing runs.
+        # A sleep that waits for requests cannot be cancelled: woken before they end, vLLM
+        # serves on, and still falls asleep as soon as it is idle, under the next requests.
+        # So the sleep is requested only when nothing runs.
         while (await self.activity(model)).running:  # noqa: ASYNC110 - vLLM has no event for it
-            await asyncio.sleep(IDLE_LOOK_S)
-        # The default mode, abort, kills running requests; level 2 has open correctness bugs.
+            await asyncio.sleep(IDLE_POLL_S)
+        # The default mode, abort, ends running requests; level 2 has open correctness bugs.
         await self.post("/sleep?level=1&mode=wait", timeout_s=SLEEP_S)
         if not await self.asleep():
-            raise Broken(f"{self} said that it sleeps, and does not")
+            raise Broken(f"{self} confirmed that it sleeps, and does not")
 
     async def activity(self, model: str) -> Activity:
         metrics = Gauges.of((await self.get("/metrics")).decode("utf-8", "replace"))

@@ -66,7 +66,7 @@ class Gateway:
     def __init__(
         self,
         read: Settings,
-        ports: discovery.Ports = discovery.USUAL,
+        ports: discovery.Ports = discovery.USUAL_PORTS,
         *,
         client: http.Client | None = None,
         memory: Memory | None = None,

@@ -1,40 +1,39 @@
-"""Every way a request or a command can fail, written for the person who sent it.
+"""Every way in which a request or a command can fail, written for whoever sent it.
 
     GatewayError
     ├── BadRequest          400  the request itself is wrong
-    ├── Unauthorized        401  no key, or not one of ours
-    ├── Forbidden           403  asked from where nobody should ask
+    ├── Unauthorized        401  no API key, or an unknown one
+    ├── Forbidden           403  sent by another site's page, through a browser
     ├── NotFound            404  no such path
     │   └── ModelNotFound   404  no such model
-    ├── MethodNotAllowed    405
-    ├── InUse               409  the model cannot be unloaded: somebody is being answered
+    ├── MethodNotAllowed    405  the path does not have this method
+    ├── InUse               409  the model cannot be unloaded: it is answering a request
     ├── TooLarge            413  the body is over the limit
     ├── EngineRefused       4xx  the engine refused this request, in its own words
-    ├── QueueFull           429  too many wait already
-    ├── WaitedTooLong       503  no slot came free in time; it will not be sent later
-    ├── NoLane              503  no engine can answer for this model now
-    ├── EngineBusy          503  every engine says that it has too much to do
+    ├── QueueFull           429  the queue of the model is full
+    ├── WaitedTooLong       503  no slot became free in time; the request is not sent later
+    ├── NoLane              503  no engine can serve the model now
+    ├── EngineBusy          503  every engine of the model reports that it is overloaded
     ├── EngineFailed        502  the engine failed, and so did the other or there was none
-    ├── EngineSilent        504  the engine took the request and said nothing
+    ├── EngineSilent        504  the engine accepted the request and did not answer in time
     └── Draining            503  the gateway is shutting down
-    ClientGone                   the caller hung up: there is nobody to tell
+    ClientGone                   the client hung up, so no answer is owed
 
     UsageError                   a command cannot work with what it was given
     └── SettingsError            the configuration cannot be used
 
-What is shown to a client is OpenAI's envelope, `{"error": {message, type, param, code}}`.
-The messages are public: no address, no key, nothing of a prompt.
+A client receives OpenAI's envelope, `{"error": {message, type, param, code}}`. The messages
+are public: they contain no address, no key and nothing of a prompt.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from typing import ClassVar
 
-import msgspec
-
-#: Clients give up on a Retry-After over this, seconds.
-MAX_RETRY_AFTER = 120
+#: Longest Retry-After, seconds: clients give up on a longer one.
+MAX_RETRY_AFTER_S = 120
 
 
 class UsageError(Exception):
@@ -50,14 +49,14 @@ class SettingsError(UsageError):
 
 
 class ClientGone(Exception):
-    """The caller hung up. No answer is owed."""
+    """The client hung up, so no answer is owed."""
 
 
 class GatewayError(Exception):
     """An error written for the caller, in OpenAI's shape.
 
-    Raise it anywhere below the HTTP edge; the edge turns it into an answer, or into
-    an error event once an answer has begun.
+    Raise it anywhere below the HTTP edge. The edge turns it into a response, or into an
+    error event once a stream has begun.
 
     Args:
         message: What went wrong and what to do about it; public.
@@ -68,7 +67,7 @@ class GatewayError(Exception):
     status: int = 500
     type: str = "api_error"
     code: str | None = None
-    #: Whether SDKs should try again; None leaves it to their own rules.
+    #: Whether SDKs should retry; None leaves it to their own rules.
     retry: ClassVar[bool | None] = None
 
     def __init__(
@@ -80,23 +79,21 @@ class GatewayError(Exception):
         self.retry_after = retry_after
 
     def envelope(self) -> bytes:
-        """The error as OpenAI would write it, JSON."""
-        return msgspec.json.encode(
-            {
-                "error": {
-                    "message": self.message,
-                    "type": self.type,
-                    "param": self.param,
-                    "code": self.code,
-                }
-            }
-        )
+        """The error in OpenAI's envelope, as JSON."""
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        # The standard library's: whatever prints a UsageError imports this module, and is fast.
+        return json.dumps({"error": error}, ensure_ascii=False, separators=(",", ":")).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """What tells a client whether and when to try again."""
+        """The headers that tell a client whether and when to retry."""
         headers = []
         if self.retry_after is not None:
-            seconds = min(MAX_RETRY_AFTER, max(1, math.ceil(self.retry_after)))
+            seconds = min(MAX_RETRY_AFTER_S, max(1, math.ceil(self.retry_after)))
             headers.append((b"retry-after", str(seconds).encode()))
         if self.retry is not None:
             headers.append((b"x-should-retry", b"true" if self.retry else b"false"))
@@ -112,7 +109,7 @@ class BadRequest(GatewayError):
 
 
 class Unauthorized(GatewayError):
-    """No key, or not one of ours."""
+    """The request has no API key, or an unknown one."""
 
     status = 401
     type = "authentication_error"
@@ -120,7 +117,7 @@ class Unauthorized(GatewayError):
 
 
 class Forbidden(GatewayError):
-    """Asked from where nobody should ask: by another site's page in a browser."""
+    """The request was sent by another site's page, through a browser."""
 
     status = 403
     type = "permission_error"
@@ -128,7 +125,7 @@ class Forbidden(GatewayError):
 
 
 class NotFound(GatewayError):
-    """No such path."""
+    """The path does not exist."""
 
     status = 404
     type = "invalid_request_error"
@@ -136,13 +133,13 @@ class NotFound(GatewayError):
 
 
 class ModelNotFound(NotFound):
-    """No such model."""
+    """The model does not exist."""
 
     code = "model_not_found"
 
 
 class MethodNotAllowed(GatewayError):
-    """The path is there, but not for this method."""
+    """The path exists, but not for this method."""
 
     status = 405
     type = "invalid_request_error"
@@ -150,17 +147,17 @@ class MethodNotAllowed(GatewayError):
 
 
 class InUse(GatewayError):
-    """The model is being used, and stays where it is."""
+    """The model is answering requests, and stays in memory."""
 
     status = 409
     type = "invalid_request_error"
     code = "in_use"
-    # A client that asks again by itself would fight with those who use it.
+    # A client that retries by itself would compete with those that use the model.
     retry = False
 
 
 class TooLarge(GatewayError):
-    """The body is over the limit."""
+    """The body is larger than the limit."""
 
     status = 413
     type = "invalid_request_error"
@@ -168,14 +165,14 @@ class TooLarge(GatewayError):
 
 
 class EngineRefused(GatewayError):
-    """The engine refused this request; its own status, type, param and code are passed on.
+    """The engine refused this request; its status, type, param and code are passed on.
 
     Args:
-        message: The engine's own words.
-        status: Its HTTP status, 4xx.
-        kind: What it calls `type`.
-        param: The field at fault, if it named one.
-        code: Its error code, if it is a word.
+        message: The engine's own message.
+        status: The engine's HTTP status, 4xx.
+        kind: The engine's error `type`.
+        param: The field at fault, if the engine named one.
+        code: The engine's error code, if it is a word.
     """
 
     retry = False
@@ -190,7 +187,7 @@ class EngineRefused(GatewayError):
 
 
 class QueueFull(GatewayError):
-    """Too many wait for this model already."""
+    """The queue of the model is full."""
 
     status = 429
     type = "rate_limit_error"
@@ -198,39 +195,39 @@ class QueueFull(GatewayError):
 
 
 class WaitedTooLong(GatewayError):
-    """No slot came free in time. This request will not be sent later."""
+    """No slot became free in time. The request is not sent later."""
 
     status = 503
     code = "waited_too_long"
 
 
 class NoLane(GatewayError):
-    """No engine can answer for this model now."""
+    """No engine can serve the model now."""
 
     status = 503
     code = "no_engine"
 
 
 class EngineBusy(GatewayError):
-    """Every engine of this model says that it has too much to do."""
+    """Every engine of the model reports that it is overloaded."""
 
     status = 503
     code = "engine_busy"
 
 
 class EngineFailed(GatewayError):
-    """The engine failed, and there was no other to ask."""
+    """The engine failed, and so did the other one, or there was none."""
 
     status = 502
     code = "engine_failed"
 
 
 class EngineSilent(GatewayError):
-    """The engine took the request and did not answer in time."""
+    """The engine accepted the request and did not answer in time."""
 
     status = 504
     code = "engine_silent"
-    # Another attempt would wait as long again, three times over.
+    # Each of an SDK's retries would wait as long again.
     retry = False
 
 

@@ -6,23 +6,23 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-GUIDE = """\
+DOCTOR_HELP = """\
 examples:
-  twolane doctor                           this machine, and the engines that are found on it
-  twolane doctor --config twolane.yaml     the same for what the settings want
+  twolane doctor                           this machine, and the engines that run on it
+  twolane doctor --config twolane.yaml     also what these settings need
   twolane doctor --json | jq '.findings[] | select(.level == "problem")'
   twolane doctor --config twolane.yaml && twolane serve --config twolane.yaml
 
-It looks and asks; nothing is changed, loaded or generated. Engines are best looked at while
-they run, by a user who may see their processes (root, for those of other users).
+It only reads and asks: it changes nothing, loads no model and generates no token. Run it while
+the engines run, as a user who may see their processes (root, for those of other users).
 
 levels:
   problem          it fails, or will
-  warning          it may fail, or somebody else may use it
-  unknown          nobody could tell; it says why
+  warning          it may fail, or strangers may use it
+  unknown          it could not be observed; the line has the reason
   note             worth knowing
   ok               as it should be
-  not applicable   there is nothing here that it is about
+  not applicable   this machine has nothing that the check is about
 
 exit code:
   0   no problem (there may be warnings)
@@ -32,8 +32,9 @@ exit code:
 --json:
   {"version": 1, "at": "2026-11-23T09:00:00+00:00", "problems": 0, "findings": [
     {"check": "port", "about": "", "level": "ok", "saw": "...", "why": "...", "do": "..."}]}
-  `check` and `level` stay as they are. `about` is the card, engine or model, empty where there
-  is one. Every check is there once at least. `do` is empty where there is nothing to do.
+  Names of checks and levels do not change. `about` is the card, engine or model; it is empty
+  where there is only one. Every check has at least one finding. `do` is empty where there is
+  nothing to do.
 """
 
 
@@ -45,17 +46,17 @@ def add_command(commands: Any) -> None:
     """
     parser = commands.add_parser(
         "doctor",
-        help="look for what will fail, and say what to do",
-        description="Look over this machine, its cards, the engines and the gateway's settings, "
-        "and say of each thing what was seen, why it matters and what to do.",
-        epilog=GUIDE,
+        help="find what fails or will fail, and say what to do",
+        description="Check this machine, its cards, the engines and the gateway's settings. Each "
+        "finding says what was seen, why it matters and what to do.",
+        epilog=DOCTOR_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config", type=Path, metavar="FILE",
-        help="the gateway's settings, YAML (without: engines are looked for as `serve` does)",
+        help="the gateway's settings, YAML (default: look for engines as `twolane serve` does)",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="as JSON, see below")
+    parser.add_argument("--json", action="store_true", help="print JSON, see below")
     parser.set_defaults(run=_run)
 
 

@@ -1,4 +1,4 @@
-"""What was seen, as plain data. What could not be seen is `Unknown`, with the reason.
+"""What the collectors observed, as plain data. What could not be observed is `Unknown`.
 
 Sizes are bytes.
 """
@@ -19,50 +19,52 @@ from gateway.settings import EngineSettings, LaneSettings, Settings
 
 T = TypeVar("T")
 
-#: Why nothing is seen of what the settings tell, where these cannot be used.
+#: The reason of all that depends on the settings, where these cannot be used.
 NO_SETTINGS = "the settings cannot be used"
 
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """It could not be looked at, or does not tell; `why` is for people."""
+    """It could not be observed; `reason` is for people."""
 
-    why: str
+    reason: str
 
 
 class NotObserved(Exception):
-    """A judgement needs what was not seen; the text says why it was not."""
+    """A check needs what was not observed; the text is the reason."""
 
 
-def require(part: T | Unknown) -> T:
-    """What was seen; raises `NotObserved` where it was not."""
-    if isinstance(part, Unknown):
-        raise NotObserved(part.why)
-    return part
+def require(value: T | Unknown) -> T:
+    """The observed value; raises `NotObserved` where it is unknown."""
+    if isinstance(value, Unknown):
+        raise NotObserved(value.reason)
+    return value
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches this address."""
-    found = ip_address(address)
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback
+    """Whether only this machine can reach this address."""
+    parsed = ip_address(address)
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return (mapped or parsed).is_loopback
 
 
 def is_private(address: str) -> bool:
-    """Whether this address is of a local network and not of the internet."""
-    found = ip_address(address)
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_private
+    """Whether this address belongs to a local network and not to the internet."""
+    parsed = ip_address(address)
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return (mapped or parsed).is_private
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process, as far as the kernel tells of it.
+    """A process, as the kernel shows it.
 
     Attributes:
-        pid: None where it does not run, and the rest is how it would be started.
-        shm: All of the /dev/shm it sees.
-        memlock: What it may lock in memory; None: without limit.
+        pid: None where it does not run; the rest is how the gateway would start it.
+        command: Its program and arguments.
+        environment: Its environment variables.
+        shm: Size of the /dev/shm that it sees.
+        memlock: The limit of the memory that it may lock; None: no limit.
     """
 
     pid: int | None
@@ -73,11 +75,11 @@ class Process:
 
     @property
     def name(self) -> str:
-        """Its program, without the folder."""
+        """The name of its program, without the folder."""
         return self.command[0].rpartition("/")[2] if self.command else "?"
 
     def flag(self, *names: str) -> str | None:
-        """The value of a command line option; empty for one without, None where it is not there."""
+        """The value of a command line option; empty for a switch, None where it is absent."""
         for at, word in enumerate(self.command):
             name, equals, value = word.partition("=")
             if name not in names:
@@ -89,11 +91,13 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Docker:
-    """What Docker says of itself.
+    """What `docker info` reports.
 
     Attributes:
-        cdi: The devices that it can hand to containers by name.
-        root: Where it keeps images and volumes.
+        version: The version of the Docker Engine.
+        runtimes: The names of its container runtimes.
+        cdi: The devices that containers can request by name.
+        root: The folder of its images and volumes.
     """
 
     version: str
@@ -112,30 +116,38 @@ class Ram:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Where somebody keeps models, or would, and what is free there."""
+    """The free space where models are kept, or would be.
 
-    holds: str
+    Attributes:
+        used_by: A kind of engine, or `docker`.
+        path: The folder.
+        free: Free for this user.
+    """
+
+    used_by: str
     path: str
     free: int
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """The port that the gateway is to listen on.
+    """The address on which the gateway should listen.
 
     Attributes:
-        taken: The addresses on which something listens already that is in our way.
-        by: What that is, as far as can be told.
-        ours: It is a twolane gateway.
-        here: The address is one of this machine's.
+        host: Its address or name.
+        number: The port.
+        conflicts: The addresses of sockets that already listen and are in the way.
+        listener: The process that listens there, for people.
+        is_gateway: Whether a twolane gateway answers there.
+        is_local: Whether the address belongs to this machine.
     """
 
     host: str
     number: int
-    taken: tuple[str, ...] = ()
-    by: str = ""
-    ours: bool = False
-    here: bool = True
+    conflicts: tuple[str, ...] = ()
+    listener: str = ""
+    is_gateway: bool = False
+    is_local: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,23 +155,36 @@ class Exposure:
     """Who may use the gateway.
 
     Attributes:
-        anybody: Whoever reaches this address, and other machines do, as the settings allow it.
-        refused: Why it would not start; empty where it would.
+        host: The address that clients use.
+        keys: The number of API keys.
+        is_open: Whether other machines can use it without a key, as the settings allow it.
+        refusal: Why the gateway refuses to start; empty where it starts.
     """
 
     host: str
     keys: int = 0
-    anybody: bool = False
-    refused: str = ""
+    is_open: bool = False
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedLane:
-    """A lane that the settings want of an engine."""
+    """A lane that the settings expect of an engine.
+
+    Attributes:
+        model: The name that clients use.
+        lane: Its settings.
+        exclusive: Whether the model's engines take turns on the GPU.
+    """
 
     model: str
     lane: LaneSettings
     exclusive: bool
+
+
+#: Why nothing is known of an engine that was not asked.
+NOT_ASKED = Unknown("it was not asked")
+NOT_SEARCHED = Unknown("it was not looked for")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,72 +192,92 @@ class ObservedEngine:
     """One engine at one URL.
 
     Attributes:
-        answers: The kind that answers there; None: nothing that we know.
-        contexts: By model, tokens: of vLLM `--max-model-len`, of Ollama the model file's own.
-        sleeps: Whether a vLLM has its sleep endpoints.
-        addresses: What its host name stands for.
-        here: One of these is this machine's.
-        sockets: Addresses of this machine on which something listens on its port.
-        process: The engine's own; where the gateway is to start it, how it would be started.
+        kind: The kind that the settings expect.
+        url: Its base URL.
+        port: Its port.
+        answering_kind: The kind that answers; None: something that is not an engine we know.
+        lanes: The lanes that the settings expect of it.
+        configured: Its settings, where there are some.
+        version: The version that it reports.
+        models: The models that it has.
+        loaded: The models that are in memory.
+        contexts: Tokens by model: vLLM's `--max-model-len`; what the model file of an Ollama says.
+        identities: By model, what a profile records about it.
+        has_dev_endpoints: Whether a vLLM has the endpoints of its dev mode (sleep, wake up).
+        is_asleep: Whether a vLLM sleeps now.
+        addresses: The addresses of its host name.
+        is_local: Whether one of these belongs to this machine.
+        listening_on: The addresses of this machine on which a socket listens on its port.
+        process: Its process. Where the gateway would start it: how it would be started.
     """
 
     kind: Kind
     url: str
     port: int
-    answers: Kind | Unknown | None
-    wanted: tuple[ExpectedLane, ...] = ()
+    answering_kind: Kind | Unknown | None
+    lanes: tuple[ExpectedLane, ...] = ()
     configured: EngineSettings | None = None
-    version: str | Unknown = Unknown("it was not asked")
-    models: tuple[str, ...] | Unknown = Unknown("it was not asked")
-    loaded: tuple[Loaded, ...] | Unknown = Unknown("it was not asked")
-    contexts: Mapping[str, int | None] | Unknown = Unknown("it was not asked")
-    identities: Mapping[str, Identity] | Unknown = Unknown("it was not asked")
-    sleeps: bool | Unknown = Unknown("it was not asked")
-    asleep: bool | Unknown = Unknown("it was not asked")
-    addresses: tuple[str, ...] | Unknown = Unknown("it was not looked up")
-    here: bool = True
-    sockets: tuple[str, ...] | Unknown = Unknown("it was not looked for")
-    process: Process | Unknown = Unknown("it was not looked for")
+    version: str | Unknown = NOT_ASKED
+    models: tuple[str, ...] | Unknown = NOT_ASKED
+    loaded: tuple[Loaded, ...] | Unknown = NOT_ASKED
+    contexts: Mapping[str, int | None] | Unknown = NOT_ASKED
+    identities: Mapping[str, Identity] | Unknown = NOT_ASKED
+    has_dev_endpoints: bool | Unknown = NOT_ASKED
+    is_asleep: bool | Unknown = NOT_ASKED
+    addresses: tuple[str, ...] | Unknown = NOT_SEARCHED
+    is_local: bool = True
+    listening_on: tuple[str, ...] | Unknown = NOT_SEARCHED
+    process: Process | Unknown = NOT_SEARCHED
 
     @property
     def label(self) -> str:
-        """What to call it."""
+        """Its name in a finding, `KIND at HOST:PORT`."""
         return f"{self.kind} at {self.url.removeprefix('http://')}"
 
     @property
-    def ours(self) -> bool:
-        """Whether the gateway starts it."""
+    def is_managed(self) -> bool:
+        """Whether the gateway starts and stops it."""
         return self.configured is not None and bool(self.configured.command)
 
 
 @dataclass(frozen=True, slots=True)
 class Observations:
-    """All of it.
+    """Everything that was observed.
 
     Attributes:
         at: When, Unix time.
-        source: Where the settings are from, for people.
-        nvidia_on_bus: NVIDIA display devices on the PCI bus.
-        driver_loaded: Whether the kernel has NVIDIA's driver.
-        docker: None where there is no docker command.
-        here: This very process, for what an engine started from this shell would have.
-        owner: Of the GPU's lease; None: nobody. `lease` is its file.
-        profiles: By model, None for the assumed one, text for a file that cannot be used.
+        source: The origin of the settings, for people.
+        program: What to type for `twolane` on this installation.
+        settings: The gateway's settings.
+        exposure: Who may use the gateway.
+        port: Where it should listen.
+        lease: The path of the GPU lease.
+        owner: The gateway that has the GPU lease; None: it is free.
+        profiles: By model; None for the assumed profile, a text for a file that cannot be used.
+        engines: The engines of the settings, or those that were found.
+        nvidia_devices: The number of NVIDIA display devices on the PCI bus.
+        driver_loaded: Whether the kernel has loaded NVIDIA's driver.
+        driver: The driver and the cards.
+        docker: None without a docker command.
+        ram: The machine's memory.
+        own_process: This process, for the limits of an engine that is started from this shell.
+        disks: Where models are kept, or would be.
     """
 
     at: float
     source: str
+    program: str
     settings: Settings | Unknown
     exposure: Exposure | Unknown
     port: Port | Unknown
     lease: str | Unknown
     owner: Owner | Unknown | None
     profiles: Mapping[str, Profile | str | None] | Unknown
-    servers: tuple[ObservedEngine, ...] | Unknown
-    nvidia_on_bus: int | Unknown
+    engines: tuple[ObservedEngine, ...] | Unknown
+    nvidia_devices: int | Unknown
     driver_loaded: bool
     driver: Driver | Unknown
     docker: Docker | Unknown | None
     ram: Ram | Unknown
-    here: Process | Unknown
+    own_process: Process | Unknown
     disks: tuple[Disk, ...] | Unknown = field(default=())

@@ -195,7 +195,7 @@ class Occupant:
             if readiness is Readiness.ABSENT:
                 raise Unsupported(f"{self.engine} does not have the model {self.models[0]}")
             if self.process is not None and not self.process.running:
-                raise Unreachable(f"{self.engine} ended: {self.process.last_words()}")
+                raise Unreachable(f"{self.engine} ended: {self.process.exit_report()}")
             if self.process is None and time.monotonic() - began > self.away_s:
                 raise Unreachable(f"{self.engine} cannot be reached")
             await asyncio.sleep(LOOK_S)

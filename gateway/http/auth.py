@@ -1,4 +1,4 @@
-"""Who may use the gateway: anybody who sends one of its keys, or anybody at all."""
+"""API keys: a request is let in with one of them, or without any where none is configured."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from gateway.errors import Unauthorized
 
 
 class Keys:
-    """The keys that are let in. Without any, everybody is.
+    """The API keys of one purpose. Without any key, every request is let in.
 
-    Only digests are kept, each is compared in constant time, and all are compared, so
-    that neither the time nor the log tells how near a guess came.
+    Only digests are stored. Every digest is compared, each in constant time, so the duration
+    does not show how close a guess came.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
@@ -22,11 +22,14 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def holder(self, headers: Mapping[bytes, bytes]) -> str:
-        """The name under which this client counts: `key-1`, `key-2`, …, or nothing.
+    def name_of(self, headers: Mapping[bytes, bytes]) -> str:
+        """The name of the key that a request was sent with: such as `key-1`.
+
+        Empty where no key is required. The name goes into the log and the queue, the key does
+        not.
 
         Raises:
-            Unauthorized: A key is needed, and none of ours was sent.
+            Unauthorized: A key is required, and the request has none or an unknown one.
         """
         if not self._digests:
             return ""
@@ -36,7 +39,7 @@ class Keys:
         digest = _digest(key.strip())
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(matches):
-            raise Unauthorized("This API key is not one of this gateway's.")
+            raise Unauthorized("This gateway does not know this API key.")
         return f"key-{matches.index(True) + 1}"
 
 

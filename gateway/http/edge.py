@@ -1,8 +1,8 @@
-"""The outermost ASGI callable: every request comes in here, every answer is marked here.
+"""The outermost ASGI callable: each request enters here, each response is labelled here.
 
-The paths that generate go straight to the relay; everything else is FastAPI's. No
-middleware, no dependency injection on the way of a stream: what they cost is paid for
-each of a stream's chunks.
+The generating paths go straight to the relay; FastAPI serves everything else. There is no
+middleware and no dependency injection in a stream's way: their cost would be paid for each
+chunk.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ from gateway.relay.reply import Reply, told
 log = logging.getLogger("gateway")
 
 GENERATING = frozenset((calls.CHAT, calls.COMPLETIONS, calls.EMBEDDINGS))
-#: What changes the gateway, or what its engines have in memory, is below these.
+#: Paths that change the gateway, or what is in its engines' memory; they take an admin key.
 ADMIN = ("/admin", "/models/")
-#: What anybody may see: whether it lives, and how to use it.
+#: Paths that need no key: liveness, readiness, documentation.
 OPEN = frozenset(("/", "/health", "/ready", "/docs", "/openapi.json"))
 
 
 class ExchangeLog(Protocol):
-    """Takes note of every exchange that is over."""
+    """Records exchanges that are over."""
 
-    def write(self, exchange: Exchange) -> None: ...
+    def write(self, exchange: Exchange) -> None:
+        """Record one exchange."""
 
 
 class InternalError(GatewayError):
-    """A fault of the gateway's own."""
+    """The gateway itself has failed."""
 
     code = "internal_error"
 
@@ -52,12 +53,15 @@ class Edge:
     """The gateway as an ASGI application.
 
     Args:
-        relay: Serves what generates.
-        pages: Serves everything else (FastAPI).
-        keys: Who is let in.
-        admins: Who may change what the gateway does.
-        logs: Are told of every exchange.
-        max_body: The largest body, bytes.
+        relay: Serves the generating paths.
+        pages: Serves all other paths (FastAPI).
+        keys: The API keys.
+        admins: The keys for the paths of `ADMIN`.
+        logs: Record every exchange when it is over.
+        max_body: Size of the largest request body, bytes.
+
+    Attributes:
+        draining: Whether the gateway is shutting down: new requests receive 503.
     """
 
     def __init__(
@@ -81,11 +85,11 @@ class Edge:
 
     @property
     def in_flight(self) -> int:
-        """Requests being served."""
+        """Number of requests that are being served."""
         return len(self._open)
 
     def cut_all(self) -> None:
-        """End what still runs: the time for draining is over."""
+        """End every request that still runs: the time for draining is over."""
         for line in tuple(self._open):
             line.cut(Draining("The gateway is shutting down; the answer is not complete."))
 
@@ -111,11 +115,15 @@ class Edge:
         except Exception:
             log.exception("%s failed", exchange.id)
             exchange.outcome = "truncated" if reply.begun else "internal_error"
-            await reply.error(InternalError("The gateway failed. This is our fault, not yours."))
+            await reply.error(
+                InternalError(
+                    "The gateway has failed. The request is not at fault; the log has the details."
+                )
+            )
         finally:
             exchange.ended = time.monotonic()
-            for each in self._logs:
-                each.write(exchange)
+            for exchange_log in self._logs:
+                exchange_log.write(exchange)
 
     async def _answer(
         self, scope: Message, receive: Receive, reply: Reply, exchange: Exchange
@@ -125,7 +133,7 @@ class Edge:
         if self.draining:
             raise Draining("The gateway is shutting down.", retry_after=10)
         headers: Mapping[bytes, bytes] = dict(scope["headers"])
-        exchange.key = self._keys.holder(headers)
+        exchange.key = self._keys.name_of(headers)
         request = parse(scope["path"], await read_body(headers, receive, self._max_body), headers)
         exchange.model = request.model[:80]
         pin = headers.get(b"x-gateway-lane", b"").decode("latin-1") or None
@@ -137,7 +145,7 @@ class Edge:
                 self._open.discard(line)
 
     async def _page(self, scope: Message, receive: Receive, send: Send, exchange: Exchange) -> None:
-        async def marked(message: Message) -> None:
+        async def send_labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *told(exchange)]
             await send(message)
@@ -145,8 +153,8 @@ class Edge:
         try:
             if scope["path"] not in OPEN:
                 keys = self._admins if scope["path"].startswith(ADMIN) else self._keys
-                keys.holder(dict(scope["headers"]))
+                keys.name_of(dict(scope["headers"]))
         except Unauthorized as error:
             await Reply(send, exchange).error(error)
             return
-        await self._pages(scope, receive, marked)
+        await self._pages(scope, receive, send_labelled)

@@ -1,9 +1,9 @@
-"""`/metrics`, for Prometheus: among the gateway's pages, or on a port of its own.
+"""`/metrics`, for Prometheus: among the gateway's pages, or on its own port.
 
-On its own port it asks for no key, so it must not be read through a browser that stands in
-the same network: what comes from another site's page is refused, by its `Origin` or by what
-the browser says of it, and so is a `Host` that is a stranger's name, with which a site can
-make a browser believe that our address is its own (DNS rebinding).
+On its own port it requires no key, so another site's page must not read it through a browser
+in the same network. A request with an `Origin`, a cross-site fetch, and a `Host` that could
+be another site's name are refused. With such a `Host` a site can make a browser believe that
+our address is the site's own (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from gateway.errors import Forbidden, GatewayError
 
 PATH = "/metrics"
 
-#: Text and content type, for what the asker accepts.
+#: The metrics and their content type, for an `Accept` header; may raise GatewayError.
 Exposition: TypeAlias = Callable[[str], tuple[bytes, str]]
 Page: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
 def page(exposition: Exposition) -> Page:
-    """What answers at `/metrics`."""
+    """The endpoint of `/metrics`."""
 
     async def metrics(request: Request) -> Response:
-        """Everything that Prometheus may want to know."""
+        """The metrics, in the format that the client accepts."""
         text, kind = exposition(request.headers.get("accept", ""))
         return Response(text, headers={"content-type": kind, "cache-control": "no-store"})
 
     return metrics
 
 
-def _for_neighbours(answer: Page) -> Page:
-    """The same page, but Forbidden where another site asks through somebody's browser."""
+def _same_network_only(answer: Page) -> Page:
+    """The page, which raises Forbidden where another site reads it through a browser."""
 
     async def guarded(request: Request) -> Response:
         headers = request.headers
         if "origin" in headers or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-            raise Forbidden("Metrics are not for other sites' pages.")
-        if not _is_near(headers.get("host", "")):
+            raise Forbidden("Pages of other sites may not read metrics.")
+        if not _is_local_name(headers.get("host", "")):
             raise Forbidden(
-                "Ask for metrics by address, by this machine's name, or by a name without a dot."
+                "Use this machine's address, its host name, or a name without a dot for metrics."
             )
         return await answer(request)
 
     return guarded
 
 
-def _is_near(host: str) -> bool:
-    """Whether this `Host` cannot be the name of somebody's site."""
+def _is_local_name(host: str) -> bool:
+    """Whether a `Host` cannot be another site's name."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -67,24 +67,24 @@ def _is_near(host: str) -> bool:
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
         return True
-    plain = bool(name) and name.replace("-", "").replace("_", "").isalnum()  # as Docker's are
+    plain = bool(name) and name.replace("-", "").replace("_", "").isalnum()  # as in Docker
     return plain or name == socket.gethostname().lower()
 
 
 class MetricsServer(uvicorn.Server):
-    """Serves `/metrics` alone, beside the gateway and as long as it.
+    """Serves `/metrics` alone, on its own port, for as long as the gateway runs.
 
     Args:
-        exposition: What it says.
+        exposition: Writes the metrics.
         host: Address to listen on.
-        port: Port to listen on; 0: any.
+        port: Port to listen on; 0: any free port.
 
     Attributes:
-        port: Where it listens.
-        url: Of the page.
+        port: The port it listens on.
+        url: The address of the page.
 
     Raises:
-        OSError: It cannot listen there.
+        OSError: It cannot listen on this port.
     """
 
     def __init__(self, exposition: Exposition, host: str, port: int) -> None:
@@ -94,13 +94,13 @@ class MetricsServer(uvicorn.Server):
         self.url = f"http://{host}:{self.port}{PATH}"
         self._serving: asyncio.Task[None] | None = None
         app = Starlette(
-            routes=[Route(PATH, _for_neighbours(page(exposition)), methods=["GET"])],
+            routes=[Route(PATH, _same_network_only(page(exposition)), methods=["GET"])],
             exception_handlers={GatewayError: _error_response},
         )
         super().__init__(
             uvicorn.Config(
                 app,
-                loop="none",  # the one that runs
+                loop="none",  # the running one
                 lifespan="off",
                 access_log=False,
                 log_config=None,
@@ -112,7 +112,7 @@ class MetricsServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """None: they are the gateway's."""
+        """Handle no signals: the gateway handles them."""
         yield
 
     def start(self) -> None:
@@ -120,7 +120,7 @@ class MetricsServer(uvicorn.Server):
         self._serving = asyncio.create_task(self.serve(sockets=[self._listener]))
 
     async def stop(self) -> None:
-        """Return when it serves no more."""
+        """Return when it no longer serves."""
         self.should_exit = self.force_exit = True
         if self._serving is not None:
             await self._serving

@@ -1,7 +1,7 @@
-"""Everything but generating: the model list, health, status, and the documentation.
+"""The pages: the model list, health, status, the operator's paths, and the documentation.
 
-FastAPI serves these and documents all of it, the generating paths too, which the edge
-has answered before a request comes this far.
+FastAPI serves them and documents the whole API. The generating paths are documented here,
+too; the edge answers them before a request reaches FastAPI.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from starlette.types import Receive, Scope, Send
 from backends import calls
 from backends.kinds import KINDS
 from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
-from gateway.http import metrics_page as scrape
+from gateway.http import metrics_page
 from gateway.observe.status import GatewayStatus, ReadyReport
 from gateway.serving.admission import Residence
 from gateway.serving.catalogue import Catalogue, Model
 from gateway.serving.loading import Loader
 
-#: A kind of engine, or `auto`: a plain string to the type checker.
+#: A kind of engine, or `auto`; to the type checker a plain string.
 if TYPE_CHECKING:
     Pinned: TypeAlias = str
 else:
     Pinned = Literal[(*KINDS, "auto")]
 
 DESCRIPTION = """
-One OpenAI endpoint over Ollama and vLLM. Point any OpenAI client at `/v1`. Every answer
-says in `X-Gateway-Lane` which engine gave it and in `X-Gateway-Reason` why.
+One OpenAI endpoint over Ollama and vLLM. Point any OpenAI client at `/v1`. Each response
+names the engine in `X-Gateway-Lane` and the reason for it in `X-Gateway-Reason`.
 
-Name a lane with `model@vllm` or the header `X-Gateway-Lane` to choose it yourself.
+To choose the lane yourself, send `model@vllm` or the header `X-Gateway-Lane`.
 """
 
 Endpoint: TypeAlias = Callable[..., Awaitable[Response]]
-#: Of pages that are no JSON.
-RESPONSES: dict[str, type[Response]] = {scrape.PATH: PlainTextResponse}
-#: What pages answer with, for the documentation; checked when it is made, not when it is sent.
-ANSWERS: Mapping[str, type[msgspec.Struct]] = {
+#: The response classes of pages that are not JSON.
+RESPONSE_CLASSES: dict[str, type[Response]] = {metrics_page.PATH: PlainTextResponse}
+#: The structs that pages respond with, for the documentation.
+RESPONSE_STRUCTS: Mapping[str, type[msgspec.Struct]] = {
     "/ready": ReadyReport,
     "/status": GatewayStatus,
     "/admin/pin": GatewayStatus,
@@ -55,7 +55,7 @@ SCHEMAS = "#/components/schemas/"
 
 
 class ChatBody(BaseModel):
-    """What OpenAI's API takes; fields that are not listed are passed on to the engine."""
+    """The fields of OpenAI's API; others are passed on to the engine."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -66,7 +66,7 @@ class ChatBody(BaseModel):
 
 
 class CompletionBody(BaseModel):
-    """What OpenAI's API takes; fields that are not listed are passed on to the engine."""
+    """The fields of OpenAI's API; others are passed on to the engine."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -77,7 +77,7 @@ class CompletionBody(BaseModel):
 
 
 class EmbeddingBody(BaseModel):
-    """What OpenAI's API takes; fields that are not listed are passed on to the engine."""
+    """The fields of OpenAI's API; others are passed on to the engine."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -85,22 +85,22 @@ class EmbeddingBody(BaseModel):
     input: str | list[str]
 
 
-class Pin(BaseModel):
-    """Where the operator wants the work to be done."""
+class PinBody(BaseModel):
+    """The lane that the operator pins."""
 
     model_config = ConfigDict(extra="forbid")
 
-    lane: Pinned = Field(description="An engine, or `auto`: the policy decides (again).")
+    lane: Pinned = Field(description="An engine, or `auto`: the policy decides.")
 
 
-class Wish(BaseModel):
-    """A model to be loaded or unloaded; other fields are llama.cpp's, and mean nothing here."""
+class ModelBody(BaseModel):
+    """The model to load or unload; other fields of llama.cpp's API are ignored."""
 
     model: str = Field(examples=["smollm2", "smollm2@vllm"])
 
 
-class Problem(BaseModel):
-    """What went wrong, as OpenAI writes it."""
+class ErrorBody(BaseModel):
+    """An error in OpenAI's form."""
 
     message: str
     type: str
@@ -108,10 +108,10 @@ class Problem(BaseModel):
     code: str | None
 
 
-class Envelope(BaseModel):
-    """Every failure's shape."""
+class ErrorEnvelope(BaseModel):
+    """The body of every failed request."""
 
-    error: Problem
+    error: ErrorBody
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ class Pages:
 
     Args:
         catalogue: The models to list.
-        loader: Loads and unloads them, and knows which are in memory.
+        loader: Loads and unloads models, and knows which are in memory.
         ready: Whether any model can be answered, and what the others wait for.
         status: The gateway's state as `/status` shows it.
-        pin: Keep the work at a lane, or (None) leave it to the policy; raises GatewayError.
-        release: Give the GPU's memory back until the next pin; raises GatewayError.
-        version: Shown in the documentation.
-        metrics: What `/metrics` answers, in the format that the client accepts; raises
+        pin: Pins a lane, or (None) leaves the choice to the policy; raises GatewayError.
+        release: Releases the GPU until the next pin; raises GatewayError.
+        version: The gateway's version, for the documentation.
+        metrics: The metrics in the format that the client accepts; raises
             GatewayError.
     """
 
@@ -137,10 +137,10 @@ class Pages:
     pin: Callable[[str | None], None]
     release: Callable[[], None]
     version: str
-    metrics: scrape.Exposition
+    metrics: metrics_page.Exposition
 
     def __post_init__(self) -> None:
-        _application(self.version)  # 35 ms that the first reader of a page need not wait
+        _application(self.version)  # takes 35 ms, before the first request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = {**scope.get("state", {}), "pages": self}
@@ -148,7 +148,7 @@ class Pages:
 
 
 class DocumentedApp(FastAPI):
-    """FastAPI with the schemas of `ANSWERS` in its document.
+    """FastAPI with the schemas of `RESPONSE_STRUCTS` in its document.
 
     FastAPI itself would make a pydantic model of each, and validate every answer with it.
     """
@@ -159,17 +159,17 @@ class DocumentedApp(FastAPI):
         document = super().openapi()
         if not known:
             _, structs = msgspec.json.schema_components(
-                ANSWERS.values(), ref_template=f"{SCHEMAS}{{name}}"
+                RESPONSE_STRUCTS.values(), ref_template=f"{SCHEMAS}{{name}}"
             )
             document["components"]["schemas"] |= structs
         return document
 
 
-def _documented_answer(path: str) -> dict[str, Any] | None:
+def _documented_responses(path: str) -> dict[str, Any] | None:
     """What OpenAPI says of a page's JSON, where it has a schema; 503 of `/ready` has it, too."""
-    if path not in ANSWERS:
+    if path not in RESPONSE_STRUCTS:
         return None
-    schema = {"$ref": f"{SCHEMAS}{ANSWERS[path].__name__}"}
+    schema = {"$ref": f"{SCHEMAS}{RESPONSE_STRUCTS[path].__name__}"}
     content = {"content": {"application/json": {"schema": schema}}}
     if path != "/ready":
         return {"responses": {"200": content}}
@@ -181,11 +181,14 @@ def _documented_answer(path: str) -> dict[str, Any] | None:
 def _application(version: str) -> FastAPI:
     """FastAPI over the routes, which are the same for every gateway of a process.
 
-    A route finds its gateway in the request (`Here`), so that the routes' schemas are made once.
+    A route finds its gateway in the request (`Here`), so the routes' schemas are made once.
     """
     failures: dict[int | str, dict[str, Any]] = {
-        "4XX": {"model": Envelope, "description": "The request is at fault, or came too often."},
-        "5XX": {"model": Envelope, "description": "An engine failed, or none is there."},
+        "4XX": {
+            "model": ErrorEnvelope,
+            "description": "The request is at fault, or the queue is full.",
+        },
+        "5XX": {"model": ErrorEnvelope, "description": "An engine failed, or none is available."},
     }
     app = DocumentedApp(
         title="twolane", description=DESCRIPTION, version=version, redoc_url=None,
@@ -194,8 +197,8 @@ def _application(version: str) -> FastAPI:
     for method, path, endpoint, tag in _routes():
         app.add_api_route(
             path, endpoint, methods=[method], tags=[tag] if tag else None,
-            include_in_schema=bool(tag), response_class=RESPONSES.get(path, JSONResponse),
-            openapi_extra=_documented_answer(path),
+            include_in_schema=bool(tag), response_class=RESPONSE_CLASSES.get(path, JSONResponse),
+            openapi_extra=_documented_responses(path),
         )  # fmt: skip
     app.add_exception_handler(GatewayError, _gateway_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -204,7 +207,7 @@ def _application(version: str) -> FastAPI:
 
 
 def _routes() -> Iterator[tuple[str, str, Endpoint, str]]:
-    """Method, path, what answers, and its heading in the documentation (none: not in it)."""
+    """Method, path, endpoint, and heading in the documentation (empty: undocumented)."""
     yield "GET", "/v1/models", models, "models"
     yield "GET", "/models", models, ""  # llama.cpp's, where Open WebUI loads them
     yield "GET", "/v1/models/{name:path}", one_model, "models"
@@ -213,7 +216,7 @@ def _routes() -> Iterator[tuple[str, str, Endpoint, str]]:
     yield "GET", "/health", health, "operating"
     yield "GET", "/ready", readiness, "operating"
     yield "GET", "/status", state, "operating"
-    yield "GET", scrape.PATH, metrics, "operating"
+    yield "GET", metrics_page.PATH, metrics, "operating"
     yield "POST", "/admin/pin", pin, "operating"
     yield "POST", "/admin/release", release, "operating"
     yield "GET", "/", root, ""
@@ -223,7 +226,7 @@ def _routes() -> Iterator[tuple[str, str, Endpoint, str]]:
 
 
 async def _gateway_of(request: Request) -> Pages:
-    """Whose pages a request is for. No `def`: FastAPI would run that in a thread."""
+    """The pages that a request is for. It is async: FastAPI runs a `def` in a thread."""
     pages: Pages = request.state.pages
     return pages
 
@@ -235,25 +238,25 @@ Here: TypeAlias = Annotated[Pages, Depends(_gateway_of)]
 
 
 async def models(here: Here) -> JSONResponse:
-    """All models, from memory: it answers while an engine hangs."""
+    """List all models. This works while an engine hangs."""
     entries = here.catalogue.models.values()
-    data = [_listed(model, here.loader.residence(model)) for model in entries]
+    data = [_model_entry(model, here.loader.residence(model)) for model in entries]
     return JSONResponse({"object": "list", "data": data})
 
 
 async def one_model(name: str, here: Here) -> JSONResponse:
-    """One model."""
+    """Describe one model."""
     model, _ = here.catalogue.find(name)
-    return JSONResponse(_listed(model, here.loader.residence(model)))
+    return JSONResponse(_model_entry(model, here.loader.residence(model)))
 
 
-async def load(body: Wish, here: Here) -> JSONResponse:
-    """Bring a model into memory. 202: it is on its way there."""
+async def load(body: ModelBody, here: Here) -> JSONResponse:
+    """Load a model into memory. 202: the load is still under way."""
     return _residence(here, body.model, done=await here.loader.load(body.model))
 
 
-async def unload(body: Wish, here: Here) -> JSONResponse:
-    """Put a model out of memory until somebody asks for it. 202: who runs ends first."""
+async def unload(body: ModelBody, here: Here) -> JSONResponse:
+    """Unload a model until the next request for it. 202: running answers end first."""
     return _residence(here, body.model, done=await here.loader.unload(body.model))
 
 
@@ -266,12 +269,12 @@ def _residence(here: Pages, name: str, *, done: bool) -> JSONResponse:
 
 
 async def health() -> JSONResponse:
-    """200 as long as the gateway itself lives."""
+    """Report that the gateway itself is alive."""
     return JSONResponse({"status": "ok"})
 
 
 async def readiness(here: Here) -> Response:
-    """200 when at least one model can be answered, else 503 and what it waits for."""
+    """Report whether any model can be answered; 503 names what the models wait for."""
     report = here.ready()
     if report.ready:
         return _json(report)
@@ -279,23 +282,23 @@ async def readiness(here: Here) -> Response:
 
 
 async def state(here: Here) -> Response:
-    """Lanes, demand, queues, health and the last decisions."""
+    """Report lanes, demand, queues, health, the GPU, costs and the last decisions."""
     return _json(here.status())
 
 
 async def metrics(request: Request, here: Here) -> Response:
-    """Everything that Prometheus may want to know."""
-    return await scrape.page(here.metrics)(request)
+    """Expose the metrics to Prometheus."""
+    return await metrics_page.page(here.metrics)(request)
 
 
-async def pin(body: Pin, here: Here) -> Response:
-    """Keep the work (and in an exclusive placement the GPU) at one engine, or `auto`."""
+async def pin(body: PinBody, here: Here) -> Response:
+    """Pin a lane, and in an exclusive placement the GPU; `auto`: the policy decides."""
     here.pin(None if body.lane == "auto" else body.lane)
     return _json(here.status())
 
 
 async def release(here: Here) -> Response:
-    """Give the GPU's memory to others, a training job perhaps, until the next pin."""
+    """Release the GPU for other programs, such as a training job, until the next pin."""
     here.release()
     return _json(here.status())
 
@@ -305,11 +308,11 @@ async def root() -> JSONResponse:
     return JSONResponse({"name": "twolane", "api": "/v1", "docs": "/docs"})
 
 
-# Generating: answered at the edge; here for the documentation.
+# Generating paths: the edge answers them; these are for the documentation.
 
 
 async def chat(body: ChatBody) -> Response:
-    """Chat, streamed or not."""
+    """Answer a chat, streamed or not."""
     raise NotImplementedError
 
 
@@ -323,26 +326,26 @@ async def embeddings(body: EmbeddingBody) -> Response:
     raise NotImplementedError
 
 
-# Every failure in one shape
+# Errors, all in one form
 
 
 async def _gateway_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, GatewayError)  # noqa: S101 - it is called for no other
-    return _answer(error)
+    assert isinstance(error, GatewayError)  # noqa: S101 - registered for it alone
+    return _error_response(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - it is called for no other
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
     if error.status_code == MethodNotAllowed.status:
-        return _answer(MethodNotAllowed(f"{request.method} is not for this path."))
-    return _answer(NotFound("There is nothing at this path. The API is at /v1, see /docs."))
+        return _error_response(MethodNotAllowed(f"{request.method} is not for this path."))
+    return _error_response(NotFound("This path does not exist. The API is at /v1, see /docs."))
 
 
 async def _invalid_request(_: Request, error: Exception) -> Response:
-    return _answer(BadRequest("The request does not fit this path; see /docs."))
+    return _error_response(BadRequest("The request does not fit this path; see /docs."))
 
 
-def _answer(error: GatewayError) -> Response:
+def _error_response(error: GatewayError) -> Response:
     headers = {name.decode(): value.decode() for name, value in error.headers()}
     return Response(error.envelope(), error.status, headers, media_type="application/json")
 
@@ -351,8 +354,8 @@ def _json(body: msgspec.Struct, status: int = 200, headers: Mapping[str, str] = 
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
-def _listed(model: Model, residence: Residence) -> dict[str, Any]:
-    """A model as OpenAI lists it, with what llama.cpp and Open WebUI say beside it."""
+def _model_entry(model: Model, residence: Residence) -> dict[str, Any]:
+    """A model in OpenAI's list, with the fields that llama.cpp and Open WebUI add."""
     listed: dict[str, Any] = {
         "id": model.name,
         "object": "model",

@@ -1,7 +1,7 @@
 """A request to generate, read as far as the decision needs and no further.
 
-Only the top level of the JSON is taken apart; values stay the client's own bytes. What
-must be looked into (the messages, for what they ask of an engine) is looked into once.
+Only the top level of the JSON is decoded; values stay the client's own bytes. The messages
+are read once, for what they require of an engine.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ MAX_FIELDS = 1_000
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000
 MAX_NAME = 256
-#: Commas in a body, those in its texts included. Each is a token to whatever model, so this
-#: is more than fits; and to read millions of small values would hold up everybody else.
+#: Commas in a body, those in its texts included. Each is a token to any model, so this is more
+#: than fits; and reading millions of small values would block all other requests.
 MAX_COMMAS = 500_000
 #: Bytes of a field that is a name, a number or a few options.
 MAX_SMALL = 4096
-#: Bytes of text a token, for sizes before any tokenizer has seen them. Assumed.
-BYTES_A_TOKEN = 4
+#: Assumed bytes of text per token, where no tokenizer has counted.
+BYTES_PER_TOKEN = 4
 
-#: Whole numbers that a request may carry, and their bounds. Outside them: 400.
+#: Whole numbers of a request, and their bounds; a number outside them is refused.
 BOUNDS = {
     "n": (1, 16),
     "best_of": (1, 16),
@@ -40,57 +40,57 @@ BOUNDS = {
     "top_logprobs": (0, 20),
 }
 
-#: Fields that reach into the engine's template or code. `chat_template_kwargs` may carry
-#: the switches below, which models document; nothing else of these gets through.
+#: Fields that reach into the engine's template or code, and are refused. The exception is
+#: `chat_template_kwargs` with the switches below, which models document.
 UNSAFE = ("chat_template", "chat_template_kwargs", "mm_processor_kwargs", "logits_processors")
 TEMPLATE_SWITCHES = frozenset(("enable_thinking", "thinking", "reasoning_effort"))
 
 
 class _Key(str):
-    """A name at the top level; a type of its own so that each is counted."""
+    """The name of a field at the top level; its own type, so that fields are counted."""
 
     __slots__ = ()
 
 
 class _Role(str):
-    """A message's role; counted for the messages."""
+    """A message's role; its own type, so that messages are counted."""
 
     __slots__ = ()
 
 
 class _Type(str):
-    """The type of a part of a message's content; counted for the parts."""
+    """The type of a part of a message's content; its own type, so that parts are counted."""
 
     __slots__ = ()
 
 
-class _Count:
-    """Counts values of a type while they are read, and ends the reading when it is enough."""
+class _Limit:
+    """Counts values of a type while they are decoded, and raises BadRequest at the limit."""
 
     def __init__(self, limit: int, what: str, param: str | None = None) -> None:
-        self.seen = 0
+        self.count = 0
         self._limit = limit
         self._what = what
         self._param = param
 
     def __call__(self, kind: type[str], value: str) -> str:
-        self.seen += 1
-        if self.seen > self._limit:
+        self.count += 1
+        if self.count > self._limit:
             raise BadRequest(
-                f"A request holds up to {self._limit} {self._what}.", param=self._param
+                f"A request may contain up to {self._limit} {self._what}.", param=self._param
             )
         return kind(value)
 
 
-class _Address(msgspec.Struct):
+class _Url(msgspec.Struct):
     url: str = ""
 
 
 class _Part(msgspec.Struct):
     type: _Type
-    image_url: _Address | str | None = None
-    audio_url: _Address | str | None = None
-    video_url: _Address | str | None = None
+    image_url: _Url | str | None = None
+    audio_url: _Url | str | None = None
+    video_url: _Url | str | None = None
 
 
 class _Message(msgspec.Struct):
@@ -103,10 +103,11 @@ async def read_body(
     receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
     limit: int,
 ) -> bytes:
-    """The whole body.
+    """The whole body of a request.
 
     Raises:
-        TooLarge: It is over `limit` bytes; by its own word, before any of it is read.
+        TooLarge: It is larger than `limit` bytes. Where `Content-Length` says so, nothing is
+            read.
         BadRequest: It is compressed.
         ClientGone: The client hung up before its end.
     """
@@ -114,7 +115,7 @@ async def read_body(
         raise BadRequest("Send the body uncompressed.", param="content-encoding")
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced) > limit:
-        raise TooLarge(f"The body is over {limit} bytes, the most this gateway takes.")
+        raise TooLarge(f"The body is over {limit} bytes, the limit of this gateway.")
     parts: list[bytes] = []
     size = 0
     while True:
@@ -124,17 +125,17 @@ async def read_body(
         part = message.get("body", b"")
         size += len(part)
         if size > limit:
-            raise TooLarge(f"The body is over {limit} bytes, the most this gateway takes.")
+            raise TooLarge(f"The body is over {limit} bytes, the limit of this gateway.")
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def parse(path: str, body: bytes, headers: Mapping[bytes, bytes]) -> Request:
-    """Read a body for one of the generating paths.
+    """Read the body of a request for one of the generating paths.
 
     Raises:
-        BadRequest: Anything that no engine could make sense of, or that none may get.
+        BadRequest: It is malformed, or it has a field or an image that is not safe to pass on.
     """
     fields = _top_level(body)
     model = _typed(fields, "model", str)
@@ -143,13 +144,13 @@ def parse(path: str, body: bytes, headers: Mapping[bytes, bytes]) -> Request:
     if len(model) > MAX_NAME:
         raise BadRequest(f"`model` is over {MAX_NAME} characters.", param="model")
     numbers = _numbers(fields)
-    _nothing_unsafe(fields)
+    _reject_unsafe_fields(fields)
     stream = bool(_typed(fields, "stream", bool)) and path != calls.EMBEDDINGS
     options = _typed(fields, "stream_options", dict) or {}
     call = Call(path, fields, stream=stream, wants_usage=options.get("include_usage") is True)
     needs = Needs(
         multiple_choices=max(numbers.get("n", 1), numbers.get("best_of", 1)) > 1,
-        tokens=len(body) // BYTES_A_TOKEN
+        tokens=len(body) // BYTES_PER_TOKEN
         + max(numbers.get("max_tokens", 0), numbers.get("max_completion_tokens", 0)),
     )
     # Open WebUI sends the header with every request, empty where it asks for no task.
@@ -157,11 +158,11 @@ def parse(path: str, body: bytes, headers: Mapping[bytes, bytes]) -> Request:
     if path == calls.CHAT:
         messages = _messages(fields)
         needs.chat = True
-        needs.images = _images(messages)
-        needs.tools = _filled_list(fields.get("tools"))
+        needs.images = _have_image(messages)
+        needs.tools = _is_filled_list(fields.get("tools"))
         if not needs.tools:
             fields.pop("tools", None)  # an empty list, which vLLM refuses, is no tools
-        needs.forced_tools = needs.tools and _forced(fields.get("tool_choice"))
+        needs.forced_tools = needs.tools and _forces_tools(fields.get("tool_choice"))
         call.continues = messages[-1].role == "assistant" and not needs.tools
         background = background or (not stream and not needs.tools and _is_task(messages))
     elif path == calls.COMPLETIONS:
@@ -173,29 +174,30 @@ def parse(path: str, body: bytes, headers: Mapping[bytes, bytes]) -> Request:
     return Request(model, call, needs, background)
 
 
-def _begin(raw: msgspec.Raw | None, size: int) -> bytes:
-    """The first bytes of a value; empty where there is none."""
+def _excerpt(raw: msgspec.Raw | None, size: int) -> bytes:
+    """The first `size` bytes of a value; empty where there is no value."""
     return b"" if raw is None else bytes(memoryview(raw)[:size])
 
 
 def _present(raw: msgspec.Raw | None) -> bool:
-    """Whether a field is there and not null."""
-    return raw is not None and _begin(raw, 4) != b"null"
+    """Whether a field has a value other than null."""
+    return raw is not None and _excerpt(raw, 4) != b"null"
 
 
-def _filled_list(raw: msgspec.Raw | None) -> bool:
-    """Whether a field is a list with something in it."""
-    return _begin(raw, 1) == b"[" and _begin(raw, 16)[1:].lstrip()[:1] != b"]"
+def _is_filled_list(raw: msgspec.Raw | None) -> bool:
+    """Whether a field is a list that is not empty."""
+    return _excerpt(raw, 1) == b"[" and _excerpt(raw, 16)[1:].lstrip()[:1] != b"]"
 
 
 def _top_level(body: bytes) -> Body:
+    """The fields of a JSON object, their values undecoded; raises BadRequest."""
     if len(body) > MAX_COMMAS and body.count(b",") > MAX_COMMAS:
-        raise BadRequest("The body holds too many values.")
-    count = _Count(MAX_FIELDS, "fields")
+        raise BadRequest("The body contains too many values.")
+    limit = _Limit(MAX_FIELDS, "fields")
     try:
         if not body.isascii():
             _check_utf8(body)
-        fields = msgspec.json.decode(body, type=dict[_Key, msgspec.Raw], dec_hook=count)
+        fields = msgspec.json.decode(body, type=dict[_Key, msgspec.Raw], dec_hook=limit)
     except msgspec.ValidationError:
         raise BadRequest("The body must be a JSON object.") from None
     except UnicodeDecodeError:
@@ -204,13 +206,13 @@ def _top_level(body: bytes) -> Body:
         raise BadRequest(f"The body is not valid JSON: {exc}.") from None
     except RecursionError:
         raise BadRequest("The body is nested too deeply.") from None
-    if count.seen != len(fields):
+    if limit.count != len(fields):
         raise BadRequest("The body names a field twice.")
     return {str(name): value for name, value in fields.items()}
 
 
 def _check_utf8(body: bytes) -> None:
-    """Raise UnicodeDecodeError where it is no UTF-8. In pieces: nobody wants the text itself."""
+    """Raise UnicodeDecodeError where the body is not UTF-8; in pieces, which are dropped."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
     for start in range(0, len(body), 65536):
         decode(body[start : start + 65536])
@@ -218,6 +220,7 @@ def _check_utf8(body: bytes) -> None:
 
 
 def _typed(fields: Body, name: str, kind: type[Any]) -> Any:
+    """The value of a small field; None where it is absent or null. Raises BadRequest."""
     raw = fields.get(name)
     if raw is None:
         return None
@@ -226,13 +229,14 @@ def _typed(fields: Body, name: str, kind: type[Any]) -> Any:
     try:
         return msgspec.json.decode(raw, type=kind | None)
     except (msgspec.DecodeError, RecursionError):
-        said = {
+        expected = {
             str: "a string", bool: "true or false", dict: "an object", int: "a whole number",
         }[kind]  # fmt: skip
-        raise BadRequest(f"`{name}` must be {said}.", param=name) from None
+        raise BadRequest(f"`{name}` must be {expected}.", param=name) from None
 
 
 def _numbers(fields: Body) -> dict[str, int]:
+    """The numbers of `BOUNDS` that a request has; raises BadRequest outside the bounds."""
     numbers = {}
     for name, (low, high) in BOUNDS.items():
         value = _typed(fields, name, int)
@@ -244,7 +248,8 @@ def _numbers(fields: Body) -> dict[str, int]:
     return numbers
 
 
-def _nothing_unsafe(fields: Body) -> None:
+def _reject_unsafe_fields(fields: Body) -> None:
+    """Raise BadRequest for a field that reaches into the engine's template or code."""
     for name in UNSAFE:
         if not _present(fields.get(name)):
             continue
@@ -254,16 +259,16 @@ def _nothing_unsafe(fields: Body) -> None:
                 isinstance(value, dict | list) for value in switches.values()
             ):
                 continue
-        raise BadRequest(f"`{name}` is not taken by this gateway.", param=name)
+        raise BadRequest(f"This gateway does not accept `{name}`.", param=name)
 
 
 def _messages(fields: Body) -> list[_Message]:
     raw = fields.get("messages")
-    if raw is None or _begin(raw, 1) != b"[":
+    if raw is None or _excerpt(raw, 1) != b"[":
         raise BadRequest("`messages` must be a list.", param="messages")
-    count = _Count(MAX_MESSAGES, "messages", "messages")
+    limit = _Limit(MAX_MESSAGES, "messages", "messages")
     try:
-        messages = msgspec.json.decode(raw, type=list[_Message], dec_hook=count)
+        messages = msgspec.json.decode(raw, type=list[_Message], dec_hook=limit)
     except (msgspec.DecodeError, RecursionError) as exc:
         raise BadRequest(
             f"`messages` is not a list of messages: {exc}.", param="messages"
@@ -273,39 +278,40 @@ def _messages(fields: Body) -> list[_Message]:
     return messages
 
 
-def _images(messages: list[_Message]) -> bool:
-    """Whether any message carries an image.
+def _have_image(messages: list[_Message]) -> bool:
+    """Whether any message has an image.
 
     Raises:
-        BadRequest: An image (or sound, or film) that the engine would have to fetch: it
-            must not be made to call addresses of the client's choice.
+        BadRequest: The engine would have to fetch an image, a sound or a video. It must not
+            be made to call addresses of the client's choice.
     """
-    seen = False
-    count = _Count(MAX_PARTS, "parts of content", "messages")
+    has_image = False
+    limit = _Limit(MAX_PARTS, "parts of content", "messages")
     for message in messages:
-        if _begin(message.content, 1) != b"[":
+        if _excerpt(message.content, 1) != b"[":
             continue
         try:
-            parts = msgspec.json.decode(message.content, type=list[_Part], dec_hook=count)
+            parts = msgspec.json.decode(message.content, type=list[_Part], dec_hook=limit)
         except (msgspec.DecodeError, RecursionError):
             raise BadRequest("A message's `content` is malformed.", param="messages") from None
         for part in parts:
-            seen = seen or part.type == "image_url" or part.image_url is not None
-            # Whatever its type says: vLLM looks at all of them in a part that has a `uuid`.
-            for said in (part.image_url, part.audio_url, part.video_url):
-                url = said.url if isinstance(said, _Address) else said
+            has_image = has_image or part.type == "image_url" or part.image_url is not None
+            # Whatever the type is: vLLM reads all three fields of a part that has a `uuid`.
+            for field in (part.image_url, part.audio_url, part.video_url):
+                url = field.url if isinstance(field, _Url) else field
                 if url is not None and not url.startswith("data:"):
                     raise BadRequest(
-                        "Send images as data: URLs; this gateway fetches nothing.",
+                        "Send images as data: URLs. This gateway fetches no addresses.",
                         param="messages",
                     )
-    return seen
+    return has_image
 
 
-def _forced(choice: msgspec.Raw | None) -> bool:
+def _forces_tools(choice: msgspec.Raw | None) -> bool:
+    """Whether `tool_choice` requires a tool call."""
     return choice is not None and bytes(choice) not in (b'"auto"', b'"none"', b"null")
 
 
 def _is_task(messages: list[_Message]) -> bool:
-    """Whether this is Open WebUI asking for a title, tags or follow-ups."""
-    return any(m.role == "user" and _begin(m.content, 10) == b'"### Task:' for m in messages)
+    """Whether this is Open WebUI's own call for a title, tags or follow-ups."""
+    return any(m.role == "user" and _excerpt(m.content, 10) == b'"### Task:' for m in messages)

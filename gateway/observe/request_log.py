@@ -1,4 +1,7 @@
-"""One line a request, written when it is over. Never a prompt, never a key."""
+"""The request log: one JSON line per request, written when it is over.
+
+It contains no prompt and no key.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,25 @@ from gateway.relay.exchange import Exchange
 
 
 class RequestLog:
-    """Writes JSON lines; a log that cannot be written never stops an answer."""
+    """Writes one JSON line per exchange to a stream, stderr by default.
+
+    A log that cannot be written never stops an answer.
+    """
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stderr
 
     def write(self, exchange: Exchange) -> None:
-        """The line of one exchange."""
+        """Write the line of one exchange."""
         line = msgspec.json.encode(record(exchange)).decode()
         try:
             self._out.write(line + "\n")
         except (OSError, ValueError):
-            return  # disk full, pipe closed: serving goes on
+            return  # disk full or pipe closed: serving goes on
 
 
 def record(exchange: Exchange) -> dict[str, object]:
-    """What is logged of an exchange; times in seconds, null where it never came to it."""
+    """The fields of an exchange in the log; times in seconds, null where a step was not reached."""
     began = exchange.began
     usage = exchange.usage
     return {

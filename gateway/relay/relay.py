@@ -164,7 +164,7 @@ class Relay:
             needs.tools = False
         if pin is not None and pin not in model.lanes:
             pin = None
-        able, why = model.able(needs)
+        able, why = model.eligible_lanes(needs)
         return Ticket(key, request.background, pin, able, why), stripped
 
     async def _attempt(

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Needs:
-    """What a request asks of a lane. `tokens`: prompt and answer, estimated."""
+    """What a request requires of a lane.
+
+    Attributes:
+        multiple_choices: It asks for several answers (`n` > 1).
+        tokens: Length of prompt and answer, estimated.
+    """
 
     chat: bool = False
     embeddings: bool = False

@@ -160,7 +160,7 @@ class Admission:
                 if one.holds and one not in held_before:
                     server.loaded = True
                     server.breaker.reset()
-                    server.prober.disregard()
+                    server.prober.discard_pending()
                 self._look(replica, now)
         self._act(self.scheduler.changed(now))
 
@@ -193,7 +193,7 @@ class Admission:
         server = self.servers[replica]
         server.breaker.on_failure(failure_of(error), _now())
         if error.engine_fault:
-            server.prober.doubt()
+            server.prober.probe_now()
         self._refresh(replica)
 
     def _refresh(self, replica: Replica) -> None:

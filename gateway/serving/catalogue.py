@@ -1,6 +1,6 @@
-"""Which models there are, on which lanes, and what each lane can take.
+"""The models that are served, their lanes, and what each lane can serve.
 
-`/v1/models` is answered from here, so that it is there while an engine hangs.
+`/v1/models` is answered from here, so it works while an engine hangs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ from gateway.serving.admission import Admission
 
 @dataclass(slots=True)
 class Model:
-    """A public name and what is behind it. `can` is by lane; what is not known is let try.
+    """A public name and what serves it.
 
-    `profile` is as it was measured (or assumed), `changed` what is otherwise since, by server.
+    Attributes:
+        name: The public name.
+        admission: The way into its lanes.
+        profile: Measured or assumed seconds by lane and concurrency.
+        changed: What has changed since the profile was measured, by replica's URL.
+        can: What each lane can serve. What is unknown is tried.
+        created: When it was put into service, seconds since the epoch.
     """
 
     name: str
@@ -36,58 +42,59 @@ class Model:
 
     @property
     def context(self) -> int | None:
-        """The longest context of any lane, tokens, as far as it is known."""
+        """The longest known context of any lane, tokens."""
         return max((c.context for c in self.can.values() if c.context), default=None)
 
-    def offers(self, what: str) -> bool | None:
-        """Whether any lane has a capability: yes, no, or not known."""
-        known = [getattr(self.can.get(lane, Capabilities()), what) for lane in self.lanes]
+    def offers(self, capability: str) -> bool | None:
+        """Whether any lane has a capability; None: unknown."""
+        known = [getattr(self.can.get(lane, Capabilities()), capability) for lane in self.lanes]
         return True if True in known else None if None in known else False
 
-    def able(self, needs: Needs) -> tuple[frozenset[str], str]:
-        """The lanes that can take a request, and why the others cannot, in words.
+    def eligible_lanes(self, needs: Needs) -> tuple[frozenset[str], str]:
+        """The lanes that can serve a request, and why the others cannot, in words.
 
-        The context is an estimate, so it only chooses between lanes: a request that
-        seems too long for all of them still goes to the longest.
+        The request's length is an estimate, so it only chooses between lanes: a request that
+        seems too long for every lane is still sent.
 
         Raises:
-            BadRequest: No lane can take it, and that is certain.
+            BadRequest: No lane can serve it, and that is certain.
         """
-        asked = {
+        required = {
             "chat": needs.chat,
             "embeddings": needs.embeddings,
             "images": needs.images,
             "tools": needs.tools,
             "multiple_choices": needs.multiple_choices,
         }
-        able = set(self.lanes)
-        why = ""
-        for what, wanted in asked.items():
-            if not wanted:
+        eligible = set(self.lanes)
+        reason = ""
+        for name, is_required in required.items():
+            if not is_required:
                 continue
-            unable = {la for la in able if getattr(self.can.get(la, _ANY), what) is False}
-            if unable == able:
-                raise BadRequest(f"The model {self.name!r} {_CANNOT[what]}.", param=_PARAM[what])
-            if unable:
-                able -= unable
-                why = f"{', '.join(sorted(unable))} {_CANNOT[what]}"
+            unfit = {la for la in eligible if getattr(self.can.get(la, _UNKNOWN), name) is False}
+            if unfit == eligible:
+                raise BadRequest(f"The model {self.name!r} {_CANNOT[name]}.", param=_PARAM[name])
+            if unfit:
+                eligible -= unfit
+                reason = f"{', '.join(sorted(unfit))} {_CANNOT[name]}"
         short = {
             lane
-            for lane in able
-            if (self.can.get(lane, _ANY).context or needs.tokens) < needs.tokens
+            for lane in eligible
+            if (self.can.get(lane, _UNKNOWN).context or needs.tokens) < needs.tokens
         }
-        if short and short != able:
-            able -= short
-            why = f"about {needs.tokens} tokens are over the context of {', '.join(sorted(short))}"
-        return frozenset(able), why
+        if short and short != eligible:
+            eligible -= short
+            lanes = ", ".join(sorted(short))
+            reason = f"about {needs.tokens} tokens exceed the context of {lanes}"
+        return frozenset(eligible), reason
 
 
-_ANY = Capabilities()
+_UNKNOWN = Capabilities()
 _CANNOT = {
     "chat": "does not chat",
     "embeddings": "makes no embeddings",
-    "images": "takes no images",
-    "tools": "takes no tools",
+    "images": "accepts no images",
+    "tools": "accepts no tools",
     "multiple_choices": "gives one answer at a time (n = 1)",
 }
 _PARAM = {
@@ -114,16 +121,16 @@ class Catalogue:
         self._models[model.name] = model
 
     def remove(self, name: str) -> Model:
-        """Serve a model no longer; what runs is not touched."""
+        """Serve a model no longer; running requests are not affected."""
         return self._models.pop(name)
 
     def find(self, name: str) -> tuple[Model, str | None]:
-        """A model by the name a client used, and the lane it pinned with `name@lane`.
+        """A model by the name that a client sent, and the lane that it pinned with `name@lane`.
 
-        Ollama's `:latest` may be left out, as people are used to.
+        Ollama's `:latest` may be left out, as with Ollama itself.
 
         Raises:
-            ModelNotFound: There is none; lists nothing.
+            ModelNotFound: There is no such model; the message lists none.
         """
         for known in (name, f"{name}:latest"):
             if (model := self._models.get(known)) is not None:

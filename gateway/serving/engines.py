@@ -81,7 +81,7 @@ class EnginePool:
         """Run every engine that has a command, except those that wait for the GPU."""
         for kind in self._settings.engines:
             if kind not in besides and (process := self.process(kind)) is not None:
-                self._restarting[asyncio.create_task(process.keep())] = process
+                self._restarting[asyncio.create_task(process.keep_running())] = process
 
     async def start_embedded(self) -> None:
         """Start the embedded engine; raises SettingsError where that is not possible."""
@@ -100,7 +100,7 @@ class EnginePool:
                    "--slots", str(own.slots), "--context", str(own.context)]  # fmt: skip
         output = self._temporary_log(EMBEDDED)
         log.info("starting the embedded engine on %s (log: %s)", gguf.name, output)
-        self.embedded = Supervised(command, output, tells_url=True)
+        self.embedded = Supervised(command, output, reports_url=True)
         self._processes.append(self.embedded)
         try:
             await self.embedded.start(deadline_s=self._timings.embedded_start_s)

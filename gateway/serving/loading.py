@@ -1,8 +1,8 @@
-"""Models are brought into memory and put out of it by hand, as with llama.cpp's router.
+"""Models are loaded and unloaded by hand, as with llama.cpp's router.
 
-Loading is a request that generates nothing: it waits for its slot as others do. So the
-policy chooses the lane, the GPU is brought where nobody holds it, and a hand-over waits for
-it. Unloading waits for who is being answered. Both go on when whoever asked has hung up.
+Loading is a request that generates nothing: it waits for its slot like any other. So the
+policy chooses the lane, an engine takes the GPU where none holds it, and a hand-over waits
+for the load. Unloading waits for running answers. Both go on when the client hangs up.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gateway.settings import Timings
 
 log = logging.getLogger("gateway.loading")
 
-#: What is under way, by model and lane.
-Work: TypeAlias = dict[tuple[str, str | None], asyncio.Task[None]]
+#: Loads or unloads under way, by model and pinned lane.
+Tasks: TypeAlias = dict[tuple[str, str | None], asyncio.Task[None]]
 
 
 class Loader:
@@ -32,78 +32,80 @@ class Loader:
     def __init__(self, catalogue: Catalogue, timings: Timings) -> None:
         self._catalogue = catalogue
         self._timings = timings
-        self._loads: Work = {}
-        self._unloads: Work = {}
+        self._loads: Tasks = {}
+        self._unloads: Tasks = {}
 
     def residence(self, model: Model) -> Residence:
-        """Whether a model is in memory, or on its way there."""
-        found = model.admission.residence()
-        coming = found is Residence.UNLOADED and any(name == model.name for name, _ in self._loads)
-        return Residence.LOADING if coming else found
+        """Whether a model is in memory, or being loaded."""
+        residence = model.admission.residence()
+        loading = any(name == model.name for name, _ in self._loads)
+        return Residence.LOADING if loading and residence is Residence.UNLOADED else residence
 
     async def load(self, name: str) -> bool:
-        """Bring a model into memory; `name@lane` chooses the lane.
+        """Load a model into memory; `name@lane` chooses the lane.
 
         Returns:
-            Whether it is there; after `load_answer_s` it may still be under way.
+            Whether it is loaded; after `load_answer_s` the load may still be under way.
 
         Raises:
-            ModelNotFound: There is none of this name.
+            ModelNotFound: There is no model of this name.
             GatewayError: No engine can load it now.
         """
         model, pin = self._catalogue.find(name)
         if model.admission.residence(pin) is Residence.LOADED:
             return True
-        return await self._done(self._loads, (model.name, pin), lambda: _load(model, pin))
+        return await self._finished_in_time(
+            self._loads, (model.name, pin), lambda: _load(model, pin)
+        )
 
     async def unload(self, name: str) -> bool:
-        """Put a model out of memory; the next request for it loads it again.
+        """Unload a model; the next request for it loads it again.
 
-        In an exclusive placement the whole GPU is given back. Otherwise the engines that load
-        when they are asked let the model go; the others have it for as long as they run.
+        In an exclusive placement the GPU is released. Otherwise the engines that load a model
+        on demand unload it; the others keep it for as long as they run.
 
         Returns:
-            Whether it is gone; after `load_answer_s` it may still be under way.
+            Whether it is unloaded; after `load_answer_s` the unload may still be under way.
 
         Raises:
-            ModelNotFound: There is none of this name.
-            BadRequest: None of its engines ever lets it go.
+            ModelNotFound: There is no model of this name.
+            BadRequest: None of its engines can unload it.
             GatewayError: It is in use, or an engine failed.
         """
         model, pin = self._catalogue.find(name)
         deadline_s = self._timings.shared_unload_s
-        return await self._done(
+        return await self._finished_in_time(
             self._unloads, (model.name, pin), lambda: _unload(model, pin, deadline_s)
         )
 
     async def close(self) -> None:
-        """End what is under way."""
+        """Cancel the loads and unloads under way."""
         tasks = [*self._loads.values(), *self._unloads.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _done(
+    async def _finished_in_time(
         self,
-        under_way: Work,
-        what: tuple[str, str | None],
+        under_way: Tasks,
+        key: tuple[str, str | None],
         work: Callable[[], Coroutine[None, None, None]],
     ) -> bool:
-        """Whether it is done by now; who asks for what is under way waits for the same."""
-        task = under_way.get(what)
+        """Whether the work is done in time; a second request waits for the same task."""
+        task = under_way.get(key)
         if task is None:
-            task = under_way[what] = asyncio.create_task(work())
-            task.add_done_callback(partial(_over, under_way, what))
+            task = under_way[key] = asyncio.create_task(work())
+            task.add_done_callback(partial(_on_done, under_way, key))
         done, _ = await asyncio.wait((task,), timeout=self._timings.load_answer_s)
         if done:
             task.result()
         return bool(done)
 
 
-def _over(under_way: Work, what: tuple[str, str | None], task: asyncio.Task[None]) -> None:
-    del under_way[what]
+def _on_done(under_way: Tasks, key: tuple[str, str | None], task: asyncio.Task[None]) -> None:
+    del under_way[key]
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.warning("%s: %s", what[0], error)  # who asked may no longer be there to be told
+        log.warning("%s: %s", key[0], error)  # the client may have hung up
 
 
 async def _load(model: Model, pin: str | None) -> None:
@@ -122,14 +124,17 @@ async def _unload(model: Model, pin: str | None, deadline_s: float) -> None:
     admission = model.admission
     if admission.gpu is not None:
         if admission.residence(pin) is Residence.UNLOADED:
-            return  # the GPU is another engine's, or nobody's
+            return  # another engine holds the GPU, or none does
         if not await asyncio.shield(admission.gpu.unload()):
-            raise InUse("Somebody is being answered by this model. It stays in memory.")
+            raise InUse(
+                "The model is answering requests and stays in memory. Try again when they are over."
+            )
         return
-    servers = _letting_go(admission, pin)
+    servers = _unloading_servers(admission, pin)
     if not servers:
         raise BadRequest(
-            "The engine keeps this model for as long as it runs: stop the engine instead.",
+            "The engine keeps this model in memory for as long as it runs. To free the memory, "
+            "stop the engine instead.",
             param="model",
         )
     for server in servers:
@@ -137,15 +142,17 @@ async def _unload(model: Model, pin: str | None, deadline_s: float) -> None:
             async with asyncio.timeout(deadline_s):
                 await server.engine.unload(server.model)
         except TimeoutError:
-            raise InUse("This model is in use. It stays in memory.") from None
+            raise InUse(
+                "The model is in use and stays in memory. Try again when its requests are over."
+            ) from None
         except BackendError as exc:
             raise _failed(server, exc) from exc
         server.loaded = False
-        server.prober.doubt()  # what was just being asked may be out of date
+        server.prober.probe_now()  # the result of the probe under way may be out of date
 
 
-def _letting_go(admission: Admission, pin: str | None) -> list[Server]:
-    """Whom the model can be taken from while its engine runs on."""
+def _unloading_servers(admission: Admission, pin: str | None) -> list[Server]:
+    """The servers that can unload the model while their engine runs on."""
     return [
         admission.servers[replica]
         for lane in admission.scheduler.lanes.values()
@@ -157,4 +164,4 @@ def _letting_go(admission: Admission, pin: str | None) -> list[Server]:
 
 def _failed(server: Server, error: BackendError) -> EngineFailed:
     log.warning("%s", error)
-    return EngineFailed(f"{server.engine.kind} failed to do it; the gateway's log says why.")
+    return EngineFailed(f"{server.engine.kind} failed to do it; the gateway's log has the reason.")

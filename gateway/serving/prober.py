@@ -1,4 +1,4 @@
-"""Asks each replica, again and again, whether it is ready."""
+"""Probes each replica, again and again, for whether it is ready."""
 
 from __future__ import annotations
 
@@ -15,47 +15,51 @@ log = logging.getLogger("gateway.health")
 
 
 class Prober:
-    """Asks one replica again and again whether it is ready for one model.
+    """Probes one replica for whether it is ready to serve one model.
 
     Args:
         engine: The replica.
         model: The engine's own name of the model.
-        timings: How often it is asked.
+        timings: The pauses between two probes.
     """
 
     def __init__(self, engine: Engine, model: str, timings: Timings) -> None:
         self._engine = engine
         self._model = model
         self._timings = timings
-        self._doubt = asyncio.Event()
-        self._asked = 0
+        self._due = asyncio.Event()
+        self._generation = 0
 
-    def doubt(self) -> None:
-        """Ask again at once: a request has just failed."""
-        self._doubt.set()
+    def probe_now(self) -> None:
+        """Probe at once: a request has just failed."""
+        self._due.set()
 
-    def disregard(self) -> None:
-        """What is being asked now is out of date already: the engine has just been woken."""
-        self._asked += 1
-        self._doubt.set()
+    def discard_pending(self) -> None:
+        """Drop the result of the probe under way, and probe again: the engine has just woken."""
+        self._generation += 1
+        self._due.set()
 
-    async def run(self, tell: Callable[[Readiness], Awaitable[None]]) -> None:
-        """Ask for ever, often while it is not ready, and tell every answer."""
+    async def run(self, on_result: Callable[[Readiness], Awaitable[None]]) -> None:
+        """Probe until cancelled, more often while the replica is not ready.
+
+        Args:
+            on_result: Called with the result of each probe.
+        """
         last: Readiness | None = None
         while True:
-            self._doubt.clear()
-            asked = self._asked
+            self._due.clear()
+            generation = self._generation
             readiness = await self._engine.ready(self._model)
-            if asked != self._asked:
+            if generation != self._generation:
                 continue
             if readiness is not last:
                 log.info("%s for %s: %s", self._engine, self._model, readiness)
                 last = readiness
-            await tell(readiness)
+            await on_result(readiness)
             if readiness is Readiness.READY:
-                pause = self._timings.probe_interval_healthy_s
+                pause_s = self._timings.probe_interval_healthy_s
             else:
-                pause = self._timings.probe_interval_unhealthy_s
+                pause_s = self._timings.probe_interval_unhealthy_s
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._doubt.wait()
+                async with asyncio.timeout(pause_s):
+                    await self._due.wait()

@@ -7,14 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gateway.simulate.choices import MAX_PEOPLE, POLICIES, PROFILES, TRACES
+from gateway.simulate.choices import MAX_PEOPLE, POLICIES, PROFILES, TRACES, TRACES_OF_ONE_TEAM
 
-#: The traces that answer "what if we were N people": steady, a day, bursts, a crowd.
-TRACES_OF_ONE_TEAM = ("constant", "office", "bursts", "flash-crowd")
 HANDOVERS_S = (5.0, 12.0, 25.0, 60.0)
 HOURS = 8.0
 
-GUIDE = """\
+SIMULATE_HELP = """\
 examples:
   twolane simulate --people 12 --handover-s 12
       12 people on this kind of machine, where a hand-over takes 12 seconds
@@ -56,7 +54,7 @@ def add_command(commands: Any) -> None:
         "a virtual clock. It is about models of which only one engine fits on the GPU. No engine "
         "is started or called. People ask, read, think and ask again; both engines answer in the "
         "seconds of a profile; a hand-over lets running answers end, and then every request waits.",
-        epilog=GUIDE + _choices(),
+        epilog=SIMULATE_HELP + _choices(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_demand(parser)

@@ -26,6 +26,9 @@ TRACES: Mapping[str, str] = {
     "adversary": "always the demand that is worse for the engine that holds the GPU",
 }
 
+#: The traces that answer "what if we were N people": steady, a day, bursts, a crowd.
+TRACES_OF_ONE_TEAM = ("constant", "office", "bursts", "flash-crowd")
+
 #: The built-in profiles of `profiles.py`.
 PROFILES: Mapping[str, str] = {
     "measured": "Ollama 0.24 and vLLM 0.32 on two CPU cores, SmolLM2-135M: equal at 2 concurrent",

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from gateway import installation
 from gateway.errors import UsageError
 from gateway.routing import profile
 from gateway.routing.profile import Profile, ProfileError
 from gateway.simulate import profiles, trace_file
-from gateway.simulate.arguments import TRACES_OF_ONE_TEAM
-from gateway.simulate.choices import OURS, PROFILES, TRACES
+from gateway.simulate.choices import OURS, PROFILES, TRACES, TRACES_OF_ONE_TEAM
 from gateway.simulate.comparison import Case, SimulationRecord, compare_all
 from gateway.simulate.plot import check_plot, draw
 from gateway.simulate.traces import Trace
@@ -100,7 +100,7 @@ def _profiles(name: str) -> list[tuple[str, Profile]]:
     if len(profiles.lanes_of(by)) < 2:
         raise UsageError(
             f"--profile {name}: a simulation needs a profile of two lanes, and this one has "
-            f"{', '.join(by.lanes) or 'none'}. Measure both: `twolane calibrate`."
+            f"{', '.join(by.lanes) or 'none'}. Measure both: `{installation.program()} calibrate`."
         )
     return [(path.stem, by)]
 

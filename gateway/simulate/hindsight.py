@@ -77,25 +77,55 @@ def best_schedule(
             present = load[lane][number]
             stay = path.cost + present * slice_s
             offer(number + 1, _Path(stay, lane, path.since, path.previous))
-            takes_s = _drain_s(machine, lane, present) + machine.hand_over_s
-            pieces = max(1, math.ceil(takes_s / slice_s))
-            piece_s = takes_s / pieces
-            waiting = piece_s * math.fsum(
-                trace.backlog(start_s, start_s + (piece + 0.5) * piece_s, present, think_s)
-                for piece in range(pieces)
-            )
-            backlog = trace.backlog(start_s, start_s + takes_s, present, think_s)
+            pause = _pause(machine, trace, lane, start_s, present, think_s, slice_s)
             for other in load:
                 if other == lane:
                     continue
-                usual = load[other][min(number + pieces, slices - 1)]
-                seconds_each = _seconds(machine, other, backlog)
-                catching_up = max(0.0, backlog - usual) * seconds_each / 2
+                usual = load[other][min(number + pause.slices, slices - 1)]
+                seconds_each = _seconds(machine, other, pause.backlog)
+                catching_up = max(0.0, pause.backlog - usual) * seconds_each / 2
                 # The hand-over ends within a slice; the rest of that slice has the usual load.
-                rest = max(0.0, pieces * slice_s - takes_s) * usual
-                cost = caution * (waiting + catching_up) + rest + IDLE_MOVE_COST
-                offer(number + pieces, _Path(path.cost + cost, other, start_s, path))
+                rest = max(0.0, pause.slices * slice_s - pause.takes_s) * usual
+                cost = caution * (pause.waiting + catching_up) + rest + IDLE_MOVE_COST
+                offer(number + pause.slices, _Path(path.cost + cost, other, start_s, path))
     return _moves(min(best[slices].values(), key=lambda path: path.cost))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pause:
+    """What a hand-over away from a lane does to the requests.
+
+    Attributes:
+        takes_s: Seconds from the decision until the other lane answers.
+        slices: The number of slices that it touches.
+        waiting: Request-seconds of waiting during it.
+        backlog: Requests that wait at its end.
+    """
+
+    takes_s: float
+    slices: int
+    waiting: float
+    backlog: float
+
+
+def _pause(
+    machine: Machine,
+    trace: Trace,
+    lane: str,
+    start_s: float,
+    present: float,
+    think_s: float,
+    slice_s: float,
+) -> _Pause:
+    takes_s = _drain_s(machine, lane, present) + machine.hand_over_s
+    pieces = max(1, math.ceil(takes_s / slice_s))
+    piece_s = takes_s / pieces
+    waiting = piece_s * math.fsum(
+        trace.backlog(start_s, start_s + (piece + 0.5) * piece_s, present, think_s)
+        for piece in range(pieces)
+    )
+    backlog = trace.backlog(start_s, start_s + takes_s, present, think_s)
+    return _Pause(takes_s, pieces, waiting, backlog)
 
 
 def _moves(path: _Path) -> list[tuple[float, str]]:

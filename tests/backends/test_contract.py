@@ -46,7 +46,7 @@ class TestEmbedded(Contract):
         assert gguf is not None
         command = [sys.executable, "-m", "backends.llamacpp", str(gguf), "--name", "smollm2"]
         log = Path(tmp_path_factory.mktemp("embedded")) / "log"
-        process = Supervised(command, log, tells_url=True)
+        process = Supervised(command, log, reports_url=True)
         await process.start(deadline_s=60)
         yield process
         await process.stop()

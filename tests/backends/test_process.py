@@ -1,4 +1,4 @@
-"""Engines that we start ourselves: real processes, some of which do not want to go."""
+"""Engine processes that the gateway starts: real ones, some of which ignore SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from backends.processes import supervised as process
-from backends.processes.supervised import StartFailed, StopFailed, Supervised
+from backends.processes.supervised import ProcessTimings, StartFailed, StopFailed, Supervised
 
-#: Says that it is there, and stays.
+#: Prints that it runs, and stays.
 PLAIN = "import time; print('ready', flush=True); time.sleep(600)"
 
-#: Says goodbye when it is asked to go.
+#: Prints a last line on SIGTERM, and ends.
 POLITE = """
 import signal, sys, time
 def leave(*_):
@@ -32,7 +31,7 @@ print("ready", flush=True)
 time.sleep(600)
 """
 
-#: Does not listen.
+#: Ignores SIGTERM.
 DEAF = """
 import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -40,7 +39,7 @@ print("ready", flush=True)
 time.sleep(600)
 """
 
-#: As engines do, has a process of its own; that one has no parent and another session.
+#: Starts a process, as engines do; that one has no parent, and a session of its own.
 BROOD = """
 import os, signal, time
 if not os.fork():
@@ -51,10 +50,10 @@ if not os.fork():
 time.sleep(600)
 """
 
-#: The same, and what hides there does not listen.
+#: The same, and the hidden process ignores SIGTERM.
 DEAF_BROOD = BROOD.replace("print", "signal.signal(signal.SIGTERM, signal.SIG_IGN); print")
 
-#: A gateway, as far as it matters here.
+#: A program that starts an engine, in place of the gateway.
 GATEWAY = """
 import asyncio, sys
 from pathlib import Path
@@ -70,52 +69,69 @@ asyncio.run(main())
 """
 
 
+USUAL = ProcessTimings()
+#: However busy the machine, a program that ends at once has ended within `settle_s`.
+PATIENT = ProcessTimings(settle_s=30.0)
+
+
 class Bench:
-    """Engines under test, and the means to find whatever is left of them."""
+    """Engines under test, and the means to find their processes."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self.mark = uuid.uuid4().hex  # all that descends from an engine has it, and its keepers
+        self.mark = uuid.uuid4().hex  # a variable of keepers, engines and their descendants
         self._engines: list[Supervised] = []
 
-    def engine(self, program: str, *, tells_url: bool = False) -> Supervised:
+    def engine(
+        self, program: str, *, reports_url: bool = False, timings: ProcessTimings = USUAL
+    ) -> Supervised:
         """An engine that is a Python program."""
-        return self.command(sys.executable, "-u", "-c", program, tells_url=tells_url)
+        command = (sys.executable, "-u", "-c", program)
+        return self.command(*command, reports_url=reports_url, timings=timings)
 
-    def command(self, *command: str, tells_url: bool = False, **environment: str) -> Supervised:
+    def command(
+        self,
+        *command: str,
+        reports_url: bool = False,
+        timings: ProcessTimings = USUAL,
+        **environment: str,
+    ) -> Supervised:
         environment["MARK"] = self.mark
-        self._engines.append(Supervised(command, self.log, environment, tells_url=tells_url))
-        return self._engines[-1]
-
-    async def running(self, program: str) -> Supervised:
-        """The same, when it has said that it is ready."""
-        engine = self.engine(program)
-        said = self.said()
-        await engine.start()
-        await until(lambda: "ready" in self.said().removeprefix(said))
+        engine = Supervised(
+            command, self.log, environment, reports_url=reports_url, timings=timings
+        )
+        self._engines.append(engine)
         return engine
 
-    def said(self) -> str:
+    async def running(self, program: str, timings: ProcessTimings = USUAL) -> Supervised:
+        """An engine that has printed that it is ready."""
+        engine = self.engine(program, timings=timings)
+        before = self.output()
+        await engine.start()
+        await until(lambda: "ready" in self.output().removeprefix(before))
+        return engine
+
+    def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def left(self) -> list[psutil.Process]:
-        """All processes that are there because of these engines, the keepers included."""
-        return [one for one in psutil.process_iter() if self._is_ours(one)]
+    def processes(self) -> list[psutil.Process]:
+        """All processes of these engines that run, their keepers included."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
 
-    def _is_ours(self, one: psutil.Process) -> bool:
+    def _is_ours(self, process: psutil.Process) -> bool:
         with contextlib.suppress(psutil.Error):
-            return one.environ().get("MARK") == self.mark
+            return process.environ().get("MARK") == self.mark
         return False
 
     async def close(self) -> None:
         try:
             for engine in self._engines:
                 await engine.stop(0)
-            assert self.left() == []
+            assert self.processes() == []
         finally:
-            for one in self.left():
+            for process in self.processes():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
+                    process.kill()
 
 
 @pytest.fixture
@@ -123,12 +139,6 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     bench = Bench(tmp_path / "engine.log")
     yield bench
     await bench.close()
-
-
-@pytest.fixture
-def long_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However busy the machine, a program that ends has ended within it."""
-    monkeypatch.setattr(process, "MOMENT_S", 30.0)
 
 
 async def until(condition: Callable[[], object], within_s: float = 30.0) -> None:
@@ -144,7 +154,7 @@ def kill(victims: Iterable[int]) -> None:
 
 
 def inner(outer: int) -> int:
-    """The keeper's keeper."""
+    """The inner keeper."""
     (found,) = psutil.Process(outer).children()
     return found.pid
 
@@ -160,25 +170,25 @@ def program_of(engine: Supervised) -> psutil.Process:
     return psutil.Process(inner(engine.pid)).children()[0]
 
 
-# Its life
+# Start and stop
 
 
-async def test_it_runs_until_it_is_stopped(bench: Bench) -> None:
+async def test_an_engine_runs_until_it_is_stopped(bench: Bench) -> None:
     engine = bench.engine(PLAIN)
     before = state(engine)
     await engine.start()
     during, pid = state(engine), engine.pid
-    there = [one.pid for one in bench.left()]
+    running = [process.pid for process in bench.processes()]
     await engine.stop()
 
     assert before == state(engine) == "not running, not wanted"
     assert during == "running, wanted"
-    assert pid in there
+    assert pid in running
     assert engine.pid is None
-    assert bench.left() == []
+    assert bench.processes() == []
 
 
-async def test_it_may_be_started_and_stopped_any_number_of_times(bench: Bench) -> None:
+async def test_an_engine_can_be_started_and_stopped_any_number_of_times(bench: Bench) -> None:
     engine = bench.engine(PLAIN)
     pids = set()
     for _ in range(3):
@@ -190,66 +200,65 @@ async def test_it_may_be_started_and_stopped_any_number_of_times(bench: Bench) -
         await engine.stop()
 
     assert len(pids) == 3
-    dated = [line for line in bench.said().splitlines() if line.startswith("--- 20")]
+    dated = [line for line in bench.output().splitlines() if line.startswith("--- 20")]
     assert len(dated) == 3
     assert dated[0].endswith(f"starting {sys.executable}")
 
 
-async def test_stopping_what_was_never_started_is_nothing(bench: Bench) -> None:
+async def test_stopping_an_engine_that_never_started_does_nothing(bench: Bench) -> None:
     engine = bench.engine(PLAIN)
     await engine.stop()
 
-    assert engine.last_words() == f"nothing in {bench.log}"
+    assert engine.exit_report() == f"nothing in {bench.log}"
 
 
-async def test_what_it_says_on_either_stream_is_kept(bench: Bench) -> None:
+async def test_stdout_and_stderr_are_both_logged(bench: Bench) -> None:
     engine = await bench.running(
         "import sys, time; sys.stderr.write('oh\\n'); print('ready'); time.sleep(600)"
     )
 
-    assert bench.said().endswith("oh\nready\n")
-    assert engine.last_words() == f"{bench.log} ends with:\noh\nready"
+    assert bench.output().endswith("oh\nready\n")
+    assert engine.exit_report() == f"{bench.log} ends with:\noh\nready"
     assert bench.log.stat().st_mode & 0o777 == 0o600
 
 
 async def test_ctrl_c_reaches_the_gateway_alone(bench: Bench) -> None:
     await bench.running(BROOD)
-    sessions = {os.getsid(one.pid) for one in bench.left()}
+    sessions = {os.getsid(process.pid) for process in bench.processes()}
 
-    assert len(sessions) == 3  # the keepers', the engine's, and that of what hides
+    assert len(sessions) == 3  # of the keepers, the engine, and the hidden process
     assert os.getsid(0) not in sessions
 
 
-async def test_it_gets_our_environment_but_none_of_our_settings(
+async def test_an_engine_inherits_our_environment_without_our_settings(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TWOLANE_API_KEYS", '["our-secret"]')
-    monkeypatch.setenv("OF_THE_MACHINE", "seen")
+    monkeypatch.setenv("OF_THE_MACHINE", "read")
     show = "import os, time; print(os.environ, 'ready'); time.sleep(600)"
-    engine = bench.command(sys.executable, "-uc", show, OF_THE_ENGINE="seen, too")
+    engine = bench.command(sys.executable, "-uc", show, OF_THE_ENGINE="read, too")
     await engine.start()
-    await until(lambda: "ready" in bench.said())
+    await until(lambda: "ready" in bench.output())
 
-    assert "'OF_THE_MACHINE': 'seen'" in bench.said()
-    assert "'OF_THE_ENGINE': 'seen, too'" in bench.said()
-    assert "our-secret" not in bench.said()
+    assert "'OF_THE_MACHINE': 'read'" in bench.output()
+    assert "'OF_THE_ENGINE': 'read, too'" in bench.output()
+    assert "our-secret" not in bench.output()
 
 
-async def test_it_inherits_no_open_file_of_ours(bench: Bench) -> None:
+async def test_an_engine_inherits_no_open_file(bench: Bench) -> None:
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
     os.set_blocking(reader, False)
     await bench.running(PLAIN)
     os.close(writer)
 
-    assert os.read(reader, 1) == b""  # the end: nobody else has it
+    assert os.read(reader, 1) == b""  # the end: no other process has it
     os.close(reader)
 
 
-@pytest.mark.usefixtures("long_moment")
-async def test_signals_that_python_ignores_are_not_ignored_by_it(bench: Bench) -> None:
+async def test_signals_that_python_ignores_reach_the_engine(bench: Bench) -> None:
     with pytest.raises(StartFailed, match=r"SigIgn:\s+[0-9a-f]+$") as ended:
-        await bench.command("grep", "SigIgn", "/proc/self/status").start()
+        await bench.command("grep", "SigIgn", "/proc/self/status", timings=PATIENT).start()
     ignored = int(str(ended.value).split()[-1], 16)
 
     assert not ignored & (1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1)
@@ -258,7 +267,7 @@ async def test_signals_that_python_ignores_are_not_ignored_by_it(bench: Bench) -
 # Starts that fail
 
 
-async def test_a_program_that_is_not_there_does_not_start(bench: Bench) -> None:
+async def test_a_program_that_does_not_exist_does_not_start(bench: Bench) -> None:
     engine = bench.command("no-such-program", "--api-key", "a-secret")
 
     with pytest.raises(StartFailed) as failed:
@@ -268,47 +277,45 @@ async def test_a_program_that_is_not_there_does_not_start(bench: Bench) -> None:
         "cannot run no-such-program: No such file or directory"
     )
     assert state(engine) == "not running, not wanted"
-    assert "a-secret" not in bench.said()
+    assert "a-secret" not in bench.output()
 
 
-async def test_a_program_that_may_not_be_run_does_not_start(bench: Bench, tmp_path: Path) -> None:
+async def test_a_file_that_is_not_executable_does_not_start(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no program")
 
     with pytest.raises(StartFailed, match=r"cannot run .*/text: Permission denied"):
         await bench.command(str(tmp_path / "text")).start()
 
 
-@pytest.mark.usefixtures("long_moment")
-async def test_one_that_ends_at_once_shows_the_end_of_what_it_said(bench: Bench) -> None:
+async def test_a_failed_start_shows_the_end_of_the_log(bench: Bench) -> None:
     talk = "print('the first line')\nfor i in range(5000): print(f'{i} is a number')\n"
-    failing = bench.engine(talk + "print('\\33[31mno\\33[0m memory\\7'); raise SystemExit(3)")
+    last = "print('\\33[31mno\\33[0m memory\\7'); raise SystemExit(3)"
+    failing = bench.engine(talk + last, timings=PATIENT)
 
     with pytest.raises(StartFailed) as failed:
         await failing.start()
-    said = str(failed.value)
-    assert "does not start: ended with status 3; " in said
-    assert said.endswith("\n4999 is a number\nno memory")
-    assert "the first line" not in said
-    assert len(said) < 1500
+    text = str(failed.value)
+    assert "does not start: ended with status 3; " in text
+    assert text.endswith("\n4999 is a number\nno memory")
+    assert "the first line" not in text
+    assert len(text) < 1500
 
 
-@pytest.mark.usefixtures("long_moment")
-async def test_what_it_said_before_its_last_start_is_not_shown(bench: Bench) -> None:
+async def test_a_failed_start_shows_nothing_of_the_start_before(bench: Bench) -> None:
     with pytest.raises(StartFailed, match="of old"):
-        await bench.engine("raise SystemExit('of old')").start()
+        await bench.engine("raise SystemExit('of old')", timings=PATIENT).start()
     with pytest.raises(StartFailed) as failed:
-        await bench.engine("import os; os.kill(os.getpid(), 9)").start()
+        await bench.engine("import os; os.kill(os.getpid(), 9)", timings=PATIENT).start()
 
     assert str(failed.value).endswith(f"does not start: ended by signal 9; nothing in {bench.log}")
 
 
-@pytest.mark.usefixtures("long_moment")
-async def test_a_log_that_was_cut_off_meanwhile_is_shown_all_the_same(bench: Bench) -> None:
+async def test_a_log_that_was_rotated_meanwhile_is_shown_from_its_beginning(bench: Bench) -> None:
     bench.log.write_text("long ago\n" * 1000)
     cut = f"import os; os.truncate({str(bench.log)!r}, 0); raise SystemExit('just now')"
 
     with pytest.raises(StartFailed) as failed:
-        await bench.engine(cut).start()
+        await bench.engine(cut, timings=PATIENT).start()
     assert str(failed.value).endswith(f"{bench.log} ends with:\njust now")
 
 
@@ -320,114 +327,112 @@ async def test_a_log_that_cannot_be_written_stops_the_start(bench: Bench, tmp_pa
         await bench.engine(PLAIN).start()
 
 
-async def test_a_start_that_is_given_up_leaves_nothing(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = bench.engine(BROOD)
-    with monkeypatch.context() as patch:
-        patch.setattr(process, "MOMENT_S", 600.0)
+async def test_a_cancelled_start_leaves_no_process(bench: Bench) -> None:
+    engine = bench.engine(BROOD, timings=ProcessTimings(settle_s=600.0))
+
+    for _ in range(2):
+        before = bench.output()
         starting = asyncio.create_task(engine.start())
-        await until(lambda: "ready" in bench.said())
+        await until(lambda: bench.output().count("ready") > before.count("ready"))  # noqa: B023
+        assert engine.running
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-
-    assert not engine.wanted
-    await until(lambda: not engine.running)
-    assert bench.left() == []
-    await engine.start()
-    assert engine.running
+        assert not engine.wanted
+        await until(lambda: not engine.running)
+        assert bench.processes() == []
 
 
-# Those that tell their URL
+# Engines that report their URL
 
 
-async def test_one_that_tells_its_url_has_started_when_it_has(bench: Bench) -> None:
-    engine = bench.engine("import sys; print('http://x:1'); sys.stdin.read()", tells_url=True)
+async def test_an_engine_that_reports_its_url_has_started_when_it_did(bench: Bench) -> None:
+    engine = bench.engine("import sys; print('http://x:1'); sys.stdin.read()", reports_url=True)
     await engine.start(deadline_s=60)
     assert (engine.url, engine.running) == ("http://x:1", True)
 
     await engine.stop()
-    assert bench.left() == []
+    assert bench.processes() == []
 
 
-async def test_one_that_tells_its_url_too_late_is_ended(bench: Bench) -> None:
-    silent = bench.engine("import time; time.sleep(600)", tells_url=True)
+async def test_an_engine_that_reports_its_url_too_late_is_ended(bench: Bench) -> None:
+    silent = bench.engine("import time; time.sleep(600)", reports_url=True)
 
-    with pytest.raises(StartFailed, match=r"no word within 0\.1 s"):
+    with pytest.raises(StartFailed, match=r"no URL within 0\.1 s"):
         await silent.start(deadline_s=0.1)
     assert state(silent) == "not running, not wanted"
-    assert bench.left() == []
+    assert bench.processes() == []
 
 
 @pytest.mark.parametrize("program", ["print('hello'); input()", "print('x' * 10**6); input()"])
-async def test_one_that_says_something_else_is_ended(bench: Bench, program: str) -> None:
+async def test_an_engine_that_reports_no_url_is_ended(bench: Bench, program: str) -> None:
     with pytest.raises(StartFailed, match="does not start"):
-        await bench.engine(program, tells_url=True).start(deadline_s=60)
-    assert bench.left() == []
+        await bench.engine(program, reports_url=True).start(deadline_s=60)
+    assert bench.processes() == []
 
 
-async def test_one_that_ends_before_it_tells_its_url_shows_its_log(bench: Bench) -> None:
+async def test_an_engine_that_ends_before_it_reports_its_url_shows_its_log(bench: Bench) -> None:
     with pytest.raises(StartFailed, match=r"status 1; .*\nno model$"):
-        await bench.engine("raise SystemExit('no model')", tells_url=True).start(deadline_s=60)
+        await bench.engine("raise SystemExit('no model')", reports_url=True).start(deadline_s=60)
 
 
 # Stops
 
 
-async def test_it_is_asked_to_go_before_it_is_killed(bench: Bench) -> None:
+async def test_a_stop_sends_sigterm_before_sigkill(bench: Bench) -> None:
     engine = await bench.running(POLITE)
     await engine.stop(30)
 
-    assert bench.said().endswith("ready\nbye\n")
-    assert engine.last_words().startswith("ended with status 0; ")
+    assert bench.output().endswith("ready\nbye\n")
+    assert engine.exit_report().startswith("ended with status 0; ")
 
 
-async def test_one_that_does_not_listen_is_killed_after_its_grace(bench: Bench) -> None:
+async def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace(bench: Bench) -> None:
     engine = await bench.running(DEAF)
     began = time.monotonic()
     await engine.stop(0.5)
 
     assert time.monotonic() - began >= 0.5
-    assert engine.last_words().startswith("ended by signal 9; ")
-    assert bench.left() == []
+    assert engine.exit_report().startswith("ended by signal 9; ")
+    assert bench.processes() == []
 
 
-async def test_a_stop_ends_what_hides_too(bench: Bench) -> None:
+async def test_a_stop_ends_hidden_processes_too(bench: Bench) -> None:
     engine = await bench.running(DEAF_BROOD)
-    there = bench.left()
+    before = bench.processes()
     await engine.stop(0.2)
 
-    assert len(there) >= 4  # two keepers, the engine, and that
-    assert bench.left() == []
+    assert len(before) >= 4  # two keepers, the engine, and the hidden process
+    assert bench.processes() == []
 
 
-async def test_what_outlives_its_engine_is_asked_to_go_before_it_is_killed(bench: Bench) -> None:
+async def test_a_process_that_outlives_its_engine_receives_sigterm_before_sigkill(
+    bench: Bench,
+) -> None:
     engine = await bench.running("import os, time\nif os.fork(): time.sleep(600)\n" + POLITE)
     await engine.stop(30)
 
-    assert bench.said().endswith("ready\nbye\n")
+    assert bench.output().endswith("ready\nbye\n")
 
 
-async def test_a_stop_that_is_given_up_happens_all_the_same(bench: Bench) -> None:
+async def test_a_cancelled_stop_happens_all_the_same(bench: Bench) -> None:
     engine = await bench.running(DEAF)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await engine.stop(0.5)
 
     await until(lambda: not engine.running)
-    assert bench.left() == []
+    assert bench.processes() == []
 
 
-async def test_what_cannot_be_ended_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "KILLED_S", 0.1)
-    engine = await bench.running(PLAIN)
+async def test_a_process_that_cannot_be_ended_is_reported(bench: Bench) -> None:
+    engine = await bench.running(PLAIN, ProcessTimings(killed_s=0.1))
     assert engine.pid is not None
     keepers = [psutil.Process(engine.pid), psutil.Process(inner(engine.pid))]
     for keeper in keepers:
         keeper.suspend()  # stands for a process that a driver holds
 
-    with pytest.raises(StopFailed, match=f"still there, below process {engine.pid}"):
+    with pytest.raises(StopFailed, match=f"still runs, below process {engine.pid}"):
         await engine.stop(0.1)
     assert engine.running
     for keeper in keepers:
@@ -438,7 +443,7 @@ async def test_what_cannot_be_ended_is_told(bench: Bench, monkeypatch: pytest.Mo
 # Deaths
 
 
-async def test_its_death_is_noticed_and_it_can_be_started_again(bench: Bench) -> None:
+async def test_an_engine_that_died_can_be_started_again(bench: Bench) -> None:
     engine = await bench.running(PLAIN)
     ended = asyncio.Event()
     engine.on_end = ended.set
@@ -447,43 +452,45 @@ async def test_its_death_is_noticed_and_it_can_be_started_again(bench: Bench) ->
         await ended.wait()
 
     assert state(engine) == "not running, wanted"
-    assert engine.last_words() == f"ended by signal 9; {bench.log} ends with:\nready"
+    assert engine.exit_report() == f"ended by signal 9; {bench.log} ends with:\nready"
     await engine.start()
     assert state(engine) == "running, wanted"
 
 
-async def test_an_engine_that_dies_takes_what_it_started_with_it(bench: Bench) -> None:
+async def test_an_engine_that_dies_leaves_no_process(bench: Bench) -> None:
     engine = await bench.running(DEAF_BROOD)
     program_of(engine).kill()
     await until(lambda: not engine.running)
 
-    assert bench.left() == []
+    assert bench.processes() == []
 
 
-async def test_an_engine_that_kills_its_own_group_does_not_meet_its_keepers(bench: Bench) -> None:
+async def test_an_engine_that_kills_its_process_group_does_not_kill_its_keepers(
+    bench: Bench,
+) -> None:
     engine = await bench.running(BROOD)
     os.killpg(program_of(engine).pid, signal.SIGKILL)
     await until(lambda: not engine.running)
 
-    assert bench.left() == []
-    assert engine.last_words().startswith("ended by signal 9; ")
+    assert bench.processes() == []
+    assert engine.exit_report().startswith("ended by signal 9; ")
 
 
 @pytest.mark.parametrize("victim", ["outer", "inner"])
-async def test_a_killed_keeper_leaves_nothing(bench: Bench, victim: str) -> None:
+async def test_a_killed_keeper_leaves_no_process(bench: Bench, victim: str) -> None:
     engine = await bench.running(BROOD)
     assert engine.pid is not None
     kill([engine.pid if victim == "outer" else inner(engine.pid)])
     await until(lambda: not engine.running)
 
-    assert bench.left() == []
+    assert bench.processes() == []
     assert engine.wanted
     await engine.start()
     assert engine.running
 
 
 @pytest.mark.parametrize("beside", ["nobody", "outer", "inner", "engine"])
-async def test_a_killed_gateway_leaves_nothing(bench: Bench, beside: str) -> None:
+async def test_a_killed_gateway_leaves_no_process(bench: Bench, beside: str) -> None:
     gateway = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", GATEWAY, DEAF_BROOD if beside == "nobody" else BROOD),
         str(bench.log),
@@ -492,54 +499,53 @@ async def test_a_killed_gateway_leaves_nothing(bench: Bench, beside: str) -> Non
     )
     assert gateway.stdout is not None
     outer = int(await gateway.stdout.readline())
-    await until(lambda: "ready" in bench.said())
+    await until(lambda: "ready" in bench.output())
     keeper = inner(outer)
     program = psutil.Process(keeper).children()[0].pid
     too = {"nobody": [], "outer": [outer], "inner": [keeper], "engine": [program]}
     kill([gateway.pid, *too[beside]])
     await gateway.wait()
 
-    await until(lambda: not bench.left())
+    await until(lambda: not bench.processes())
 
 
-async def test_a_keeper_that_is_asked_to_go_takes_its_engine_with_it(bench: Bench) -> None:
+async def test_sigterm_to_a_keeper_ends_its_engine(bench: Bench) -> None:
     engine = await bench.running(POLITE)
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGTERM)
     await until(lambda: not engine.running)
 
-    assert bench.said().endswith("bye\n")
-    assert bench.left() == []
+    assert bench.output().endswith("bye\n")
+    assert bench.processes() == []
 
 
 # Kept running
 
 
-async def test_what_is_kept_is_started_again_whenever_it_ends(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+async def test_an_engine_that_is_kept_running_is_started_again_whenever_it_ends(
+    bench: Bench,
 ) -> None:
-    monkeypatch.setattr(process, "FIRST_PAUSE_S", 0.01)
-    engine = bench.engine(PLAIN)
-    keeping = asyncio.create_task(engine.keep())
+    engine = bench.engine(PLAIN, timings=ProcessTimings(first_pause_s=0.01))
+    keeping = asyncio.create_task(engine.keep_running())
     await until(lambda: engine.wanted and engine.running)
     first = engine.pid
-    for one in bench.left():
-        one.kill()
+    for process in bench.processes():
+        process.kill()
 
     await until(lambda: engine.running and engine.pid != first)
 
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
     await engine.stop()
-    assert bench.left() == []
+    assert bench.processes() == []
 
 
-async def test_between_starts_that_fail_there_is_a_pause_that_grows(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_the_pause_between_starts_that_fail_grows(
+    bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(process, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(process, "LONGEST_PAUSE_S", 0.04)
-    keeping = asyncio.create_task(bench.command("no-such-program").keep())
+    timings = ProcessTimings(first_pause_s=0.01, longest_pause_s=0.04)
+    engine = bench.command("no-such-program", timings=timings)
+    keeping = asyncio.create_task(engine.keep_running())
 
     await until(lambda: len(caplog.messages) >= 4)
 

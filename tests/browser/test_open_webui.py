@@ -230,7 +230,7 @@ async def test_a_wrong_key_is_told_in_words(start: StartGateway, open_page: Open
             page = await open_page()
         async with start(**lane(engine, api_keys=["sk-a-new-one"])):
             await page.say("Hello")
-            told = "This API key is not one of this gateway's."
+            told = "This gateway does not know this API key."
             await expect(page.answers.get_by_text(told)).to_be_visible()
 
 

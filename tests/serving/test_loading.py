@@ -213,7 +213,7 @@ async def test_an_engine_that_fails_to_load_is_told_without_its_words(
         after = await listed(running)
 
     assert failed(answer, 502, "engine_failed") == (
-        "ollama failed to do it; the gateway's log says why."
+        "ollama failed to do it; the gateway's log has the reason."
     )
     assert after == "unloaded"
 

@@ -1,4 +1,4 @@
-"""What a check is, and what it gives."""
+"""What a check is and what it returns, and how one is run for each engine or card."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 
 from backends.kinds import Kind
 from gateway.doctor.observations import (
+    NO_SETTINGS,
     NotObserved,
     Observations,
     ObservedEngine,
@@ -16,17 +17,18 @@ from gateway.doctor.observations import (
     require,
 )
 from gateway.gpu.memory import Card
+from gateway.settings import Settings
 
 GIB = 2**30
 MIB = 2**20
 
 
 class Level(StrEnum):
-    """How a finding is to be taken, the worst first."""
+    """How serious a finding is, the worst first."""
 
     PROBLEM = "problem"  # it fails, or will
-    WARNING = "warning"  # it may fail, or somebody else may use it
-    UNKNOWN = "unknown"  # nobody could tell; the finding says why
+    WARNING = "warning"  # it may fail, or strangers may use it
+    UNKNOWN = "unknown"  # it could not be observed; the finding has the reason
     NOTE = "note"  # worth knowing
     OK = "ok"
     NOT_APPLICABLE = "not applicable"
@@ -34,7 +36,14 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was seen and what to do. `about`: which card, engine, model; empty if there is one."""
+    """What a check returns.
+
+    Attributes:
+        level: How serious it is.
+        saw: What was observed.
+        do: What to do; empty where there is nothing to do.
+        about: The card, engine or model; empty where there is only one.
+    """
 
     level: Level
     saw: str
@@ -44,7 +53,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A verdict, with the name of its check and why that matters. Its fields are the JSON's."""
+    """A verdict, with the name and the reason of its check. Its fields are those of the JSON."""
 
     check: str
     about: str
@@ -56,38 +65,82 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A judgement with its name, which does not change, and why it is made."""
+    """A named function of the observations.
+
+    Attributes:
+        name: Scripts rely on it: it does not change.
+        why: Why the check matters.
+        run: The check itself.
+    """
 
     name: str
     why: str
-    judge: Callable[[Observations], Iterable[Verdict]]
+    run: Callable[[Observations], Iterable[Verdict]]
 
 
-def guarded(judge: Callable[[], Iterable[Verdict]], about: str = "") -> Iterator[Verdict]:
-    """What a judgement comes to, and `unknown` where it does not come to its end."""
+def guarded(run: Callable[[], Iterable[Verdict]], about: str = "") -> Iterator[Verdict]:
+    """The verdicts of a check; one of level `unknown` where it cannot be completed."""
     try:
-        for verdict in judge():
+        for verdict in run():
             yield replace(verdict, about=verdict.about or about)
     except NotObserved as exc:
         yield Verdict(Level.UNKNOWN, str(exc), about=about)
-    except Exception as exc:  # noqa: BLE001 - a doctor that falls over helps nobody
-        said = f"the check itself failed: {type(exc).__name__}: {exc}"
-        yield Verdict(Level.UNKNOWN, said, "Please report this, it is a fault of twolane.", about)
+    except Exception as exc:  # noqa: BLE001 - one faulty check must not hide the others
+        saw = f"the check itself failed: {type(exc).__name__}: {exc}"
+        yield Verdict(Level.UNKNOWN, saw, "Please report this: it is a fault of twolane.", about)
 
 
 def per_engine(
-    judge: Callable[[Observations, ObservedEngine], Iterable[Verdict]], *kinds: Kind
+    run: Callable[[Observations, ObservedEngine], Iterable[Verdict]], *kinds: Kind
 ) -> Callable[[Observations], Iterator[Verdict]]:
-    """A judgement of each engine of these kinds."""
+    """A check that is made for each engine of these kinds."""
 
-    def judged(seen: Observations) -> Iterator[Verdict]:
-        servers = [server for server in require(seen.servers) if server.kind in kinds]
-        if not servers:
-            yield Verdict(Level.NOT_APPLICABLE, f"no {', '.join(kinds)} is configured or found")
-        for server in servers:
-            yield from guarded(partial(judge, seen, server), server.label)
+    def run_each(observed: Observations) -> Iterator[Verdict]:
+        engines = [engine for engine in require(observed.engines) if engine.kind in kinds]
+        if not engines:
+            yield Verdict(
+                Level.NOT_APPLICABLE, f"no {' or '.join(kinds)} is configured or was found"
+            )
+        for engine in engines:
+            yield from guarded(partial(run, observed, engine), engine.label)
 
-    return judged
+    return run_each
+
+
+def per_card(
+    run: Callable[[Card], Iterable[Verdict]],
+) -> Callable[[Observations], Iterator[Verdict]]:
+    """A check that is made for each NVIDIA card."""
+
+    def run_each(observed: Observations) -> Iterator[Verdict]:
+        cards = nvidia_cards(observed)
+        if not cards:
+            yield Verdict(Level.NOT_APPLICABLE, "no NVIDIA card")
+        for card in cards:
+            yield from guarded(partial(run, card), str(card))
+
+    return run_each
+
+
+def has_no_nvidia(observed: Observations) -> bool:
+    """Whether it is certain that there is neither an NVIDIA card nor its driver."""
+    return (
+        isinstance(observed.driver, Unknown)
+        and observed.nvidia_devices == 0
+        and not observed.driver_loaded
+    )
+
+
+def nvidia_cards(observed: Observations) -> tuple[Card, ...]:
+    """The NVIDIA cards; raises `NotObserved` where there may be some."""
+    return () if has_no_nvidia(observed) else require(observed.driver).cards
+
+
+def usable_settings(observed: Observations) -> Settings:
+    """The settings; raises `NotObserved` without their fault, which has its own finding."""
+    if isinstance(observed.settings, Unknown):
+        raise NotObserved(NO_SETTINGS)
+    return observed.settings
 
 
 def format_bytes(size: float) -> str:
@@ -95,22 +148,3 @@ def format_bytes(size: float) -> str:
     if size < GIB:
         return f"{size / MIB:.0f} MiB"
     return f"{size / GIB:.0f} GiB" if size >= 100 * GIB else f"{size / GIB:.1f} GiB"
-
-
-def has_no_nvidia(seen: Observations) -> bool:
-    """Whether it is sure that there is neither an NVIDIA card nor its driver."""
-    return isinstance(seen.driver, Unknown) and seen.nvidia_on_bus == 0 and not seen.driver_loaded
-
-
-def cards(seen: Observations) -> tuple[Card, ...]:
-    """The NVIDIA cards; raises `NotObserved` where there may be some."""
-    return () if has_no_nvidia(seen) else require(seen.driver).cards
-
-
-def per_card(seen: Observations, judge: Callable[[Card], Iterable[Verdict]]) -> Iterator[Verdict]:
-    """The verdicts of a check that looks at one card at a time."""
-    found = cards(seen)
-    if not found:
-        yield Verdict(Level.NOT_APPLICABLE, "no NVIDIA card")
-    for card in found:
-        yield from guarded(partial(judge, card), str(card))

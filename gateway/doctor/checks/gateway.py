@@ -1,4 +1,4 @@
-"""Checks of the gateway itself: settings, exposure, port, lease, profiles."""
+"""Checks of the gateway itself: its settings, its address, the GPU lease and the profiles."""
 
 from __future__ import annotations
 
@@ -7,149 +7,152 @@ from collections.abc import Iterator
 from functools import partial
 
 from backends.kinds import KINDS
-from gateway.doctor.checks.check import Level, Verdict, guarded
-from gateway.doctor.observations import (
-    NO_SETTINGS,
-    Observations,
-    ObservedEngine,
-    Unknown,
-    require,
-)
+from gateway.doctor.checks.check import Level, Verdict, guarded, usable_settings
+from gateway.doctor.observations import Observations, ObservedEngine, Unknown, require
 from gateway.routing.profile import Measured, Profile
-from gateway.settings import Settings
 
-#: A profile of this age is worth measuring again, seconds. Assumed.
-OLD_S = 180 * 86_400.0
+#: From this age on a profile should be measured again, seconds. Assumed.
+OLD_PROFILE_S = 180 * 86_400.0
 
 
-def settings_load(seen: Observations) -> Iterator[Verdict]:
+def check_settings(observed: Observations) -> Iterator[Verdict]:
     """Whether the settings can be used."""
-    if isinstance(seen.settings, Unknown):
-        yield Verdict(Level.PROBLEM, seen.settings.why, "Correct it: `twolane serve` would stop.")
-    else:
-        yield Verdict(Level.OK, f"{seen.source} can be used")
-
-
-def require_settings(seen: Observations) -> Settings:
-    """The settings; raises `NotObserved`, without the reason, which is said elsewhere."""
-    return require(Unknown(NO_SETTINGS) if isinstance(seen.settings, Unknown) else seen.settings)
-
-
-def exposure(seen: Observations) -> Iterator[Verdict]:
-    """Who may use the gateway."""
-    found = require(seen.exposure)
-    if found.refused:
+    if isinstance(observed.settings, Unknown):
         yield Verdict(
-            Level.PROBLEM, found.refused, "Set api_keys_file or api_keys, or host: 127.0.0.1."
+            Level.PROBLEM,
+            observed.settings.reason,
+            f"Correct it: until then `{observed.program} serve` does not start.",
         )
-    elif found.anybody:
+    else:
+        yield Verdict(Level.OK, f"{observed.source} can be used")
+
+
+def check_exposure(observed: Observations) -> Iterator[Verdict]:
+    """Who may use the gateway."""
+    exposure = require(observed.exposure)
+    if exposure.refusal:
+        yield Verdict(
+            Level.PROBLEM,
+            exposure.refusal,
+            "Set api_keys_file or api_keys; or let only this machine in: host: 127.0.0.1.",
+        )
+    elif exposure.is_open:
         yield Verdict(
             Level.WARNING,
-            f"host {found.host} is open to other machines without a key, as "
-            "allow_public_without_key says",
-            "Set api_keys_file, unless something in front of it asks for a key.",
+            f"host {exposure.host} is open to other machines without a key, because "
+            "allow_public_without_key is set",
+            "Set api_keys_file, unless a proxy in front of the gateway checks a key.",
         )
     else:
-        keys = f"{found.keys} key{'s' * (found.keys > 1)}" if found.keys else "no key"
-        yield Verdict(Level.OK, f"host {found.host}, {keys}")
+        keys = f"{exposure.keys} key{'s' * (exposure.keys > 1)}" if exposure.keys else "no key"
+        yield Verdict(Level.OK, f"host {exposure.host}, {keys}")
 
 
-def port(seen: Observations) -> Iterator[Verdict]:
-    """Whether the gateway can listen where it is to."""
-    found = require(seen.port)
-    where = f"{found.host}:{found.number}"
-    if found.number == 0:
-        yield Verdict(Level.NOT_APPLICABLE, "any free port is taken (port: 0)")
-    elif not found.here:
+def check_port(observed: Observations) -> Iterator[Verdict]:
+    """Whether the gateway can listen on its address."""
+    port = require(observed.port)
+    address = f"{port.host}:{port.number}"
+    if port.number == 0:
+        yield Verdict(Level.NOT_APPLICABLE, "the system chooses a free port (port: 0)")
+    elif not port.is_local:
         yield Verdict(
             Level.PROBLEM,
-            f"host: {found.host} is no address of this machine",
-            "Set host to one of this machine's, 127.0.0.1 or 0.0.0.0.",
+            f"host: {port.host} is not an address of this machine",
+            "Set host to an address of this machine, to 127.0.0.1 or to 0.0.0.0.",
         )
-    elif found.ours:
-        yield Verdict(Level.OK, f"a twolane gateway serves at {where}")
-    elif found.taken:
+    elif port.is_gateway:
+        yield Verdict(Level.OK, f"a twolane gateway serves at {address}")
+    elif port.conflicts:
         yield Verdict(
             Level.PROBLEM,
-            f"{where} is taken by {found.by}",
-            "Stop that, or choose another: `port:` in the settings, --port.",
+            f"{address} is in use by {port.listener}",
+            "Stop that process, or choose another port: `port:` in the settings, or "
+            f"`{observed.program} serve --port N`.",
         )
     else:
-        yield Verdict(Level.OK, f"{where} is free")
+        yield Verdict(Level.OK, f"{address} is free")
 
 
-def lease(seen: Observations) -> Iterator[Verdict]:
-    """Whether the GPU is free to be owned."""
-    own = require_settings(seen)
+def check_lease(observed: Observations) -> Iterator[Verdict]:
+    """Whether this gateway can get the GPU lease."""
+    own = usable_settings(observed)
     if not any(model.placement == "exclusive" for model in own.models.values()):
-        yield Verdict(Level.NOT_APPLICABLE, "no model is in an exclusive placement")
+        yield Verdict(Level.NOT_APPLICABLE, "no model has an exclusive placement")
         return
-    owner = require(seen.owner)
+    owner = require(observed.owner)
     if owner is None:
-        yield Verdict(Level.OK, f"nobody owns the GPU ({require(seen.lease)})")
+        yield Verdict(Level.OK, f"no gateway has the GPU lease ({require(observed.lease)})")
     elif owner.address == f"{own.host}:{own.port}":
-        yield Verdict(Level.OK, f"the gateway that runs owns the GPU: {owner}")
+        yield Verdict(Level.OK, f"the running gateway has the GPU lease: {owner}")
     else:
         yield Verdict(
             Level.PROBLEM,
-            f"another gateway owns the GPU: {owner}",
-            f"Stop it; or, for other cards, name another file: gpu.lease ({require(seen.lease)}).",
+            f"another gateway has the GPU lease: {owner}",
+            "Stop that gateway. If it serves other cards, name another file here: gpu.lease (now "
+            f"{require(observed.lease)}).",
         )
 
 
-def profile(seen: Observations) -> Iterator[Verdict]:
-    """What the gateway decides by."""
-    found = require(seen.profiles)
-    if not found:
+def check_profiles(observed: Observations) -> Iterator[Verdict]:
+    """Whether the gateway decides by a profile that was measured and still applies."""
+    profiles = require(observed.profiles)
+    if not profiles:
         yield Verdict(
             Level.NOT_APPLICABLE, "no model of the settings has two lanes to choose between"
         )
-    for model, measured in found.items():
-        yield from guarded(partial(_profile, seen, model, measured), f"model {model}")
+    for model, profile in profiles.items():
+        yield from guarded(partial(_check_profile, observed, model, profile), f"model {model}")
 
 
-def _profile(seen: Observations, model: str, found: Profile | str | None) -> Iterator[Verdict]:
-    again = "Measure it: `twolane calibrate`, and name the file in models.NAME.profile."
-    if isinstance(found, str):
-        yield Verdict(Level.PROBLEM, found, again)
+def _check_profile(
+    observed: Observations, model: str, profile: Profile | str | None
+) -> Iterator[Verdict]:
+    calibrate = f"`{observed.program} calibrate`"
+    measure = f"Run {calibrate}, and name its file in the settings: models.NAME.profile."
+    if isinstance(profile, str):
+        yield Verdict(Level.PROBLEM, profile, measure)
         return
-    if found is None or found.source != "measured":
+    if profile is None or profile.source != "measured":
         yield Verdict(
-            Level.NOTE, "lanes are chosen by the assumed profile, not a measured one", again
+            Level.NOTE,
+            "lanes are chosen by the assumed profile, which was not measured on this machine",
+            measure,
         )
         return
     lanes = [
-        (server, wanted.lane.model)
-        for server in require(seen.servers)
-        for wanted in server.wanted
-        if wanted.model == model
+        (engine, expected.lane.model)
+        for engine in require(observed.engines)
+        for expected in engine.lanes
+        if expected.model == model
     ]
-    unmeasured = [server.kind for server, _ in lanes if server.kind not in found.lanes]
-    changes = [change for server, name in lanes for change in _changes(found, server, name)]
-    age_s = found.age_s(seen.at)
+    unmeasured = [engine.kind for engine, _ in lanes if engine.kind not in profile.lanes]
+    changes = [change for engine, name in lanes for change in _changes(profile, engine, name)]
+    age_s = profile.age_s(observed.at)
     if unmeasured:
-        yield Verdict(Level.WARNING, f"it has nothing about {', '.join(unmeasured)}", again)
+        yield Verdict(
+            Level.WARNING, f"the profile has no figures for {', '.join(unmeasured)}", measure
+        )
     elif changes:
-        yield Verdict(Level.WARNING, "; ".join(changes), "Run `twolane calibrate` again.")
-    elif age_s is not None and age_s > OLD_S:
-        yield Verdict(Level.NOTE, f"it is old: {found.told(seen.at)}", again)
+        yield Verdict(Level.WARNING, "; ".join(changes), f"Run {calibrate} again.")
+    elif age_s is not None and age_s > OLD_PROFILE_S:
+        yield Verdict(Level.NOTE, f"the profile is old: {profile.told(observed.at)}", measure)
     else:
-        yield Verdict(Level.OK, found.told(seen.at))
+        yield Verdict(Level.OK, profile.told(observed.at))
 
 
-def _changes(found: Profile, server: ObservedEngine, model: str) -> list[str]:
-    """What an engine is now that it was not when this was measured, as far as it tells."""
-    if isinstance(server.identities, Unknown) or model not in server.identities:
+def _changes(profile: Profile, engine: ObservedEngine, model: str) -> list[str]:
+    """What has changed about an engine since this profile was measured, as far as it reports."""
+    if isinstance(engine.identities, Unknown) or model not in engine.identities:
         return []
-    is_now = server.identities[model]
-    slots = max((w.lane.slots or 0 for w in server.wanted if w.lane.model == model), default=0)
+    identity = engine.identities[model]
+    slots = max((e.lane.slots or 0 for e in engine.lanes if e.lane.model == model), default=0)
     now = Measured(
-        server.kind,
+        engine.kind,
         model,
-        is_now.version,
-        is_now.weights,
-        is_now.slots or slots or KINDS[server.kind].slots,
-        command=shlex.join(server.configured.command) if server.configured else "",
-        digest=is_now.digest,
+        identity.version,
+        identity.weights,
+        identity.slots or slots or KINDS[engine.kind].slots,
+        command=shlex.join(engine.configured.command) if engine.configured else "",
+        digest=identity.digest,
     )
-    return [f"{server.kind}: {change}" for change in found.changed(server.kind, now)]
+    return [f"{engine.kind}: {change}" for change in profile.changed(engine.kind, now)]

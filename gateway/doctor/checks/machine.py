@@ -1,4 +1,4 @@
-"""Checks of the machine: shared memory, RAM, disks."""
+"""Checks of the machine's memory and disks, against what the engines need."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gateway.doctor.checks.check import (
     format_bytes,
     guarded,
     has_no_nvidia,
+    usable_settings,
 )
 from gateway.doctor.checks.engines import has_model
-from gateway.doctor.checks.gateway import require_settings
 from gateway.doctor.observations import (
     NotObserved,
     Observations,
@@ -26,152 +26,157 @@ from gateway.doctor.observations import (
     require,
 )
 
-#: What a 70B in 4 bit takes: AWQ for vLLM (37.0 GiB) and Q4_K_M for Ollama (39.6 GiB).
+#: The size of a 70B in 4 bit: 37.0 GiB as AWQ for vLLM, 39.6 GiB as Q4_K_M for Ollama.
 BIG_MODEL = 40 * GIB
-#: … and what of RAM a vLLM pins that sleeps with it, level 1.
-BIG_SLEEP = "44 to 50 GiB for a 70B in 4 bit"
-#: What Docker gives a container as /dev/shm unless it is told otherwise.
+#: The host RAM that a sleeping vLLM (level 1) pins for such a model.
+PINNED_BY_BIG_MODEL = "44 to 50 GiB for a 70B in 4 bit"
+#: The /dev/shm of a container, unless Docker is told otherwise.
 DOCKER_SHM = 64 * MIB
-#: Full for all practical purposes: a log, a picture, and it is.
+#: With less free space a disk will soon be full, without any model.
 NEARLY_FULL = 1 * GIB
 
 
-def _of_vllm(seen: Observations) -> list[tuple[str, Process]]:
-    """The processes of vLLM that run here and can be looked at, and what to call them."""
+def _vllm_processes(observed: Observations) -> list[tuple[str, Process]]:
+    """The label and process of each vLLM that runs here and whose process can be read."""
     return [
-        (server.label, server.process)
-        for server in require(seen.servers)
-        if server.kind == "vllm"
-        and isinstance(server.process, Process)
-        and server.process.pid is not None
+        (engine.label, engine.process)
+        for engine in require(observed.engines)
+        if engine.kind == "vllm"
+        and isinstance(engine.process, Process)
+        and engine.process.pid is not None
     ]
 
 
-def shm(seen: Observations) -> Iterator[Verdict]:
-    """How much of /dev/shm vLLM has."""
-    running = _of_vllm(seen)
-    for about, process in running or [("", require(seen.here))]:
+def check_shm(observed: Observations) -> Iterator[Verdict]:
+    """The size of the /dev/shm that vLLM has."""
+    running = _vllm_processes(observed)
+    for about, process in running or [("", require(observed.own_process))]:
         size = require(process.shm)
         if size <= DOCKER_SHM:
             yield Verdict(
-                Level.WARNING, f"{format_bytes(size)}, which is what Docker gives",
-                "Start vLLM's container with `ipc: host` (docker run --ipc=host).", about,
-            )  # fmt: skip
+                Level.WARNING,
+                f"{format_bytes(size)}, Docker's default",
+                "Start vLLM's container with `ipc: host` (docker run --ipc=host).",
+                about,
+            )
         elif running:
             yield Verdict(Level.OK, format_bytes(size), about=about)
         else:
-            yield Verdict(Level.OK, f"{format_bytes(size)} here; a container has its own")
+            yield Verdict(Level.OK, f"{format_bytes(size)} on the host; a container has its own")
 
 
-def _takes_turns(seen: Observations) -> list[tuple[ObservedEngine, float | None]]:
-    """The vLLMs that give the GPU to another engine at times, and the GiB they are said to take."""
-    turns = []
-    for server in require(seen.servers):
-        sizes = [w.lane.memory_gib for w in server.wanted if w.exclusive]
-        if server.kind == "vllm" and sizes:
-            turns.append((server, max((size for size in sizes if size), default=None)))
-    return turns
+def _sleeping_engines(observed: Observations) -> list[tuple[ObservedEngine, float | None]]:
+    """The vLLMs that release the GPU for another engine, and their `memory_gib`."""
+    engines = []
+    for engine in require(observed.engines):
+        sizes = [expected.lane.memory_gib for expected in engine.lanes if expected.exclusive]
+        if engine.kind == "vllm" and sizes:
+            engines.append((engine, max((size for size in sizes if size), default=None)))
+    return engines
 
 
-def memlock(seen: Observations) -> Iterator[Verdict]:
-    """How much memory a vLLM that sleeps may pin."""
-    if not _takes_turns(seen):
-        yield Verdict(Level.NOT_APPLICABLE, "no vLLM that sleeps (no exclusive placement)")
+def check_memlock(observed: Observations) -> Iterator[Verdict]:
+    """How much memory a sleeping vLLM may pin."""
+    if not _sleeping_engines(observed):
+        yield Verdict(Level.NOT_APPLICABLE, "no vLLM has to sleep (no exclusive placement)")
         return
-    if has_no_nvidia(seen):
-        yield Verdict(Level.NOT_APPLICABLE, "no NVIDIA card here, so nothing is pinned")
+    if has_no_nvidia(observed):
+        yield Verdict(Level.NOT_APPLICABLE, "no NVIDIA card, so no memory is pinned")
         return
-    running = _of_vllm(seen)
-    for about, process in running or [("", require(seen.here))]:
+    running = _vllm_processes(observed)
+    for about, process in running or [("", require(observed.own_process))]:
         limit = require(process.memlock)
         if limit is None:
             yield Verdict(
-                Level.OK, "without limit" if running else "without limit here", about=about
+                Level.OK, "no limit" if running else "no limit in this shell", about=about
             )
         else:
+            where = "" if running else " in this shell; a container has its own limit"
             yield Verdict(
                 Level.WARNING if running else Level.NOTE,
-                f"{format_bytes(limit)}"
-                + ("" if running else " in this shell; a container has its own"),
+                f"{format_bytes(limit)}{where}",
                 "Start vLLM with `ulimits: {memlock: -1}` (docker run --ulimit memlock=-1).",
                 about,
             )
 
 
-def ram(seen: Observations) -> Iterator[Verdict]:
-    """Whether there is the RAM that a vLLM takes when it sleeps."""
-    found, turns = require(seen.ram), _takes_turns(seen)
-    has = f"{format_bytes(found.total)} of RAM, {format_bytes(found.available)} available"
-    if not turns:
-        yield Verdict(Level.NOT_APPLICABLE, f"{has}; no vLLM that sleeps (no exclusive placement)")
-    elif require_settings(seen).gpu.budget_gib is not None:
+def check_ram(observed: Observations) -> Iterator[Verdict]:
+    """Whether the RAM suffices for the weights of a sleeping vLLM."""
+    ram, sleeping = require(observed.ram), _sleeping_engines(observed)
+    total = f"{format_bytes(ram.total)} of RAM, {format_bytes(ram.available)} available"
+    if not sleeping:
         yield Verdict(
-            Level.NOT_APPLICABLE, f"{has}; the engines share a part of it (gpu.budget_gib)"
+            Level.NOT_APPLICABLE, f"{total}; no vLLM has to sleep (no exclusive placement)"
         )
+    elif usable_settings(observed).gpu.budget_gib is not None:
+        yield Verdict(Level.NOT_APPLICABLE, f"{total}; the engines share gpu.budget_gib of it")
     else:
-        for server, gib in turns:
-            yield from guarded(partial(_ram, seen, server, gib), server.label)
+        for engine, gib in sleeping:
+            yield from guarded(partial(_check_ram, observed, engine, gib), engine.label)
 
 
-def _ram(seen: Observations, server: ObservedEngine, gib: float | None) -> Iterator[Verdict]:
-    found = require(seen.ram)
-    has = f"{format_bytes(found.total)} of RAM, {format_bytes(found.available)} available"
-    if not server.here:
-        if has_no_nvidia(seen) or not all(map(is_private, require(server.addresses))):
-            raise NotObserved("it may run on another machine, whose RAM is not seen from here")
-        has = f"if it runs on this machine, which has {has}"
-    elif has_no_nvidia(seen):
-        yield Verdict(Level.NOT_APPLICABLE, "no NVIDIA card here, so nothing is pinned")
+def _check_ram(
+    observed: Observations, engine: ObservedEngine, gib: float | None
+) -> Iterator[Verdict]:
+    ram = require(observed.ram)
+    total = f"{format_bytes(ram.total)} of RAM, {format_bytes(ram.available)} available"
+    if not engine.is_local:
+        if has_no_nvidia(observed) or not all(map(is_private, require(engine.addresses))):
+            raise NotObserved("it may run on another machine, whose RAM cannot be read from here")
+        total = f"if it runs on this machine, which has {total}"
+    elif has_no_nvidia(observed):
+        yield Verdict(Level.NOT_APPLICABLE, "no NVIDIA card, so no memory is pinned")
         return
     if gib is None:
         yield Verdict(
             Level.NOTE,
-            f"{has}: asleep it pins about its weights in RAM, {BIG_SLEEP}",
-            "Name memory_gib under its lane, and this compares.",
+            f"{total}: asleep it pins about its weights in RAM, {PINNED_BY_BIG_MODEL}",
+            "Set memory_gib of its lane; then this check compares the two.",
         )
-    elif found.total < gib * GIB:
+    elif ram.total < gib * GIB:
         yield Verdict(
-            Level.PROBLEM if server.here else Level.WARNING,
-            f"{has}: asleep it may pin {gib:g} GiB (memory_gib)",
-            "More RAM, a smaller model, or let the gateway stop and start it: engines.vllm.command "
-            "without dev mode.",
+            Level.PROBLEM if engine.is_local else Level.WARNING,
+            f"{total}: asleep it may pin {gib:g} GiB (memory_gib)",
+            "Add RAM, or choose a smaller model. Or let the gateway stop and start it: set "
+            "engines.vllm.command and leave out VLLM_SERVER_DEV_MODE.",
         )
-    elif found.available < gib * GIB and server.asleep is not True:
+    elif ram.available < gib * GIB and engine.is_asleep is not True:
         yield Verdict(
             Level.WARNING,
-            f"{has}: asleep it may pin {gib:g} GiB (memory_gib)",
-            "Free some before it sleeps for the first time.",
+            f"{total}: asleep it may pin {gib:g} GiB (memory_gib)",
+            "Free some RAM before its first sleep.",
         )
     else:
-        asleep = "pins" if server.asleep is True else "may pin"
-        yield Verdict(Level.OK, f"{has}: asleep it {asleep} up to {gib:g} GiB (memory_gib)")
+        pins = "pins" if engine.is_asleep is True else "may pin"
+        yield Verdict(Level.OK, f"{total}: asleep it {pins} up to {gib:g} GiB (memory_gib)")
 
 
-def disk(seen: Observations) -> Iterator[Verdict]:
-    """Whether there is room for models."""
-    for found in require(seen.disks):
-        missing = _missing_gib(seen, found.holds)
-        saw = f"{format_bytes(found.free)} free at {found.path}"
-        if found.free < NEARLY_FULL:
-            level, do = Level.WARNING, "Make room before anything is downloaded."
-        elif missing and found.free < missing * GIB:
-            level, do = Level.WARNING, "Make room, or put the models elsewhere."
-            saw += f"; models that are missing take up to {missing:g} GiB (memory_gib)"
-        elif found.free < BIG_MODEL:
+def check_disks(observed: Observations) -> Iterator[Verdict]:
+    """Whether the disks have room for the models."""
+    for disk in require(observed.disks):
+        missing = _missing_gib(observed, disk.used_by)
+        saw = f"{format_bytes(disk.free)} free at {disk.path}"
+        if disk.free < NEARLY_FULL:
+            level, do = Level.WARNING, "Free some space before you download anything."
+        elif missing and disk.free < missing * GIB:
+            level, do = Level.WARNING, "Free some space, or keep the models on another disk."
+            saw += f"; models that are not there yet take up to {missing:g} GiB (memory_gib)"
+        elif disk.free < BIG_MODEL:
             level, do = Level.NOTE, ""
             saw += ", less than a 70B in 4 bit takes (37 to 40 GiB)"
         else:
             level, do = Level.OK, ""
-        yield Verdict(level, saw, do, f"models of {found.holds}")
+        what = "images" if disk.used_by == "docker" else "models"
+        yield Verdict(level, saw, do, f"{disk.used_by} {what}")
 
 
-def _missing_gib(seen: Observations, kind: str) -> float:
-    """What the models take, by the settings, that this kind of engine does not have yet."""
-    servers = () if isinstance(seen.servers, Unknown) else seen.servers
+def _missing_gib(observed: Observations, kind: str) -> float:
+    """The sizes, by the settings, of models that an engine of this kind does not have yet."""
+    engines = () if isinstance(observed.engines, Unknown) else observed.engines
     return sum(
-        wanted.lane.memory_gib or 0.0
-        for server in servers
-        if server.kind == kind and not isinstance(server.models, Unknown)
-        for wanted in server.wanted
-        if not has_model(server, server.models, wanted.lane.model)
+        expected.lane.memory_gib or 0.0
+        for engine in engines
+        if engine.kind == kind and not isinstance(engine.models, Unknown)
+        for expected in engine.lanes
+        if not has_model(engine, engine.models, expected.lane.model)
     )

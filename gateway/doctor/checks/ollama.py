@@ -1,4 +1,4 @@
-"""Checks of Ollama."""
+"""Checks of Ollama: its context, and where its loaded models are."""
 
 from __future__ import annotations
 
@@ -7,98 +7,100 @@ from functools import partial
 
 from backends.ollama import full
 from backends.reports import Loaded
-from gateway.doctor.checks.check import GIB, Level, Verdict, cards, format_bytes, guarded
-from gateway.doctor.observations import (
-    NotObserved,
-    Observations,
-    ObservedEngine,
-    require,
-)
+from gateway.doctor.checks.check import GIB, Level, Verdict, format_bytes, guarded, nvidia_cards
+from gateway.doctor.observations import NotObserved, Observations, ObservedEngine, require
 
-#: Ollama's context where nobody sets one, by GPU memory from so many bytes on. Read in its
-#: source, 0.24 and 0.33.
+#: Ollama's default context in tokens, by the least GPU memory in bytes. Read in the source of
+#: 0.24 and 0.33.
 OLLAMA_CONTEXTS = ((47 * GIB, 262_144), (23 * GIB, 32_768), (0, 4_096))
 
 
-def ollama_context(seen: Observations, server: ObservedEngine) -> Iterator[Verdict]:
-    """How many tokens of context an Ollama has per slot, and where that is set."""
-    loaded = {one.model: one for one in require(server.loaded)}
-    own = require(server.contexts)
-    for wanted in server.wanted:
-        if not wanted.lane.context:
+def check_ollama_context(observed: Observations, engine: ObservedEngine) -> Iterator[Verdict]:
+    """How many tokens of context each slot has, and what sets that number."""
+    own = require(engine.contexts)
+    loaded = {model.model: model for model in require(engine.loaded)}
+    for expected in engine.lanes:
+        lane = expected.lane
+        if not lane.context:
             continue
-        one = loaded.get(full(wanted.lane.model))
-        tokens = (one.context if one else None) or own.get(wanted.lane.model)
-        if tokens is not None and tokens < wanted.lane.context:
+        model = loaded.get(full(lane.model))
+        tokens = (model.context if model else None) or own.get(lane.model)
+        if tokens is not None and tokens < lane.context:
             yield Verdict(
                 Level.WARNING,
-                f"{wanted.lane.model}: {tokens:,} tokens, and the settings promise "
-                f"{wanted.lane.context:,}: longer prompts are cut without a word",
-                f"OLLAMA_CONTEXT_LENGTH={wanted.lane.context}, or lower the lane's `context`.",
+                f"{lane.model}: {tokens:,} tokens, but the settings promise {lane.context:,}: "
+                "Ollama cuts longer prompts without an error",
+                f"Set OLLAMA_CONTEXT_LENGTH={lane.context}, or lower the lane's `context`.",
             )
-    for one in loaded.values():
-        if one.context == OLLAMA_CONTEXTS[0][1]:
+    for model in loaded.values():
+        if model.context == OLLAMA_CONTEXTS[0][1]:
             yield Verdict(
-                Level.WARNING, f"{one.model} is loaded with {one.context:,} tokens a slot",
-                "Set OLLAMA_CONTEXT_LENGTH: 8192, say.",
-            )  # fmt: skip
-    yield _ollama_default(seen, server, own)
+                Level.WARNING,
+                f"{model.model} is loaded with {model.context:,} tokens per slot",
+                "Set OLLAMA_CONTEXT_LENGTH to what you need, for example 8192.",
+            )
+    yield _default_context(observed, engine, own)
 
 
-def _ollama_default(
-    seen: Observations, server: ObservedEngine, own: Mapping[str, int | None]
+def _default_context(
+    observed: Observations, engine: ObservedEngine, own: Mapping[str, int | None]
 ) -> Verdict:
-    """What Ollama takes where nothing else is said."""
-    if own and all(own.values()) and len(own) == len({w.lane.model for w in server.wanted}):
-        told = ", ".join(f"{model} {tokens:,}" for model, tokens in own.items())
-        return Verdict(Level.OK, f"tokens a slot, as the models themselves say: {told}")
-    environment = require(require(server.process).environment)
-    said = environment.get("OLLAMA_CONTEXT_LENGTH", "")
-    if said and said != "0":
-        return Verdict(Level.OK, f"OLLAMA_CONTEXT_LENGTH={said}")
-    memory = sum(card.memory for card in cards(seen))
+    """The context of a request that does not ask for one."""
+    names = {expected.lane.model for expected in engine.lanes}
+    if own and all(own.values()) and len(own) == len(names):
+        each = ", ".join(f"{model} {tokens:,}" for model, tokens in own.items())
+        return Verdict(Level.OK, f"tokens per slot, from the model files: {each}")
+    value = require(require(engine.process).environment).get("OLLAMA_CONTEXT_LENGTH", "")
+    if value and value != "0":
+        return Verdict(Level.OK, f"OLLAMA_CONTEXT_LENGTH={value}")
+    memory = sum(card.memory for card in nvidia_cards(observed))
     tokens = next(tokens for least, tokens in OLLAMA_CONTEXTS if memory >= least)
     return Verdict(
         Level.WARNING,
         f"OLLAMA_CONTEXT_LENGTH is not set: with {format_bytes(memory) if memory else 'no'} NVIDIA "
-        f"memory Ollama takes {tokens:,} tokens a slot where the model says nothing",
-        "Set OLLAMA_CONTEXT_LENGTH to what you need: 8192, say.",
+        f"memory Ollama takes {tokens:,} tokens per slot where the model file names no number",
+        "Set OLLAMA_CONTEXT_LENGTH to what you need, for example 8192.",
     )
 
 
-def on_gpu(seen: Observations, server: ObservedEngine) -> Iterator[Verdict]:
-    """Whether the models it has loaded are in GPU memory."""
-    loaded = require(server.loaded)
+def check_on_gpu(observed: Observations, engine: ObservedEngine) -> Iterator[Verdict]:
+    """Whether its loaded models are in GPU memory."""
+    loaded = require(engine.loaded)
     if not loaded:
-        raise NotObserved("no model is loaded now; ask it something, then look again")
-    for one in loaded:
-        yield from guarded(partial(_on_gpu, seen, server, one), server.label)
+        raise NotObserved("no model is loaded now; send it a request, then run this again")
+    for model in loaded:
+        yield from guarded(partial(_check_loaded, observed, engine, model), engine.label)
 
 
-def _on_gpu(seen: Observations, server: ObservedEngine, one: Loaded) -> Iterator[Verdict]:
-    if one.on_gpu >= one.size:
+def _check_loaded(
+    observed: Observations, engine: ObservedEngine, model: Loaded
+) -> Iterator[Verdict]:
+    if model.on_gpu >= model.size:
         yield Verdict(
-            Level.OK, f"{one.model} is in GPU memory as a whole ({format_bytes(one.size)})"
+            Level.OK, f"{model.model} is entirely in GPU memory ({format_bytes(model.size)})"
         )
-    elif one.on_gpu:
+    elif model.on_gpu:
         yield Verdict(
             Level.PROBLEM,
-            f"{one.model}: {format_bytes(one.size - one.on_gpu)} of {format_bytes(one.size)} are "
-            "on the CPU",
-            "Less context or fewer slots (it pays for context x slots), OLLAMA_KV_CACHE_TYPE=q8_0, "
-            "or a smaller quantization; in an exclusive placement name memory_gib.",
+            f"{model.model}: {format_bytes(model.size - model.on_gpu)} of "
+            f"{format_bytes(model.size)} are on the CPU",
+            "Set less context or fewer slots (Ollama allocates context x slots), or "
+            "OLLAMA_KV_CACHE_TYPE=q8_0, or choose a smaller quantization. In an exclusive "
+            "placement set the lane's memory_gib.",
         )
-    elif not server.here:
+    elif not engine.is_local:
         yield Verdict(
             Level.WARNING,
-            f"{one.model} is on the CPU as a whole, on that machine",
-            "If it has a card, see Ollama's log there for why it was not found.",
+            f"{model.model} is entirely on the CPU of that machine",
+            "If that machine has a card: Ollama's log there says why it was not used.",
         )
-    elif not cards(seen):
-        yield Verdict(Level.NOTE, f"{one.model} is on the CPU as a whole: no NVIDIA card here")
+    elif not nvidia_cards(observed):
+        yield Verdict(
+            Level.NOTE, f"{model.model} is entirely on the CPU: this machine has no NVIDIA card"
+        )
     else:
         yield Verdict(
             Level.PROBLEM,
-            f"{one.model} is on the CPU as a whole, though there is a card",
-            "See Ollama's log for why it found none; a container needs its GPU reservation.",
+            f"{model.model} is entirely on the CPU, although this machine has a card",
+            "Ollama's log says why it did not use the card. A container needs a GPU reservation.",
         )

@@ -1,4 +1,4 @@
 """The collectors: they read and ask, and change nothing.
 
-What cannot be read is `Unknown`, with the reason, and no error.
+What cannot be observed becomes `Unknown`, with the reason: a collector that fails stops no other.
 """

@@ -1,4 +1,4 @@
-"""What the kernel and Docker say of the machine."""
+"""Observes the machine: the PCI bus, Docker, RAM and disks."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from gateway.doctor.observations import (
     Unknown,
 )
 
-NVIDIA = "0x10de"
-DISPLAY = "0x03"
-#: For Docker to tell of itself: its daemon may hang.
-DOCKER_S = 10.0
-#: Where Ollama's installer puts models, for a user of its own.
-OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
+#: In sysfs: the vendor, and how the class of a display device begins.
+NVIDIA_VENDOR = "0x10de"
+DISPLAY_CLASS = "0x03"
+#: Timeout of `docker info`, seconds: its daemon may hang.
+DOCKER_INFO_S = 10.0
+#: The models of an Ollama that was installed as a service.
+OLLAMA_SERVICE_MODELS = Path("/usr/share/ollama/.ollama/models")
 
 
-def count_nvidia_devices(root: Path) -> int:
+def count_nvidia_devices(sys: Path) -> int:
     """The number of NVIDIA display devices on the PCI bus."""
-    bus = root / "bus/pci/devices"
+    bus = sys / "bus/pci/devices"
     if not bus.is_dir():
         raise NotObserved("this kernel does not show the PCI bus")
     return sum(
-        (device / "vendor").read_text().strip() == NVIDIA
-        and (device / "class").read_text().startswith(DISPLAY)
+        (device / "vendor").read_text().strip() == NVIDIA_VENDOR
+        and (device / "class").read_text().startswith(DISPLAY_CLASS)
         for device in bus.iterdir()
     )
 
@@ -47,7 +48,7 @@ class _Device(msgspec.Struct):
 
 
 class _Info(msgspec.Struct):
-    """What of `docker info` is read; null is what a daemon that is down says."""
+    """The part of `docker info` that is used. Without its daemon Docker reports null."""
 
     ServerVersion: str = ""
     Runtimes: dict[str, msgspec.Raw] | None = None
@@ -62,28 +63,26 @@ def ask_docker(command: str) -> Docker | None:
     if program is None:
         return None
     try:
-        said = subprocess.run(  # noqa: S603 - the user's own docker, no word of it from outside
+        result = subprocess.run(  # noqa: S603 - the user's docker, with fixed arguments
             [program, "info", "--format", "{{json .}}"],
             capture_output=True,
-            timeout=DOCKER_S,
+            timeout=DOCKER_INFO_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise NotObserved(f"Docker has not answered for {DOCKER_S:g} s") from None
-    if said.returncode:
-        last = said.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-        raise NotObserved(
-            f"Docker does not tell: {' '.join(last) or f'it ended with {said.returncode}'}"
-        )
+        raise NotObserved(f"`docker info` has not answered for {DOCKER_INFO_S:g} s") from None
+    if result.returncode:
+        last = " ".join(result.stderr.decode("utf-8", "replace").strip().splitlines()[-1:])
+        raise NotObserved(f"`docker info` failed: {last or f'exit code {result.returncode}'}")
     try:
-        found = msgspec.json.decode(said.stdout, type=_Info)
+        info = msgspec.json.decode(result.stdout, type=_Info)
     except msgspec.DecodeError as exc:
-        raise NotObserved(f"what `docker info` says makes no sense: {exc}") from exc
-    devices = [device.ID for device in found.DiscoveredDevices or ()]
-    for folder in found.CDISpecDirs or ():  # older ones do not list devices
+        raise NotObserved(f"the output of `docker info` is not understood: {exc}") from exc
+    devices = [device.ID for device in info.DiscoveredDevices or ()]
+    for folder in info.CDISpecDirs or ():  # older releases list folders only
         devices += [kind for file in sorted(Path(folder).glob("*")) for kind in _cdi_kinds(file)]
     return Docker(
-        found.ServerVersion, tuple(found.Runtimes or ()), tuple(devices), found.DockerRootDir
+        info.ServerVersion, tuple(info.Runtimes or ()), tuple(devices), info.DockerRootDir
     )
 
 
@@ -94,49 +93,51 @@ def _cdi_kinds(file: Path) -> list[str]:
         return []
 
 
-def _ram(proc: Path) -> Ram:
+def read_ram(proc: Path) -> Ram:
+    """The machine's memory, from /proc/meminfo."""
     lines = (proc / "meminfo").read_text().splitlines()
     sizes = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
     return Ram(int(sizes["MemTotal"][0]) * 1024, int(sizes["MemAvailable"][0]) * 1024)
 
 
 def read_disks(
-    servers: tuple[ObservedEngine, ...] | Unknown, docker: Docker | Unknown | None
+    engines: tuple[ObservedEngine, ...] | Unknown, docker: Docker | Unknown | None
 ) -> Iterator[Disk]:
-    """Where the engines of this machine keep models, or would."""
-    found = () if isinstance(servers, Unknown) else servers
+    """The free space where engines of this machine keep models, or would."""
+    known = () if isinstance(engines, Unknown) else engines
     for kind, folder in (("ollama", _ollama_models), ("vllm", _hub_cache)):
-        of_kind = [server for server in found if server.kind == kind]
-        here = [server for server in of_kind if server.here]
-        if of_kind and not here:
+        of_kind = [engine for engine in known if engine.kind == kind]
+        local = [engine for engine in of_kind if engine.is_local]
+        if of_kind and not local:
             continue
-        seen = next((one.process for one in here if isinstance(one.process, Process)), None)
+        processes = (e.process for e in local if isinstance(e.process, Process))
+        process = next(processes, None)
         environment = settings.environment()
-        if seen is not None and not isinstance(seen.environment, Unknown):
-            environment = seen.environment
+        if process is not None and not isinstance(process.environment, Unknown):
+            environment = process.environment
         path = folder(environment)
         yield Disk(kind, str(path), _free(path))
     if isinstance(docker, Docker) and docker.root:
-        yield Disk("containers", docker.root, _free(Path(docker.root)))
+        yield Disk("docker", docker.root, _free(Path(docker.root)))
 
 
 def _ollama_models(environment: Mapping[str, str]) -> Path:
-    named = environment.get("OLLAMA_MODELS")
-    if not named and OLLAMA_SERVICE.is_dir():
-        return OLLAMA_SERVICE
-    return Path(named or Path(environment.get("HOME", "/")) / ".ollama/models")
+    folder = environment.get("OLLAMA_MODELS")
+    if not folder and OLLAMA_SERVICE_MODELS.is_dir():
+        return OLLAMA_SERVICE_MODELS
+    return Path(folder or Path(environment.get("HOME", "/")) / ".ollama/models")
 
 
 def _hub_cache(environment: Mapping[str, str]) -> Path:
-    """Where Hugging Face's library keeps what it gets, by its own variables."""
+    """The folder of models from Hugging Face, by the variables of its library."""
     cache = environment.get("XDG_CACHE_HOME") or Path(environment.get("HOME", "/")) / ".cache"
     home = environment.get("HF_HOME") or Path(cache) / "huggingface"
     return Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
 def _free(path: Path) -> int:
-    """Free for this user on the disk that this folder is on, or would be."""
+    """Bytes that are free for this user on the disk of this folder, which need not exist yet."""
     while not path.exists() and path != path.parent:
         path = path.parent
-    found = os.statvfs(path)
-    return found.f_bavail * found.f_frsize
+    size = os.statvfs(path)
+    return size.f_bavail * size.f_frsize

@@ -1,4 +1,4 @@
-"""Sockets and processes, as the kernel shows them."""
+"""Observes sockets, processes and addresses, as the kernel shows them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from gateway.doctor.collect.attempt import attempt
-from gateway.doctor.observations import (
-    NotObserved,
-    Process,
-)
+from gateway.doctor.observations import NotObserved, Process, Unknown, require
 
-#: The state of a socket that listens, in the kernel's table.
+#: The state of a listening socket in /proc/net/tcp.
 TCP_LISTEN = "0A"
 
 
@@ -38,7 +35,7 @@ def listening_sockets(proc: Path) -> Iterator[ListeningSocket]:
         except FileNotFoundError:
             if table == "tcp":
                 raise
-            continue  # no IPv6 here
+            continue  # a kernel without IPv6
         for line in lines:
             fields = line.split()
             if fields[3] != TCP_LISTEN:
@@ -49,21 +46,40 @@ def listening_sockets(proc: Path) -> Iterator[ListeningSocket]:
             yield ListeningSocket(str(ip_address(packed)), int(port, 16), int(fields[9]))
 
 
-def holder(proc: Path, inodes: set[int]) -> int | None:
-    """The first process that has one of these sockets; None where none is seen to."""
-    wanted = {f"socket:[{inode}]" for inode in inodes}
+class SocketTable:
+    """The listening sockets of this machine, and the processes that have them."""
+
+    def __init__(self, proc: Path) -> None:
+        self._proc = proc
+        self._sockets: list[ListeningSocket] | Unknown = attempt(
+            lambda: list(listening_sockets(proc))
+        )
+
+    def on(self, port: int) -> list[ListeningSocket]:
+        """The sockets that listen on this port; raises `NotObserved`."""
+        return [entry for entry in require(self._sockets) if entry.port == port]
+
+    def process_on(self, port: int) -> Process | None:
+        """The process that listens on this port; None where this user cannot find it."""
+        pid = _pid_of(self._proc, {entry.inode for entry in self.on(port)})
+        return None if pid is None else read_process(self._proc, pid)
+
+
+def _pid_of(proc: Path, inodes: set[int]) -> int | None:
+    """The first process that has one of these sockets; None where this user cannot find it."""
+    links = {f"socket:[{inode}]" for inode in inodes}
     pids = sorted(int(entry.name) for entry in proc.iterdir() if entry.name.isdecimal())
     for pid in pids:
         try:
-            if any(str(fd.readlink()) in wanted for fd in (proc / str(pid) / "fd").iterdir()):
+            if any(str(fd.readlink()) in links for fd in (proc / str(pid) / "fd").iterdir()):
                 return pid
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return None
 
 
-def process(proc: Path, pid: int) -> Process:
-    """What the kernel tells of a process."""
+def read_process(proc: Path, pid: int) -> Process:
+    """A process as the kernel shows it."""
     folder = proc / str(pid)
     return Process(
         pid,
@@ -80,11 +96,11 @@ def _environment(folder: Path) -> Mapping[str, str]:
 
 
 def _shm(folder: Path) -> int:
-    place = folder / "root/dev/shm"
-    if not os.path.ismount(place):
-        raise NotObserved("it has no /dev/shm, or not one that this user may look at")
-    found = os.statvfs(place)
-    return found.f_blocks * found.f_frsize
+    mount = folder / "root/dev/shm"
+    if not os.path.ismount(mount):
+        raise NotObserved("it has no /dev/shm, or none that this user may read")
+    size = os.statvfs(mount)
+    return size.f_blocks * size.f_frsize
 
 
 def _memlock(folder: Path) -> int | None:
@@ -92,11 +108,11 @@ def _memlock(folder: Path) -> int | None:
         if line.startswith("Max locked memory"):
             soft = line.split()[3]
             return None if soft == "unlimited" else int(soft)
-    raise NotObserved("this kernel does not tell how much memory it may lock")
+    raise NotObserved("this kernel does not report its limit of locked memory")
 
 
 def can_bind(address: str, port: int = 0) -> bool:
-    """Whether this address is one of this machine's, and the port free if one is named."""
+    """Whether the address belongs to this machine, and the port, if one is named, is free."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -108,15 +124,9 @@ def can_bind(address: str, port: int = 0) -> bool:
 
 
 async def resolve(host: str) -> tuple[str, ...]:
-    """The addresses that a host name stands for."""
+    """The addresses of a host name; raises `NotObserved` without any."""
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as exc:  # the second: it cannot even be asked for
-        raise NotObserved(f"{host} is no address and no known name") from exc
-    return tuple(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
-
-
-def conflict(address: str, own: tuple[str, ...]) -> bool:
-    """Whether who listens there is in the way of who wants to listen here."""
-    anywhere = {"0.0.0.0", "::"}  # noqa: S104 - compared with
-    return address in anywhere or address in own or not anywhere.isdisjoint(own)
+        entries = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:  # UnicodeError: it cannot be a host name
+        raise NotObserved(f"{host} is neither an address nor a known host name") from exc
+    return tuple(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in entries))
