@@ -50,8 +50,9 @@ WORKERS ?= 2
 NO_ENGINES := tests --ignore tests/engines --ignore tests/compose --ignore tests/browser
 PARALLEL := --numprocesses $(WORKERS) --dist worksteal
 
+# In one process: to start another takes longer than half of these tests.
 unit: .venv/dev
-	$(PYTEST) $(NO_ENGINES) $(PARALLEL) -m "unit and not slow" --hypothesis-profile quick $(ARGS)
+	$(PYTEST) $(NO_ENGINES) -m "unit and not slow" --hypothesis-profile quick $(ARGS)
 
 test: .venv/dev tests/clients/node_modules/.package-lock.json
 	$(PYTEST) $(NO_ENGINES) $(PARALLEL) $(ARGS)

@@ -36,6 +36,8 @@ class EngineKind:
         slots_variable: The environment variable that sets its slots; empty: there is none.
         program: The name of its process; empty: it may have any name.
         command_word: A word that its command line contains; empty: there is none.
+        tested_releases: The releases that the tests run, as (major, minor).
+        read_releases: Those whose source was checked, and that no test runs.
     """
 
     engine: type[Engine]
@@ -49,6 +51,8 @@ class EngineKind:
     slots_variable: str = ""
     program: str = ""
     command_word: str = ""
+    tested_releases: tuple[tuple[int, int], ...] = ()
+    read_releases: tuple[tuple[int, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -78,6 +82,8 @@ KINDS: Mapping[str, EngineKind] = MappingProxyType({
             colour="green",
             slots_variable="OLLAMA_NUM_PARALLEL",
             program="ollama",
+            tested_releases=((0, 24),),
+            read_releases=((0, 33),),
         ),
         EngineKind(
             engine=VLLM,
@@ -88,6 +94,8 @@ KINDS: Mapping[str, EngineKind] = MappingProxyType({
             cold_start_s=120.0,
             colour="red",
             command_word="vllm",
+            tested_releases=((0, 32),),
+            read_releases=((0, 33),),
         ),
         EngineKind(
             engine=LlamaCpp,

@@ -129,9 +129,12 @@ async def test_a_fourth_kind_takes_its_module_and_one_entry(with_toy: Path) -> N
         streamed = await client.post("/v1/chat/completions", json={**chat, "stream": True})
         moved = await client.post("/admin/pin", json={"lane": "vllm"})
         other = await client.post("/v1/chat/completions", json=chat)
+        await client.post("/admin/pin", json={"lane": "auto"})
+        decided = await client.post("/v1/chat/completions", json=chat)
         status = (await client.get("/status")).json()
 
-    assert [answer.status_code for answer in (pinned, streamed, moved, other)] == [200] * 4
+    answers = (pinned, streamed, moved, other, decided)
+    assert [answer.status_code for answer in answers] == [200] * 5
     assert pinned.headers["x-gateway-lane"] == "toy"
     assert streamed.text.endswith("data: [DONE]\n\n")
     assert other.headers["x-gateway-lane"] == "vllm"

@@ -17,16 +17,6 @@ from gateway.doctor.observations import (
     require,
 )
 
-#: Releases that twolane's tests run.
-TESTED_RELEASES: Mapping[Kind, Collection[tuple[int, int]]] = {
-    "ollama": {(0, 24)},
-    "vllm": {(0, 32)},
-}
-#: Releases whose source was read, but which were not run.
-READ_RELEASES: Mapping[Kind, Collection[tuple[int, int]]] = {
-    "ollama": {(0, 33)},
-    "vllm": {(0, 33)},
-}
 #: By kind, a change that breaks installations, and the release that brought it.
 BREAKING_CHANGES: Mapping[Kind, tuple[tuple[int, int], str]] = {
     "ollama": (
@@ -89,11 +79,12 @@ def check_version(observed: Observations, engine: ObservedEngine) -> Iterator[Ve
     release = (int(numbers[1]), int(numbers[2]))
     since, change = BREAKING_CHANGES.get(engine.kind, ((release[0] + 1, 0), ""))
     change = f"; {change}" if release >= since else ""
-    if release in TESTED_RELEASES[engine.kind]:
+    kind = KINDS[engine.kind]
+    if release in kind.tested_releases:
         yield Verdict(Level.OK, f"{version}, a release that twolane's tests run{change}")
     else:
-        tested = ", ".join(f"{a}.{b}" for a, b in sorted(TESTED_RELEASES[engine.kind]))
-        read = ", whose source was read" if release in READ_RELEASES[engine.kind] else ""
+        tested = ", ".join(f"{a}.{b}" for a, b in sorted(kind.tested_releases))
+        read = ", whose source was read" if release in kind.read_releases else ""
         yield Verdict(Level.NOTE, f"{version}{read}; twolane's tests run {tested}{change}")
 
 
@@ -137,8 +128,7 @@ def check_slots(observed: Observations, engine: ObservedEngine) -> Iterator[Verd
     usual = KINDS[engine.kind].slots
     ours = max((expected.lane.slots or usual for expected in engine.lanes), default=0) or usual
     process = require(engine.process)
-    if engine.kind == "ollama":
-        name = "OLLAMA_NUM_PARALLEL"
+    if name := KINDS[engine.kind].slots_variable:
         value = require(process.environment).get(name) or "1"
     else:
         name = "--max-num-seqs"
