@@ -898,7 +898,7 @@ class Ledger:
             assert scheduler.lanes[name].free(ticket.without) is None, "waits beside a free slot"
 
 
-@settings(max_examples=3 * settings.default.max_examples)
+@settings(max_examples=3 * settings().max_examples)
 @given(EVENTS)
 def test_whatever_happens_the_counts_are_right_and_nobody_is_started_twice_or_after_leaving(
     events: list[Event],
@@ -1042,7 +1042,7 @@ class Owner:
             sharer.check()
 
 
-@settings(max_examples=3 * settings.default.max_examples)
+@settings(max_examples=3 * settings().max_examples)
 @given(SHARED)
 def test_whatever_happens_to_the_gpu_nothing_starts_without_it_and_nobody_waits_for_ever(
     events: list[Settle | Free | tuple[bool, Event]],
