@@ -21,7 +21,7 @@ import pytest
 from backends.fake import FakeEngine
 from gateway import settings
 from gateway.compare import command, front
-from gateway.gpu.memory import Nvml
+from gateway.gpu.cards import Nvml
 from gateway.routing import profile
 from loadtests.measure import samples
 from loadtests.proof.known import Times, known_server

@@ -33,8 +33,8 @@ from gateway.doctor.observations import (
     Ram,
     Unknown,
 )
+from gateway.gpu.cards import Nvml
 from gateway.gpu.lease import Lease
-from gateway.gpu.memory import Nvml
 from gateway.serving import discovery
 from tests.gpu.test_memory import two_4090
 from tests.support.gateways import StartGateway
