@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -24,6 +23,13 @@ from rich.text import Text
 from backends.transport import http
 from backends.transport.origin import Origin
 from gateway.errors import UsageError
+from gateway.observe.status import (
+    CostStatement,
+    GatewayStatus,
+    GpuStatus,
+    ModelStatus,
+    ProfileStatus,
+)
 
 #: The status of a gateway with many models is some hundred kilobytes.
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
@@ -35,11 +41,11 @@ def status(args: argparse.Namespace) -> None:
     key = args.key or _first_key("TWOLANE_API_KEYS")
     if args.json:
         answer = asyncio.run(fetch(args.url, key))
-        sys.stdout.write(json.dumps(answer, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(msgspec.json.format(answer, indent=2).decode() + "\n")
     elif args.watch:
         _watch(args.url, key)
     else:
-        _console().print(draw(asyncio.run(fetch(args.url, key))))
+        _console().print(draw(read_status(args.url, asyncio.run(fetch(args.url, key)))))
 
 
 def pin(args: argparse.Namespace) -> None:
@@ -54,14 +60,14 @@ def release(args: argparse.Namespace) -> None:
 
 def _change(args: argparse.Namespace, path: str, body: Any) -> None:
     key = args.key or _first_key("TWOLANE_ADMIN_KEYS") or _first_key("TWOLANE_API_KEYS")
-    _console().print(draw(asyncio.run(fetch(args.url, key, "POST", path, body))))
+    answer = asyncio.run(fetch(args.url, key, "POST", path, body))
+    _console().print(draw(read_status(args.url, answer)))
 
 
 def _watch(url: str, key: str | None) -> None:
-
     with Live(console=_console(), refresh_per_second=4) as live:
         while True:
-            live.update(draw(asyncio.run(fetch(url, key))))
+            live.update(draw(read_status(url, asyncio.run(fetch(url, key)))))
             time.sleep(REFRESH_S)
 
 
@@ -76,11 +82,11 @@ def _first_key(variable: str) -> str | None:
 
 async def fetch(
     url: str, key: str | None, method: str = "GET", path: str = "/status", body: Any = None
-) -> dict[str, Any]:
-    """The status of a running gateway, after the request has been carried out.
+) -> bytes:
+    """The status of a running gateway as JSON, after the request has been carried out.
 
     Raises:
-        UsageError: No gateway answers there, or it refuses the request.
+        UsageError: No gateway answers at this URL, or it refuses the request.
     """
     headers = {"authorization": f"Bearer {key}"} if key else {}
     headers["content-type"] = "application/json"
@@ -101,13 +107,18 @@ async def fetch(
         raise UsageError(_message(text))
     if answer.status != 200:
         raise UsageError(f"{url} answers {answer.status}: is this a twolane gateway?")
+    read_status(url, text)
+    return text
+
+
+def read_status(url: str, text: bytes) -> GatewayStatus:
+    """The status that a gateway has sent; raises UsageError where it is none."""
     try:
-        account: dict[str, Any] = msgspec.json.decode(text, type=dict[str, Any])
-    except msgspec.DecodeError:
-        account = {}
-    if not {"version", "models"} <= account.keys():
-        raise UsageError(f"{url} answers, but not with a status: is this a twolane gateway?")
-    return account
+        return msgspec.json.decode(text, type=GatewayStatus)
+    except msgspec.DecodeError as exc:
+        raise UsageError(
+            f"{url} answers, but not with a status ({exc}): is this a twolane gateway?"
+        ) from exc
 
 
 def _message(envelope: bytes) -> str:
@@ -132,60 +143,57 @@ def _table(*columns: str, title: str | None = None) -> Table:
     )
 
 
-def draw(status: Mapping[str, Any]) -> Group:
+def draw(status: GatewayStatus) -> Group:
     """The status for people, in 80 columns and up."""
-    count = status["in_flight"]
+    count = status.in_flight
     head = (
-        f"twolane {status['version']}, up {_duration(status['up_s'])}, "
+        f"twolane {status.version}, up {_duration(status.up_s)}, "
         f"{count} request{'s' * (count != 1)} in flight"
     )
-    if status["draining"]:
+    if status.draining:
         head += ", draining: it ends when they have ended"
     parts: list[RenderableType] = [Text(head)]
-    if status["gpu"] is not None:
-        parts.append(Panel(_draw_gpu(status["gpu"]), title="GPU", title_align="left"))
-    if status["cost"] is not None:
-        parts.append(Panel(_draw_cost(status["cost"]), title="Cost", title_align="left"))
-    for name, model in status["models"].items():
-        title = Text(f"{name} ({model['profile']['source']} profile)")
+    if status.gpu is not None:
+        parts.append(Panel(_draw_gpu(status.gpu), title="GPU", title_align="left"))
+    if status.cost is not None:
+        parts.append(Panel(_draw_cost(status.cost), title="Cost", title_align="left"))
+    for name, model in status.models.items():
+        title = Text(f"{name} ({model.profile.source} profile)")
         parts.append(Panel(_draw_model(model), title=title, title_align="left"))
     return Group(*parts)
 
 
-def _draw_model(model: Mapping[str, Any]) -> Group:
+def _draw_model(model: ModelStatus) -> Group:
     """Where the next request goes and why, the lanes, the last decisions."""
     lanes = _table("lane", "running", "slots", "mean s", "replicas: state running/slots")
-    for name, lane in model["lanes"].items():
+    for name, lane in model.lanes.items():
         replicas = ", ".join(
-            f"{replica['state']} {replica['running']}/{replica['room']}"
-            for replica in lane["replicas"]
+            f"{replica.state} {replica.running}/{replica.room}" for replica in lane.replicas
         )
         lanes.add_row(
-            ("→ " if name == model["lane"] else "  ") + name,
-            str(lane["running"]),
-            str(lane["slots"]),
-            f"{lane['service_s']:.2f}",
+            ("→ " if name == model.lane else "  ") + name,
+            str(lane.running),
+            str(lane.slots),
+            f"{lane.service_s:.2f}",
             replicas,
         )
     decisions = _table("decided", "lane", "demand", "reason")
-    for decision in model["decisions"][-5:]:
-        decisions.add_row(
-            _clock(decision["at"]), decision["lane"], str(decision["demand"]), decision["reason"]
-        )
-    now = f"{model['reason']}\ndemand {model['demand']} requests, of which {model['waiting']} wait"
-    return Group(Text(now), *_draw_profile(model["profile"]), lanes, "", decisions)
+    for decision in model.decisions[-5:]:
+        decisions.add_row(_clock(decision.at), decision.lane, str(decision.demand), decision.reason)
+    now = f"{model.reason}\ndemand {model.demand} requests, of which {model.waiting} wait"
+    return Group(Text(now), *_draw_profile(model.profile), lanes, "", decisions)
 
 
-def _draw_profile(profile: Mapping[str, Any]) -> list[Text]:
+def _draw_profile(profile: ProfileStatus) -> list[Text]:
     """The age of the profile, how live requests have refined it, and what speaks against it."""
-    if profile["source"] != "measured":
+    if profile.source != "measured":
         return []
-    refined, summary = profile["refined"], f"profile {profile['told']}"
-    if refined is not None and refined["requests"]:
-        lanes = [f"{lane} {_percent(by.values())}" for lane, by in refined["factors"].items()]
-        count = refined["requests"]
+    refined, summary = profile.refined, f"profile {profile.told}"
+    if refined is not None and refined.requests:
+        lanes = [f"{lane} {_percent(by.values())}" for lane, by in refined.factors.items()]
+        count = refined.requests
         summary += f", refined by {count} request{'s' * (count > 1)}: {', '.join(lanes)}"
-    return [Text(summary), *(Text(warning, style="yellow") for warning in profile["warnings"])]
+    return [Text(summary), *(Text(warning, style="yellow") for warning in profile.warnings)]
 
 
 def _percent(factors: Iterable[float]) -> str:
@@ -195,53 +203,51 @@ def _percent(factors: Iterable[float]) -> str:
     return last if len(added) == 1 else f"{first} to {last}"
 
 
-def _draw_cost(cost: Mapping[str, Any]) -> Group:
+def _draw_cost(cost: CostStatement) -> Group:
     """What tokens have cost since the start; a dash stands for what is not known."""
-    idle, whole = cost["idle"], cost["whole"]
-    watts = cost["watts"]
-    now = "watts not known" if watts is None else f"{watts:.0f} W {cost['watts_are']}"
-    if whole["joules"]:
-        now += f", {whole['joules'] / 3.6e6:.3f} kWh since the start"
-    if whole["seconds"]:
-        now += f", idle {idle['seconds'] / whole['seconds']:.0%} of the time"
+    idle, whole = cost.idle, cost.whole
+    watts = cost.watts
+    now = "watts not known" if watts is None else f"{watts:.0f} W {cost.watts_are}"
+    if whole.joules:
+        now += f", {whole.joules / 3.6e6:.3f} kWh since the start"
+    if whole.seconds:
+        now += f", idle {idle.seconds / whole.seconds:.0%} of the time"
     table = _table(
         "", "tokens", "tokens/J", "electricity", "rented", "an API",
-        title=f"{cost['currency']} per million output tokens, idle time included",
+        title=f"{cost.currency} per million output tokens, idle time included",
     )  # fmt: skip
-    for name, account in [*cost["lanes"].items(), ("all", whole)]:
-        bill = account["per_million"]
-        figures = (account["tokens_per_joule"], bill["electricity"], bill["rent"], bill["api"])
+    for name, account in [*cost.lanes.items(), ("all", whole)]:
+        bill = account.per_million
+        figures = (account.tokens_per_joule, bill.electricity, bill.rent, bill.api)
         shown = ("-" if value is None else f"{value:.3g}" for value in figures)
-        table.add_row(name, f"{account['tokens']:,}", *shown)
+        table.add_row(name, f"{account.tokens:,}", *shown)
     return Group(now, table)
 
 
-def _draw_gpu(gpu: Mapping[str, Any]) -> Group:
+def _draw_gpu(gpu: GpuStatus) -> Group:
     """Which engine holds the GPU, whether it moves, and what the last moves cost."""
-    if gpu["step"] == "held":
-        lines = [f"{gpu['holder']} holds the GPU, for {_duration(gpu['since_s'])}"]
-    elif gpu["deadline_s"]:
-        elapsed = f"{gpu['since_s']:.0f} of {gpu['deadline_s']:g} s"
-        lines = [f"hand-over to {gpu['to']}: {gpu['step']}, {elapsed}"]
+    if gpu.step == "held":
+        lines = [f"{gpu.holder} holds the GPU, for {_duration(gpu.since_s)}"]
+    elif gpu.deadline_s:
+        elapsed = f"{gpu.since_s:.0f} of {gpu.deadline_s:g} s"
+        lines = [f"hand-over to {gpu.to}: {gpu.step}, {elapsed}"]
     else:
-        lines = [f"no engine holds the GPU: {gpu['step']} {gpu['trouble'] or ''}".strip()]
-    if gpu["released"]:
+        lines = [f"no engine holds the GPU: {gpu.step} {gpu.trouble or ''}".strip()]
+    if gpu.released:
         lines.append("released by `twolane release`: 503 until `twolane pin auto`")
-    if gpu["pin"]:
-        lines.append(f"pinned to {gpu['pin']}; `twolane pin auto` lets the policy decide again")
-    lines.append(
-        f"regret {gpu['regret']:.1f} of {gpu['price']:.1f} request-seconds, {gpu['moves']} moves"
-    )
+    if gpu.pin:
+        lines.append(f"pinned to {gpu.pin}; `twolane pin auto` lets the policy decide again")
+    lines.append(f"regret {gpu.regret:.1f} of {gpu.price:.1f} request-seconds, {gpu.moves} moves")
     legend = (
         "Regret is what waiting requests lose because the GPU stays where it is. It moves when "
         "regret reaches what a hand-over costs."
     )
     passages = _table("moved", "from", "to", "seconds", "waited", "outcome", "why")
-    for passage in gpu["passages"][-5:]:
+    for passage in gpu.passages[-5:]:
         passages.add_row(
-            _clock(passage["at"]), passage["from"] or "-", passage["to"],
-            f"{sum(passage['steps'].values()):.1f}", f"{passage['waited']:.1f}",
-            passage["outcome"], passage["why"],
+            _clock(passage.at), passage.source or "-", passage.target,
+            f"{sum(passage.steps.values()):.1f}", f"{passage.waited:.1f}",
+            passage.outcome, passage.why,
         )  # fmt: skip
     return Group(Text("\n".join(lines)), Text(legend, style="dim"), passages)
 
