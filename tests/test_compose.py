@@ -124,6 +124,7 @@ def test_every_image_is_pinned(file: dict[str, Any]) -> None:
         assert re.search(r":v?\d+\.\d+\.\d+", image), image
 
 
+@pytest.mark.integration
 def test_the_repository_tracks_examples_of_keys_only_and_ignores_keys() -> None:
     listed = ["git", "ls-files", "secrets"]
     tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -156,6 +157,7 @@ def script(name: str, *arguments: str, path: Path, **variables: str) -> subproce
     )
 
 
+@pytest.mark.integration
 def test_vllm_starts_if_every_card_is_free(tmp_path: Path) -> None:
     command(tmp_path, "nvidia-smi", "printf '23800, 200\\n23900, 100\\n'")
 
@@ -164,6 +166,7 @@ def test_vllm_starts_if_every_card_is_free(tmp_path: Path) -> None:
     assert said == "vllm starts\n"
 
 
+@pytest.mark.integration
 def test_vllm_waits_until_the_fullest_card_is_free(tmp_path: Path) -> None:
     free = tmp_path / "free"
     free.write_text("23800, 200\n3000, 21000\n")
@@ -179,6 +182,7 @@ def test_vllm_waits_until_the_fullest_card_is_free(tmp_path: Path) -> None:
     assert rest == "vllm starts\n"
 
 
+@pytest.mark.integration
 def test_a_waiting_vllm_stops_at_once(tmp_path: Path) -> None:
     command(tmp_path, "nvidia-smi", "echo 0, 24000")
 
@@ -190,6 +194,7 @@ def test_a_waiting_vllm_stops_at_once(tmp_path: Path) -> None:
     assert waiting.returncode == 0
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("broken", ["exit 9", "echo 'No devices were found' >&2"])
 def test_without_a_visible_card_vllm_starts_and_reports_the_fault(
     tmp_path: Path, broken: str
@@ -204,6 +209,7 @@ def test_without_a_visible_card_vllm_starts_and_reports_the_fault(
 # deploy/pull.sh: the progress of a download in lines
 
 
+@pytest.mark.integration
 def test_a_download_prints_progress_lines(tmp_path: Path) -> None:
     bar = "for n in 1 2 3; do printf '\\r\\033[Kmodel: %s0 %%' $n; sleep 0.7; done"
 
@@ -217,6 +223,7 @@ def test_a_download_prints_progress_lines(tmp_path: Path) -> None:
     assert "\x1b" not in said
 
 
+@pytest.mark.integration
 def test_a_failed_download_prints_the_reason_and_that_it_can_continue(tmp_path: Path) -> None:
     failing = "printf '\\r10 %%'; echo 'no route to the hub' >&2; exit 3"
 

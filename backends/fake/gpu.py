@@ -55,6 +55,10 @@ class FakeGpu:
     def least(self) -> int:
         return self.free() // self.cards
 
+    def by_card(self) -> list[tuple[str, int, int]]:
+        total, free = self._total // self.cards, self.free() // self.cards
+        return [(f"card {number}", total, free) for number in range(self.cards)]
+
     def who(self) -> list[tuple[int, int]]:
         sizes: dict[int, int] = {}
         for taken in tuple(self._taken):  # a copy: it is asked in a thread, too

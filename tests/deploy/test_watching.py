@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.support.requirements import unavailable
@@ -32,6 +33,7 @@ def panels() -> list[dict[str, Any]]:
     return entries
 
 
+@pytest.mark.integration
 def test_prometheus_reads_its_configuration_and_the_alerts_in_it() -> None:
     result = promtool("check", "config", PROMETHEUS / "prometheus.yml")
 
@@ -39,12 +41,14 @@ def test_prometheus_reads_its_configuration_and_the_alerts_in_it() -> None:
     assert "3 rules found" in result.stdout
 
 
+@pytest.mark.integration
 def test_alerts_fire_when_they_should_and_not_before() -> None:
     result = promtool("test", "rules", Path(__file__).with_name("alerts.yaml"))
 
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.integration
 def test_an_alert_that_fires_too_early_fails_the_rule_tests(tmp_path: Path) -> None:
     shutil.copy(Path(__file__).with_name("alerts.yaml"), tmp_path)
     early = (PROMETHEUS / "alerts.yml").read_text().replace("for: 5m", "for: 1m")

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from backends.fake import DONE, FakeEngine, Pause, Serve, Silence, status
+from gateway.settings import Timings
 from tests.clients import needs_node, node, sdk
 from tests.support.gateways import Running, StartGateway
 from tests.support.models import alone, chat, pair
@@ -428,13 +429,10 @@ async def test_once_comments_have_named_a_lane_no_other_is_asked(
 
 
 async def test_a_page_that_is_told_what_it_waits_for_is_told_no_lane_any_sooner(
-    ollama: FakeEngine,
-    vllm: FakeEngine,
-    start_gateway: StartGateway,
-    monkeypatch: pytest.MonkeyPatch,
+    ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    monkeypatch.setattr("gateway.relay.relay.STATUS_S", 0.05)
-    async with start_gateway(**pair(ollama, vllm), status_events=True) as running:
+    often = Timings(status_event_s=0.05)
+    async with start_gateway(**pair(ollama, vllm), status_events=True, timings=often) as running:
         ollama.script([Pause(0.3), *status(500)])
 
         answer = await ask(running, stream=True)

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from backends.fake import FakeEngine, Silence, status
-from gateway.gpu.handover import Step
+from gateway.gpu.state import Step
 from gateway.settings import Timings
 from tests.support.exclusive import Box, failed, serving, stream_of
 from tests.support.gateways import Running, StartGateway
@@ -251,7 +251,7 @@ async def test_unloading_gives_the_gpu_back_and_the_next_request_takes_it_again(
         held = await listed(served.running)
         done(await unload(served.running), "unloaded")
         memory = dict(box.ollama.memory)
-        step = served.owner.step
+        step = served.owner.state.step
         again = await served.ask()
         after = await listed(served.running)
 
@@ -269,7 +269,7 @@ async def test_loading_brings_the_gpu_to_the_lane_that_the_policy_would_choose(
         await unload(served.running)
         asleep = box.vllm.asleep
         done(await load(served.running), "loaded")
-        holder = served.owner.holder
+        holder = served.owner.state.layout
 
     assert asleep
     assert holder == "vllm"
@@ -321,7 +321,7 @@ async def test_who_does_not_end_in_time_is_not_cut_and_the_model_stays(
         answer = await unload(served.running)
         meanwhile = await served.ask("goes on", max_tokens=1)
         text = first + "".join([part async for part in parts])
-        holder = served.owner.holder
+        holder = served.owner.state.layout
 
     failed(answer, 409, "in_use")
     assert meanwhile.status_code == 200
@@ -335,7 +335,7 @@ async def test_what_is_not_in_memory_need_not_be_unloaded(
 ) -> None:
     async with serving(start_gateway, box) as served:
         done(await unload(served.running, "m@vllm"), "loaded")
-        holder = served.owner.holder
+        holder = served.owner.state.layout
         done(await unload(served.running), "unloaded")
         done(await unload(served.running), "unloaded")
 
@@ -347,7 +347,7 @@ async def test_a_lane_without_the_gpu_is_loaded_when_those_who_wait_for_it_would
 ) -> None:
     async with serving(start_gateway, box) as served:
         done(await load(served.running, "m@vllm"), "loaded")
-        holder = served.owner.holder
+        holder = served.owner.state.layout
 
     assert holder == "vllm"
 

@@ -21,7 +21,7 @@ import pytest
 from backends.fake import FakeEngine
 from gateway import settings
 from gateway.compare import command, front
-from gateway.gpu.memory import Nvml
+from gateway.gpu.cards import Nvml
 from gateway.routing import profile
 from loadtests.measure import samples
 from loadtests.proof.known import Times, known_server
@@ -34,9 +34,8 @@ OTHER_METERS = {
     name: NotSupported()
     for name in ("EnforcedPowerLimit", "UtilizationRates", "TotalEnergyConsumption")
 }
-#: The stopwatch is checked first, which takes a while. The tests share one comparison, so they
-#: belong on one worker.
-pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("compare")]
+#: Programs of their own, and the stopwatch is checked first, which takes a while.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
