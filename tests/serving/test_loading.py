@@ -13,6 +13,7 @@ from gateway.settings import Timings
 from tests.support.exclusive import Box, failed, serving, stream_of
 from tests.support.gateways import Running, StartGateway
 from tests.support.models import alone, chat, pair
+from tests.support.waiting import until
 
 CHAT = "/v1/chat/completions"
 KEY = "sk-a-key-of-ours"
@@ -36,9 +37,10 @@ async def listed(running: Running) -> str:
 
 
 async def until_listed(running: Running, value: str) -> None:
-    async with asyncio.timeout(5):
-        while await listed(running) != value:
-            await asyncio.sleep(0.01)
+    async def is_listed() -> bool:
+        return await listed(running) == value
+
+    await until(is_listed)
 
 
 def done(answer: httpx.Response, value: str) -> None:
