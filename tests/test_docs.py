@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import shutil
@@ -140,6 +141,7 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+@pytest.mark.integration
 def test_the_workflows_are_valid() -> None:
     program = shutil.which("actionlint")
     if program is None:
@@ -162,3 +164,31 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--pair chat=ollama:llama3.1:70b,vllm:llama-70b-awq" in said
     assert "TWOLANE_LIMITS__MAX_WAIT_S" in said
     assert "--watch" in said
+
+
+def test_every_message_that_is_explained_is_one_of_ours() -> None:
+    ours = "\n".join(messages())
+    explained = re.findall(
+        r"^### `([^`]+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE
+    )
+
+    assert len(explained) > 15
+    assert {phrase for phrase in explained if phrase not in ours} - DOCKERS == set()
+
+
+#: What Docker itself says.
+DOCKERS = {"secrets/api_keys: no such file"}
+
+
+def messages() -> Iterator[str]:
+    """Every text in the code, with a mark where a value is put in."""
+    for package in ("backends", "gateway"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+                elif isinstance(node, ast.JoinedStr):
+                    yield "".join(
+                        str(part.value) if isinstance(part, ast.Constant) else "…"
+                        for part in node.values
+                    )

@@ -1,4 +1,4 @@
-"""The lanes of a configuration, each made to serve alone."""
+"""The lanes of a configuration, each brought up to serve alone while it is measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from backends.processes.supervised import Supervised
 from backends.reports import Identity
 from backends.transport import http
 from gateway import settings
-from gateway.gpu.handover import Occupant
+from gateway.gpu.engine import GpuEngine
 from gateway.settings import Settings
 from loadtests.measure.experiment import Subject
 from loadtests.measure.generator import VisitFailed
@@ -28,14 +28,14 @@ from loadtests.measure.options import shareable_command
 from loadtests.measure.stopwatch import Target
 
 
-class Lanes:
-    """The lanes of one model in a configuration, and how each is made to serve alone.
+class LaneEntrants:
+    """The lanes of one model in a configuration, as entrants of a comparison.
 
     Args:
         read: The settings.
         model: The settings of the model.
-        client: What talks to the engines.
-        folder: For what engines of ours say.
+        client: The HTTP client for the engines.
+        folder: For the logs of engines that are started here.
     """
 
     def __init__(
@@ -45,32 +45,33 @@ class Lanes:
         self._model = model
         self._client = client
         self._folder = folder
-        self._running: list[Occupant] = []  # those that are not ours to stop
+        self._running: list[GpuEngine] = []  # started by others, so never stopped here
 
     def entrants(self, ollama_slots: Sequence[int | None] = (None,)) -> list[Entrant]:
-        """Every lane; Ollama once for each number of slots, where it is ours to start."""
-        found = []
+        """Every lane; Ollama once for each number of slots, where it is started here."""
+        entrants = []
         for kind, lane in self._model.lanes.items():
-            ours = bool(self._read.engines[kind].command)
-            several = ollama_slots if KINDS[kind].slots_variable and ours else (None,)
-            found += [self._entrant(kind, lane, slots) for slots in several]
-        return found
+            started_here = bool(self._read.engines[kind].command)
+            variable = bool(KINDS[kind].slots_variable) and started_here
+            numbers = ollama_slots if variable else (None,)
+            entrants += [self._entrant(kind, lane, slots) for slots in numbers]
+        return entrants
 
     def _entrant(self, kind: Kind, lane: settings.LaneSettings, slots: int | None) -> Entrant:
-        own = self._read.engines[kind]
-        url = (lane.urls or own.urls)[0]
-        key = own.api_key.get_secret_value() if own.api_key else None
+        configured = self._read.engines[kind]
+        url = (lane.urls or configured.urls)[0]
+        key = configured.api_key.get_secret_value() if configured.api_key else None
         engine = KINDS[kind].engine(url, self._client, api_key=key)
         process = None
-        if own.command:
-            environment = dict(own.environment)
+        if configured.command:
+            environment = dict(configured.environment)
             if slots is not None:
                 environment[KINDS[kind].slots_variable] = str(slots)
-            log = own.log or self._folder / f"{kind}.log"
-            process = Supervised(own.command, log, environment)
-        occupant = Occupant(engine, [lane.model], process=process)
+            log = configured.log or self._folder / f"{kind}.log"
+            process = Supervised(configured.command, log, environment)
+        own = GpuEngine(engine, [lane.model], process=process)
         if process is None:
-            self._running.append(occupant)
+            self._running.append(own)
         subject = Subject(
             label=kind if slots in (None, 1) else f"{kind}-{slots}",
             url=url,
@@ -78,55 +79,56 @@ class Lanes:
             engine=kind,
             slots=slots or lane.slots or KINDS[kind].slots,
             context=lane.context,
-            command=shlex.join(shareable_command(own.command)),
+            command=shlex.join(shareable_command(configured.command)),
         )
         target = Target(subject.label, url, lane.model, key)
-        return Entrant(subject, target, partial(self._serving, occupant, subject))
+        return Entrant(subject, target, partial(self._serving, own, subject))
 
     @asynccontextmanager
-    async def _serving(self, occupant: Occupant, subject: Subject) -> AsyncIterator[Subject]:
-        """The one engine that serves, where only one can."""
+    async def _serving(self, own: GpuEngine, subject: Subject) -> AsyncIterator[Subject]:
+        """Bring the engine up; in an exclusive placement the others give up the GPU first."""
         try:
             async with asyncio.timeout(self._read.gpu.load_s):
                 if self._model.placement == "exclusive":
                     for other in self._running:
-                        if other is not occupant:
-                            await other.give()
-                await occupant.take()
-            facts = await describe(occupant.engine, subject)
+                        if other is not own:
+                            await other.release()
+                await own.acquire()
+            described = await describe(own.engine, subject)
         except TimeoutError:
-            await occupant.stop()
+            await own.stop()
             raise VisitFailed(
-                f"{subject.label} does not serve after {self._read.gpu.load_s:g} s (gpu.load_s)"
+                f"{subject.label} was not ready after {self._read.gpu.load_s:g} s; if it loads so "
+                "slowly, raise gpu.load_s in the settings"
             ) from None
         except BackendError as exc:
-            await occupant.stop()
-            raise VisitFailed(f"{subject.label} does not serve: {exc}") from exc
+            await own.stop()
+            raise VisitFailed(f"{subject.label} did not become ready: {exc}") from exc
         try:
-            yield facts
+            yield described
         finally:
-            await occupant.stop()
+            await own.stop()
 
 
 async def describe(engine: Engine, subject: Subject) -> Subject:
-    """A subject with what its engine says of itself, now that it serves."""
-    found, context = Identity(), subject.context
+    """The subject with version, weights, slots and context as its engine reports them."""
+    identity, context = Identity(), subject.context
     with contextlib.suppress(BackendError):
-        found = await engine.identity(subject.model)
+        identity = await engine.identity(subject.model)
     with contextlib.suppress(BackendError):
         context = context or (await engine.capabilities(subject.model)).context
     return msgspec.structs.replace(
         subject,
-        version=found.version,
-        weights=found.weights or _precision(subject.command),
-        digest=found.digest,
-        slots=found.slots or subject.slots,
+        version=identity.version,
+        weights=identity.weights or _precision(subject.command),
+        digest=identity.digest,
+        slots=identity.slots or subject.slots,
         context=context,
     )
 
 
 def _precision(command: str) -> str:
-    """What a vLLM was told about its weights, where we have its command line."""
+    """The precision of the weights in the command line of a vLLM; empty if it names none."""
     words = shlex.split(command)
     for flag in ("--quantization", "-q", "--dtype"):
         if flag in words[:-1]:

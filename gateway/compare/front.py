@@ -1,4 +1,4 @@
-"""A gateway of our own in front of the measured lanes."""
+"""A gateway in front of the measured lanes, as one more entrant of a comparison."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ from loadtests.measure.matrix import Entrant
 from loadtests.measure.options import shareable_command
 from loadtests.measure.stopwatch import Target
 
+#: Label of the gateway among the entrants.
 GATEWAY = "gateway"
-#: How long a gateway may take to be ready, engines that it starts included, seconds.
-READY_S = 900.0
+#: Longest time for a gateway to become ready, with the engines that it starts, seconds.
+GATEWAY_READY_S = 900.0
 
 
-def in_front(
+def gateway_entrant(
     arguments: Sequence[str], read: Settings, name: str, before: Sequence[str], folder: Path
 ) -> Entrant:
-    """A gateway of our own in front of the lanes, with everything on.
+    """A gateway that serves the measured model, with every feature on.
 
     Args:
-        arguments: Of `twolane serve`, to serve what is measured.
-        read: The settings that these lead to.
+        arguments: Arguments of `twolane serve`.
+        read: The settings that these arguments select.
         name: The model's public name.
-        before: Labels of the lanes behind it.
-        folder: For what it says.
+        before: Labels of the lanes behind the gateway.
+        folder: For its log.
     """
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
@@ -67,10 +68,10 @@ def in_front(
     async def running() -> AsyncIterator[Subject]:
         try:
             await process.start()
-            await _until_settled(url, process)
+            await _wait_settled(url, process)
         except BackendError as exc:
             await process.stop()
-            raise VisitFailed(f"the gateway does not serve: {exc}") from exc
+            raise VisitFailed(f"the gateway did not become ready: {exc}") from exc
         try:
             yield subject
         finally:
@@ -79,35 +80,35 @@ def in_front(
     return Entrant(subject, Target(GATEWAY, url, name, key), running)
 
 
-async def _until_settled(url: str, process: Supervised) -> None:
-    """Return when every lane serves that can, not just any; raises `BackendError`.
+async def _wait_settled(url: str, process: Supervised) -> None:
+    """Return when every lane is ready that can be; raises `BackendError` if none becomes so.
 
-    A gateway answers as soon as one lane does; an engine that still loads beside it would be
-    in every figure.
+    A gateway is ready as soon as one lane is, but an engine that still loads on the same machine
+    would change every figure.
     """
-    deadline = time.monotonic() + READY_S
-    waits = "it says nothing"
+    deadline = time.monotonic() + GATEWAY_READY_S
+    reason = "it does not answer /ready"
     async with http.Client() as client:
         while process.running:
             with contextlib.suppress(http.HttpError, msgspec.DecodeError):
                 answer = await client.request(
                     Origin.of(url), "GET", "/ready", {}, b"", connect_s=2, head_s=5
                 )
-                said = msgspec.json.decode(await answer.read_all(2**20))
+                readiness = msgspec.json.decode(await answer.read_all(2**20))
                 answer.close(reuse=False)
-                gpu = said.get("gpu")  # who has it serves, and the other cannot
-                settled = gpu["step"] == "held" if gpu else not said["waiting_for"]
-                if said["ready"] and settled:
+                gpu = readiness.get("gpu")  # only the engine that holds the GPU can be ready
+                settled = gpu["step"] == "held" if gpu else not readiness["waiting_for"]
+                if readiness["ready"] and settled:
                     return
-                waits = f"it waits for {said['waiting_for']}"
+                reason = f"it waits for {readiness['waiting_for']}"
             if time.monotonic() > deadline:
-                raise BackendError(f"after {READY_S:g} s {waits}")
+                raise BackendError(f"after {GATEWAY_READY_S:g} s {reason}")
             await asyncio.sleep(0.2)
     raise BackendError(process.exit_report())
 
 
 def gateway_arguments(args: argparse.Namespace) -> list[str]:
-    """Of a gateway that serves what is measured."""
+    """Command-line arguments of a gateway that serves the measured models."""
     arguments = ["--config", str(args.config)] if args.config else []
     for name, lanes in args.pair:
         pairs = ",".join(f"{kind}:{model}" for kind, model in lanes.items())

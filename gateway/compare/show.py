@@ -1,4 +1,4 @@
-"""`twolane profile show`: a profile as a table."""
+"""`twolane profile show`: a profile as a table and bars."""
 
 from __future__ import annotations
 
@@ -23,31 +23,33 @@ def show_profile(args: argparse.Namespace) -> None:
         models = settings.load(args.config, {}, settings.environment()).models
         name = args.model or next(iter(models), "")
         if name not in models:
-            raise UsageError(f"there is no model {name}; there are: {', '.join(models)}")
+            raise UsageError(
+                f"there is no model {name} in the settings; they have: {', '.join(models)}"
+            )
         file = models[name].profile
     try:
-        show(profile.ASSUMED if file is None else profile.load(file), Console())
+        print_profile(profile.ASSUMED if file is None else profile.load(file), Console())
     except profile.ProfileError as exc:
         raise UsageError(str(exc)) from exc
 
 
-def show(found: profile.Profile, console: Console) -> None:
-    """A profile as a table, and its lanes side by side as bars."""
+def print_profile(found: profile.Profile, console: Console) -> None:
+    """Print a profile: one row a level and lane, with a bar as long as its seconds."""
     console.print(f"[bold]{found.told(time.time())}[/] {found.machine}")
     lanes = list(found.lanes)
     levels = sorted({level for lane in found.lanes.values() for level in lane.at_once})
     longest = max(lane.at(level) for lane in found.lanes.values() for level in levels)
-    table = Table("at once", "lane", "seconds", "", "spread", "TTFT, s", "tok/s", box=None)
+    table = Table("concurrent", "lane", "seconds", "", "spread", "TTFT, s", "tok/s", box=None)
     for level in levels:
         seconds = {label: found.lanes[label].at(level) for label in lanes}
         best = min(seconds, key=lambda label: seconds[label])
         for label in lanes:
             lane = found.lanes[label]
-            here = lane.at_once.index(level) if level in lane.at_once else None
+            index = lane.at_once.index(level) if level in lane.at_once else None
             table.add_row(
                 str(level) if label == lanes[0] else "",
                 f"[bold]{label}[/]" if label == best else label,
-                f"{seconds[label]:.2f}" + ("" if here is not None else " ?"),
+                f"{seconds[label]:.2f}" + ("" if index is not None else " ?"),
                 Bar(
                     longest,
                     0,
@@ -55,35 +57,36 @@ def show(found: profile.Profile, console: Console) -> None:
                     width=24,
                     color=KINDS[label].colour if label in KINDS else "default",
                 ),
-                _spread(lane, here),
-                _at(lane.ttft_s, here, ".2f"),
-                _at(lane.tokens_per_s, here, ".0f"),
+                _spread(lane, index),
+                _value(lane.ttft_s, index, ".2f"),
+                _value(lane.tokens_per_s, index, ".0f"),
             )
     console.print(table)
-    console.print(_where(found))
+    console.print(_describe_crossover(found))
     for label, lane in found.lanes.items():
         if lane.on is not None:
-            said = [lane.on.engine, lane.on.version, lane.on.model, lane.on.weights]
+            facts = [lane.on.engine, lane.on.version, lane.on.model, lane.on.weights]
             slots = lane.on.slots
-            said += [f"{slots} slot{'s' * (slots > 1)}"] if slots else []
-            console.print(f"{label}: {', '.join(part for part in said if part)}")
+            facts += [f"{slots} slot{'s' * (slots > 1)}"] if slots else []
+            console.print(f"{label}: {', '.join(fact for fact in facts if fact)}")
 
 
-def _spread(lane: profile.Lane, here: int | None) -> str:
-    if here is None or not lane.low_s or lane.low_s[here] == lane.high_s[here]:
+def _spread(lane: profile.Lane, index: int | None) -> str:
+    if index is None or not lane.low_s or lane.low_s[index] == lane.high_s[index]:
         return ""
-    return f"{lane.low_s[here]:.2f}-{lane.high_s[here]:.2f}"
+    return f"{lane.low_s[index]:.2f}-{lane.high_s[index]:.2f}"
 
 
-def _at(values: Sequence[float], here: int | None, how: str) -> str:
-    return format(values[here], how) if here is not None and values else ""
+def _value(values: Sequence[float], index: int | None, style: str) -> str:
+    return format(values[index], style) if index is not None and values else ""
 
 
-def _where(found: profile.Profile) -> str:
-    """Where the faster lane changes, in words."""
-    at = found.crossover
-    if at is None:
-        return "no crossover is known: see which lane is in bold"
-    if at.low is None or at.high is None:
-        return f"the lanes cross near {at.level:.1f} at once (not enough data for an interval)"
-    return f"the lanes cross at {at.level:.1f} at once (95 %: {at.low:.1f} to {at.high:.1f})"
+def _describe_crossover(found: profile.Profile) -> str:
+    crossover = found.crossover
+    if crossover is None:
+        return "no crossover is known; the faster lane of each level is in bold"
+    level, low, high = crossover.level, crossover.low, crossover.high
+    if low is None or high is None:
+        note = "(not enough data for an interval)"
+        return f"the lanes cross near {level:.1f} concurrent requests {note}"
+    return f"the lanes cross at {level:.1f} concurrent requests (95 %: {low:.1f} to {high:.1f})"

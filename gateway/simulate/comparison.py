@@ -108,9 +108,13 @@ def compare_all(cases: Sequence[Case], jobs: int) -> Iterator[list[SimulationRec
 
 def compare(case: Case) -> list[SimulationRecord]:
     """The records of a case: every policy at every hand-over time."""
+    return [outcome.record() for outcome in outcomes(case)]
+
+
+def outcomes(case: Case) -> Iterator[Outcome]:
+    """Each policy's day at each hand-over time, not compared with the clairvoyant yet."""
     demand = case.demand()
-    records: list[SimulationRecord] = []
-    common = _References(case, demand)
+    common = References(case, demand)
     for handover_s in case.handovers_s:
         machine = _machine(case, handover_s)
         for name in _policy_names(case):
@@ -123,9 +127,8 @@ def compare(case: Case) -> list[SimulationRecord]:
                 policy = make_policy(name, case.lanes, case.profile, handover_s)
                 result, own_demand = _simulate(machine, demand, policy, case)
                 if own_demand is not None:
-                    references = _References(case, own_demand)
-            records.append(_record(case, demand, name, handover_s, result, references))
-    return records
+                    references = References(case, own_demand)
+            yield Outcome(case, demand, name, handover_s, result, references)
 
 
 def _policy_names(case: Case) -> list[str]:
@@ -159,7 +162,7 @@ def _simulate(
     return result, None
 
 
-class _References:
+class References:
     """What a policy is compared with on one trace: single lanes, and the clairvoyant."""
 
     def __init__(self, case: Case, trace: Trace) -> None:
@@ -193,34 +196,63 @@ class _References:
         return self._best[handover_s]
 
 
-def _record(
-    case: Case,
-    trace: Trace,
-    name: str,
-    handover_s: float,
-    result: SimulationResult,
-    references: _References,
-) -> SimulationRecord:
-    hours = trace.ends_s / 3600
-    held_s = math.fsum(result.held_s.values()) or 1.0
-    return SimulationRecord(
-        trace=trace.name,
-        profile=case.label,
-        handover_s=handover_s,
-        policy=name,
-        people=trace.people,
-        hours=round(hours, 4),
-        seed=case.seed,
-        requests=len(result.seconds),
-        mean_s=round(result.mean_s, 4),
-        p95_s=round(result.p95_s, 4),
-        moves=len(result.moved_at),
-        moves_per_hour=round(len(result.moved_at) / hours, 4),
-        ratio_fixed=_ratio(result, references.fixed[references.better]),
-        ratio_clairvoyant=_ratio(result, references.clairvoyant(handover_s)),
-        better=references.better,
-        held={lane: round(seconds / held_s, 4) for lane, seconds in result.held_s.items()},
-    )
+@dataclass(frozen=True)
+class Outcome:
+    """A policy's day at one hand-over time.
+
+    Attributes:
+        case: What was simulated.
+        trace: The demand.
+        policy: Its name; of a fixed lane `always-LANE`.
+        handover_s: Seconds that a hand-over takes.
+        result: What the day was like.
+        references: What it is compared with.
+    """
+
+    case: Case
+    trace: Trace
+    policy: str
+    handover_s: float
+    result: SimulationResult
+    references: References
+
+    @property
+    def moves(self) -> int:
+        """The number of hand-overs."""
+        return len(self.result.moved_at)
+
+    @property
+    def moves_per_hour(self) -> float:
+        """Hand-overs per hour."""
+        return self.moves / (self.trace.ends_s / 3600)
+
+    @property
+    def ratio_fixed(self) -> float:
+        """Its mean seconds over those of the better single lane."""
+        return _ratio(self.result, self.references.fixed[self.references.better])
+
+    def record(self) -> SimulationRecord:
+        """All figures. Computes the clairvoyant's plan, which may take longer than the day."""
+        result, references = self.result, self.references
+        held_s = math.fsum(result.held_s.values()) or 1.0
+        return SimulationRecord(
+            trace=self.trace.name,
+            profile=self.case.label,
+            handover_s=self.handover_s,
+            policy=self.policy,
+            people=self.trace.people,
+            hours=round(self.trace.ends_s / 3600, 4),
+            seed=self.case.seed,
+            requests=len(result.seconds),
+            mean_s=round(result.mean_s, 4),
+            p95_s=round(result.p95_s, 4),
+            moves=self.moves,
+            moves_per_hour=round(self.moves_per_hour, 4),
+            ratio_fixed=self.ratio_fixed,
+            ratio_clairvoyant=_ratio(result, references.clairvoyant(self.handover_s)),
+            better=references.better,
+            held={lane: round(seconds / held_s, 4) for lane, seconds in result.held_s.items()},
+        )
 
 
 def _ratio(result: SimulationResult, reference: SimulationResult) -> float:

@@ -83,7 +83,9 @@ def _set_up(box: compose.Box, log: Path) -> str:
         )
         try:
             compose.until(
-                lambda: running.poll() is not None or log.read_text().count("there: done") == 2,
+                lambda: (
+                    running.poll() is not None or log.read_text().count("downloaded: done") == 2
+                ),
                 180,
                 log.read_text,
             )

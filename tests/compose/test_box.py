@@ -79,13 +79,13 @@ def shared(up: Up) -> Box:
 def test_the_setup_gets_both_models_and_says_how_far_it_is(up: Up) -> None:
     for puller in ("pull-ollama", "pull-vllm"):
         said = re.findall(rf"^{puller}-1 +\| (.*)$", up.setup, re.MULTILINE)
-        assert " there | " in said[0]
-        assert re.fullmatch(r"\d+M there: done", said[-1])
+        assert " downloaded | " in said[0]
+        assert re.fullmatch(r"\d+M downloaded: done", said[-1])
 
 
 def test_no_engine_starts_before_its_model_is_there(up: Up) -> None:
     lines = up.setup.splitlines()
-    done = next(i for i, line in enumerate(lines) if re.search("pull-vllm.*there: done", line))
+    done = next(i for i, line in enumerate(lines) if re.search("pull-vllm.*downloaded: done", line))
 
     assert not any(line.startswith("vllm-1") for line in lines[:done])
 

@@ -37,8 +37,8 @@ from gateway.routing.breaker import (
     Breaker,
     ReplicaState,
 )
-from gateway.routing.scheduler import Replica
-from gateway.serving.admission import failure_of
+from gateway.routing.lanes import Replica
+from gateway.serving.replica_server import failure_of
 from tests.support.gateways import Running, StartGateway
 from tests.support.models import alone, chat, pair
 
@@ -125,7 +125,7 @@ def breaker(running: Running, lane: str) -> Breaker:
 
 def usable(lane: str) -> Callable[[Gateway], bool]:
     """Whether a lane of `m` accepts requests."""
-    return lambda gateway: replica(gateway, lane).room > 0
+    return lambda gateway: replica(gateway, lane).capacity > 0
 
 
 # 1. Connection refused
@@ -256,11 +256,11 @@ async def test_03_a_name_that_stops_resolving_fails_over_and_is_resolved_again(
             names.known.clear()
             vllm.down()  # nor is the old address of any use
             await served(running)
-            trouble = named.trouble
+            trouble = named.unavailable_reason
             answered.append([len(chats(engine)) for engine in (vllm, other, moved)])
 
             names.known["gpu"] = "127.0.0.2"
-            await running.until(lambda _: named.room)
+            await running.until(lambda _: named.capacity)
             await served(running)
             answered.append([len(chats(engine)) for engine in (vllm, other, moved)])
 

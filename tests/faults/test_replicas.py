@@ -99,13 +99,13 @@ async def test_of_two_replicas_one_is_killed_under_load_and_comes_back(
         had, killed = dying.running, time.monotonic()
 
         # Found dead, while all goes on at the other.
-        await running.until(lambda _: dying.room == 0)
+        await running.until(lambda _: dying.capacity == 0)
         later = await people.more(2 * PEOPLE)
         alone = dying.running, await states(running)
 
         # It returns, and has all its slots again as answer after answer of it is good.
         await servers.enter_async_context(server(one.port))
-        await running.until(lambda _: dying.room == SLOTS, within_s=20)
+        await running.until(lambda _: dying.capacity == SLOTS, within_s=20)
         await running.until(lambda _: dying.running and staying.running)
         await people.more(PEOPLE)
 

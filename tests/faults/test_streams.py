@@ -16,9 +16,7 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
-from langchain_openai import ChatOpenAI
 from openai._streaming import SSEDecoder
-from pydantic import SecretStr
 
 from backends.fake import (
     DONE,
@@ -42,7 +40,7 @@ from backends.fake import (
     usage_chunk,
 )
 from backends.transport.sse import MAX_EVENT, StreamFilter
-from tests.clients import node, sdk
+from tests.clients import langchain, node, sdk
 from tests.support.gateways import Running, StartGateway
 from tests.support.models import alone, chat, pair
 
@@ -572,9 +570,7 @@ async def test_20_langchain_finishes_normally(
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
         vllm.script(stream(*ODD))
-        model = ChatOpenAI(
-            model="m", base_url=f"{running.url}/v1", api_key=SecretStr("x"), max_retries=0
-        )
+        model = langchain(running.url)
         parts = [part async for part in model.astream("Hello")]
         await model.root_async_client.close()
 

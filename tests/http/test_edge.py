@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from backends.fake import DONE, FakeEngine, Pause, Serve, Silence, status
+from gateway.settings import Timings
 from tests.clients import needs_node, node, sdk
 from tests.support.gateways import Running, StartGateway
 from tests.support.models import alone, chat, pair
@@ -428,13 +429,10 @@ async def test_no_other_lane_is_tried_once_comments_have_named_one(
 
 
 async def test_status_events_do_not_name_the_lane_any_sooner(
-    ollama: FakeEngine,
-    vllm: FakeEngine,
-    start_gateway: StartGateway,
-    monkeypatch: pytest.MonkeyPatch,
+    ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    monkeypatch.setattr("gateway.relay.relay.STATUS_S", 0.05)
-    async with start_gateway(**pair(ollama, vllm), status_events=True) as running:
+    often = Timings(status_event_s=0.05)
+    async with start_gateway(**pair(ollama, vllm), status_events=True, timings=often) as running:
         ollama.script([Pause(0.3), *status(500)])
 
         answer = await ask(running, stream=True)

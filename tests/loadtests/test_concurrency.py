@@ -22,6 +22,8 @@ from loadtests.measure.samples import Cell, Request
 from tests.support.locusts import RunLocust, locust_process
 from tests.support.servers import WHOLE, always, nobody, scripted
 
+pytestmark = pytest.mark.integration  # programs of their own
+
 #: Quick and exact enough: what is measured is checked elsewhere (test_selfcheck).
 QUICK = ["--ttft-s", "0.05", "--gap-s", "0.005", "--tokens", "8"]
 
@@ -89,9 +91,9 @@ def test_locusts_own_tables_have_ttft_and_e2e_of_their_own(
         "concurrency", "--host", known, "--levels", "2", "--rounds", 1, "--raw", raw
     )  # fmt: skip
 
-    rows = [line.split() for line in done.stderr.splitlines() if "host, 2 at once" in line]
+    rows = [line.split() for line in done.stderr.splitlines() if "host, 2 concurrent" in line]
     assert sorted({row[0] for row in rows}) == ["E2E", "TTFT"]
-    assert rows[0][5] == "2"  # what counts, and no more
+    assert rows[0][4] == "2"  # the measured ones, and no more
 
 
 def test_users_in_several_processes_are_as_many_and_no_two_the_same(
@@ -173,7 +175,7 @@ def test_a_key_is_sent_and_written_nowhere(locust: RunLocust, raw: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ([], "nobody to ask"),
+        ([], "no target"),
         (["--target", "x"], "LABEL=URL=MODEL"),
         (["--target", "a=http://a=m", "--target", "a=http://b=m"], "label of its own"),
         (["--host", "http://a", "--model", "m", "--levels", "0"], "--levels 0"),
@@ -204,9 +206,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line_before_anybody_is_asked(
 @pytest.mark.parametrize(
     ("status", "message", "hint"),
     [
-        (404, "no such model", "its own name of the model"),
+        (404, "no such model", "does it list the model m?"),
         (401, "wrong key", "--api-key"),
-        (500, "on fire", "look into its log"),
+        (500, "on fire", "see its log"),
     ],
 )
 def test_a_target_that_refuses_its_first_request_is_named_with_what_to_do(

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families as classic
 from backends.fake import GIB, FakeEngine, Silence, status
 from backends.transport import sse
 from gateway.errors import GatewayError
-from gateway.gpu.memory import Nvml, Reading
+from gateway.gpu.cards import Nvml, Reading
 from gateway.observe.counters import ENDINGS, FAILED_OUTCOMES, error_codes
 from gateway.observe.metrics import Metrics
 from gateway.observe.samples import COUNTERS, GAUGES
@@ -585,7 +585,7 @@ async def test_the_parsers_of_prometheus_read_the_metrics(
 ) -> None:
     settings = {**box.settings(), "cost": {"per_kwh": 0.3, "watts": 700}, "nvml": cards()}
     async with start_gateway(**settings) as running:
-        await running.until(lambda gateway: gateway.gpu and gateway.gpu.holder)
+        await running.until(lambda gateway: gateway.gpu and gateway.gpu.state.layout)
         await ask(running, stream=True)
         await scrape_with(running, "twolane_gpu_info")
         answer = await running.http.get("/metrics", headers={"accept": accept})

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from backends.fake import FakeEngine, Silence, status
-from gateway.gpu.handover import Step
+from gateway.gpu.state import Step
 from gateway.settings import Timings
 from tests.support.exclusive import Box, failed, serving, stream_of
 from tests.support.gateways import Running, StartGateway
@@ -251,7 +251,7 @@ async def test_unloading_releases_the_gpu_and_the_next_request_acquires_it(
         held = await listed(served.running)
         assert_done(await unload(served.running), "unloaded")
         memory = dict(box.ollama.memory)
-        step = served.owner.step
+        step = served.owner.state.step
         again = await served.ask()
         after = await listed(served.running)
 
@@ -269,7 +269,7 @@ async def test_loading_hands_the_gpu_to_the_lane_that_the_policy_chooses(
         await unload(served.running)
         asleep = box.vllm.asleep
         assert_done(await load(served.running), "loaded")
-        holder = served.owner.holder
+        holder = served.owner.state.layout
 
     assert asleep
     assert holder == "vllm"
@@ -321,7 +321,7 @@ async def test_an_answer_beyond_the_deadline_is_not_cut_and_the_model_stays(
         answer = await unload(served.running)
         meanwhile = await served.ask("goes on", max_tokens=1)
         text = first + "".join([part async for part in parts])
-        holder = served.owner.holder
+        holder = served.owner.state.layout
 
     failed(answer, 409, "in_use")
     assert meanwhile.status_code == 200
@@ -335,7 +335,7 @@ async def test_unloading_a_model_that_is_not_in_memory_succeeds(
 ) -> None:
     async with serving(start_gateway, box) as served:
         assert_done(await unload(served.running, "m@vllm"), "loaded")
-        holder = served.owner.holder
+        holder = served.owner.state.layout
         assert_done(await unload(served.running), "unloaded")
         assert_done(await unload(served.running), "unloaded")
 
@@ -345,7 +345,7 @@ async def test_unloading_a_model_that_is_not_in_memory_succeeds(
 async def test_loading_a_lane_hands_the_gpu_to_it(box: Box, start_gateway: StartGateway) -> None:
     async with serving(start_gateway, box) as served:
         assert_done(await load(served.running, "m@vllm"), "loaded")
-        holder = served.owner.holder
+        holder = served.owner.state.layout
 
     assert holder == "vllm"
 

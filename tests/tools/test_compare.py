@@ -1,4 +1,4 @@
-"""`twolane compare` and `calibrate` as a person runs them, on servers of known times."""
+"""`twolane compare` and `twolane calibrate`, on servers of known times."""
 
 from __future__ import annotations
 
@@ -18,42 +18,29 @@ from pathlib import Path
 import httpx
 import pytest
 
+from backends.fake import FakeEngine
 from gateway import settings
-from gateway.compare import command as trial
-from gateway.compare import front
-from gateway.gpu.memory import Nvml
+from gateway.compare import command, front
+from gateway.gpu.cards import Nvml
 from gateway.routing import profile
 from loadtests.measure import samples
 from loadtests.proof.known import Times, known_server
 from tests.gpu.test_memory import NotSupported, Told, two_4090
+from tests.support.command import run_command
 from tests.support.servers import nobody
 
-#: Besides watts: cards that have no other meters.
+#: Cards that report their power draw, and nothing else.
 OTHER_METERS = {
     name: NotSupported()
     for name in ("EnforcedPowerLimit", "UtilizationRates", "TotalEnergyConsumption")
 }
-#: The stopwatch is checked first, which takes a while.
-pytestmark = pytest.mark.timeout(240)
-
-
-def twolane(
-    *arguments: object, within_s: float = 200, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """The command, run to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "gateway", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=within_s,
-        check=False,
-        env={**os.environ, **variables},
-    )
+#: Programs of their own, and the stopwatch is checked first, which takes a while.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
 def targets() -> Iterator[list[str]]:
-    """`--target` of two servers, of which the second is the quicker one."""
+    """`--target` arguments for two servers, of which the second is faster."""
     with ExitStack() as stack:
         slow = stack.enter_context(known_server(Times(0.10, 0.01, 16)))
         quick = stack.enter_context(known_server(Times(0.05, 0.005, 16)))
@@ -62,9 +49,9 @@ def targets() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def folder(targets: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole comparison."""
+    """The folder of a finished comparison."""
     out = tmp_path_factory.mktemp("compare") / "out"
-    done = twolane(
+    done = run_command(
         "compare", *targets, "--levels", "1,2", "--rounds", 2, "--repetitions", 2,
         "--tokens-out", 16, "--ke", "sk-secret", "--unchecked", "--out", out,
         TWOLANE_COST='{"watts": 500, "per_kwh": 0.3, "currency": "USD"}',
@@ -75,52 +62,52 @@ def folder(targets: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_a_comparison_measures_everything_and_leaves_a_report(folder: Path) -> None:
     cells = samples.cells(samples.read(folder / "raw.jsonl"))
-    said = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
 
     assert [(cell.target, cell.level, cell.repetition) for cell in cells] == [
         ("slow", 1, 1), ("slow", 2, 1), ("quick", 1, 1), ("quick", 2, 1),
         ("quick", 1, 2), ("quick", 2, 2), ("slow", 1, 2), ("slow", 2, 2),
     ]  # fmt: skip
-    assert {row["target"] for row in said["rows"]} == {"slow", "quick"}
+    assert {row["target"] for row in report["rows"]} == {"slow", "quick"}
     assert (folder / "report.html").stat().st_size > 1_000_000  # plotly is in it
 
 
-def test_given_watts_and_prices_are_in_the_experiment_and_in_the_report(folder: Path) -> None:
-    known = json.loads((folder / "experiment.json").read_text())
+def test_configured_watts_and_prices_are_in_the_experiment_and_in_the_report(folder: Path) -> None:
+    experiment = json.loads((folder / "experiment.json").read_text())
     energy = json.loads((folder / "report.json").read_text())["energy"]
 
-    assert known["cost"] == {"currency": "USD", "per_kwh": 0.3, "watts": 500.0}
-    assert [one["watts"]["value"] for one in energy] == [500.0] * 4
-    for one in energy:
-        assert one["electricity"]["value"] == pytest.approx(
-            1e6 / one["tokens_per_joule"]["value"] / 3.6e6 * 0.3, rel=1e-3
+    assert experiment["cost"] == {"currency": "USD", "per_kwh": 0.3, "watts": 500.0}
+    assert [row["watts"]["value"] for row in energy] == [500.0] * 4
+    for row in energy:
+        assert row["electricity"]["value"] == pytest.approx(
+            1e6 / row["tokens_per_joule"]["value"] / 3.6e6 * 0.3, rel=1e-3
         )
 
 
-async def test_watts_are_read_where_every_card_tells_them() -> None:
-    told = await trial.metered(Nvml(library=two_4090(PowerUsage=350_000, **OTHER_METERS)))
-    silent = await trial.metered(Nvml(library=two_4090(PowerUsage=NotSupported(), **OTHER_METERS)))
-    nobody = await trial.metered(Nvml(library=Told()))
+async def test_the_power_draw_is_read_where_every_card_reports_it() -> None:
+    readable = await command.power_meter(Nvml(library=two_4090(PowerUsage=350_000, **OTHER_METERS)))
+    silent = await command.power_meter(
+        Nvml(library=two_4090(PowerUsage=NotSupported(), **OTHER_METERS))
+    )
+    absent = await command.power_meter(Nvml(library=Told()))
 
-    assert told is not None
-    assert await told() == 700
-    assert (silent, nobody) == (None, None)
+    assert readable is not None
+    assert await readable() == 700
+    assert (silent, absent) == (None, None)
 
 
-def test_a_key_is_in_none_of_its_files(folder: Path) -> None:
+def test_the_key_is_in_no_file(folder: Path) -> None:
     assert not any(b"sk-secret" in path.read_bytes() for path in folder.iterdir())
 
 
-def test_a_run_that_was_interrupted_is_gone_on_with(
-    folder: Path, targets: list[str], tmp_path: Path
-) -> None:
+def test_an_interrupted_run_is_resumed(folder: Path, targets: list[str], tmp_path: Path) -> None:
     again = tmp_path / "again"
     shutil.copytree(folder, again)
     lines = (again / "raw.jsonl").read_text().splitlines(keepends=True)
-    cut = next(n for n, line in enumerate(lines) if '"type":"cell"' in line and '"slow"' in line)
+    cut = [n for n, line in enumerate(lines) if '"type":"cell"' in line][-2]
     (again / "raw.jsonl").write_text("".join(lines[: cut + 1]) + '{"type":"req')
 
-    done = twolane("compare", "--resume", again)
+    done = run_command("compare", "--resume", again)
 
     assert done.returncode == 0, done.stdout + done.stderr
     cells = samples.cells(samples.read(again / "raw.jsonl"))
@@ -128,15 +115,15 @@ def test_a_run_that_was_interrupted_is_gone_on_with(
     assert len({(c.target, c.level, c.repetition) for c in cells}) == 8
 
 
-def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
+def test_ctrl_c_keeps_the_results_and_says_how_to_resume(
     folder: Path, targets: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     shutil.copy(folder / "selfcheck.json", out)
-    command = [sys.executable, "-m", "gateway", "compare", *targets, "--levels", "1,2", "--rounds",
+    program = [sys.executable, "-m", "gateway", "compare", *targets, "--levels", "1,2", "--rounds",
                "2", "--repetitions", "50", "--unchecked", "--out", str(out)]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as run:
         raw = out / "raw.jsonl"
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (
@@ -144,28 +131,28 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
         ):
             time.sleep(0.1)
         run.send_signal(signal.SIGINT)
-        said, _ = run.communicate(timeout=30)
+        output, _ = run.communicate(timeout=30)
 
     assert run.returncode == 130
-    assert f"--resume {out}" in " ".join(said.split())
+    assert f"--resume {out}" in " ".join(output.split())
     assert samples.cells(samples.read(raw))[0].outcome == "complete"
 
 
-def test_a_target_that_is_dead_is_named_and_the_others_are_measured(
+def test_an_unreachable_target_is_named_and_the_others_are_measured(
     folder: Path, targets: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     shutil.copy(folder / "selfcheck.json", out)
 
-    done = twolane(
+    done = run_command(
         "compare", *targets[:2], "--target", f"dead={nobody()}=m", "--levels", "1", "--rounds", 1,
         "--repetitions", 1, "--unchecked", "--out", out,
     )  # fmt: skip
 
     assert done.returncode == 1
     assert "dead" in done.stdout
-    assert "is it running" in " ".join(done.stdout.split())
+    assert "is it running" in done.words
     assert [cell.target for cell in samples.cells(samples.read(out / "raw.jsonl"))] == ["slow"]
 
 
@@ -176,25 +163,25 @@ def test_a_target_that_is_dead_is_named_and_the_others_are_measured(
         (["--levels", "10000"], "from 1 to 1024"),
         (["--rounds", "0"], "a whole number from 1"),
         (["--target", "x"], "LABEL=URL=MODEL"),
-        (["--target", "a=http://a=m", "--target", "a=http://b=m"], "label of its own"),
+        (["--target", "a=http://a=m", "--target", "a=http://b=m"], "needs its own label"),
         (["--resume", "no-such-folder"], "is no-such-folder the folder of an experiment"),
         (["--config", "no-such-file"], "no-such-file cannot be read"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_with_what_to_do(
+def test_a_mistake_is_reported_with_what_to_do(
     arguments: list[str], why: str, tmp_path: Path
 ) -> None:
-    done = twolane("compare", *arguments, *(
-        [] if "--resume" in arguments else ["--out", tmp_path / "out"]
-    ))  # fmt: skip
+    out = [] if "--resume" in arguments else ["--out", tmp_path / "out"]
+
+    done = run_command("compare", *arguments, *out)
 
     assert done.returncode == 2
     assert why in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_an_experiment_is_not_begun_again(folder: Path, targets: list[str]) -> None:
-    done = twolane("compare", *targets, "--out", folder)
+def test_a_folder_with_an_experiment_is_not_overwritten(folder: Path, targets: list[str]) -> None:
+    done = run_command("compare", *targets, "--out", folder)
 
     assert done.returncode == 2
     assert f"--resume {folder}" in done.stderr
@@ -203,29 +190,28 @@ def test_a_folder_with_an_experiment_is_not_begun_again(folder: Path, targets: l
 # A gateway in front
 
 
-async def test_a_gateway_is_asked_when_all_of_its_lanes_serve(tmp_path: Path) -> None:
+async def test_a_gateway_is_measured_once_all_of_its_lanes_are_ready(tmp_path: Path) -> None:
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = tmp_path / "twolane.yaml"
-    with ExitStack() as stack:
-        ollama = stack.enter_context(fake("--kind", "ollama"))
-        config.write_text(two_lanes(ollama, f"http://127.0.0.1:{port}"))
+    async with AsyncExitStack() as stack, httpx.AsyncClient() as client:
+        ollama = await stack.enter_async_context(FakeEngine("ollama", ["m"]))
+        config.write_text(two_lanes(ollama.url, f"http://127.0.0.1:{port}"))
         read = settings.load(config, {}, {})
         arguments = ["--config", str(config)]
-        entrant = front.in_front(arguments, read, "chat", ("ollama", "vllm"), tmp_path)
+        entrant = front.gateway_entrant(arguments, read, "chat", ("ollama", "vllm"), tmp_path)
 
-        async def entered() -> None:
-            await serving.enter_async_context(entrant.running())
+        async def enter() -> None:
+            await stack.enter_async_context(entrant.running())
 
-        async with AsyncExitStack() as serving, httpx.AsyncClient() as client:
-            entering = asyncio.create_task(entered())
-            while not await answers(client, f"{entrant.target.url}/ready"):
-                await asyncio.sleep(0.05)
-            await asyncio.sleep(1)
-            early = entering.done()
-            stack.enter_context(fake("--kind", "vllm", "--port", str(port)))
-            await entering
+        entering = asyncio.create_task(enter())
+        while not await answers(client, f"{entrant.target.url}/ready"):
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(1)
+        early = entering.done()
+        await stack.enter_async_context(FakeEngine("vllm", ["m"], own_port=port))
+        await entering
 
     assert not early
 
@@ -247,16 +233,16 @@ def two_lanes(ollama: str, vllm: str) -> str:
 # calibrate
 
 
-def test_a_profile_is_measured_closer_and_closer_to_where_the_lanes_cross(tmp_path: Path) -> None:
+def test_a_profile_is_measured_in_smaller_steps_around_the_crossover(tmp_path: Path) -> None:
     config, out = tmp_path / "twolane.yaml", tmp_path / "profile.json"
     with (
         fake("--kind", "ollama", "--ttft", "0.05", "--slots", "1") as ollama,
         fake("--kind", "vllm", "--ttft", "0.15") as vllm,
     ):
         config.write_text(two_lanes(ollama, vllm))
-        done = twolane(
+        done = run_command(
             "calibrate", "--config", config, "--levels", "1,8", "--rounds", 2, "--tokens-out", 4,
-            "--minutes", 0.4, "--out", out,
+            "--minutes", 2, "--out", out,  # it ends when the crossover is between two levels
         )  # fmt: skip
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -268,12 +254,32 @@ def test_a_profile_is_measured_closer_and_closer_to_where_the_lanes_cross(tmp_pa
     assert levels[-1] == 8
     assert len(levels) > 2
     assert found.lanes["ollama"].on is not None
-    assert "let the gateway decide by it" in " ".join(done.stdout.split())
+    assert "let the gateway decide by it" in done.words
+
+
+def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    config, scratch = tmp_path / "twolane.yaml", tmp_path / "scratch"
+    scratch.mkdir()
+    with fake("--kind", "ollama") as ollama, fake("--kind", "vllm") as vllm:
+        config.write_text(two_lanes(ollama, vllm))
+        program = [sys.executable, "-m", "gateway", "calibrate", "--config", str(config)]
+        variables = {**os.environ, "TMPDIR": str(scratch)}
+        with subprocess.Popen(program, env=variables, stdout=subprocess.DEVNULL) as run:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and not list(scratch.glob("*/locust.log")):
+                time.sleep(0.05)
+            begun = [path.name for path in scratch.iterdir()]
+            run.terminate()
+            run.wait(timeout=30)
+
+    assert begun
+    assert run.returncode == 130
+    assert list(scratch.iterdir()) == []
 
 
 @contextmanager
 def fake(*arguments: str) -> Iterator[str]:
-    """A fake engine as a program; its URL."""
+    """The URL of a fake engine in a process of its own."""
     with subprocess.Popen(
         [sys.executable, "-m", "backends.fake", "--port", "0", "--gap", "0", *arguments],
         stdout=subprocess.PIPE,

@@ -1,20 +1,19 @@
-"""What the commands show of a profile, in a terminal of eighty columns."""
+"""What `profile show` and `status` print of a profile, in a terminal of eighty columns."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from backends.fake import FakeEngine
 from gateway.routing import profile
 from gateway.routing.profile import Crossover, Lane, Measured, Profile
+from tests.support.command import run_command
 from tests.support.gateways import StartGateway
 from tests.support.models import alone, chat
 
@@ -34,7 +33,7 @@ FULL = Profile(
             (1.3, 4.2, 16.5),
             (0.3, 2.9, 13.8),
             (53.0, 62.0, 68.0),
-            Measured("ollama", "small:1b", "0.24.0", "Q4_1", 1),
+            Measured("ollama", "small:1", "0.24.0", "Q4_1", 1),
         ),
         "vllm": Lane(
             (1, 4, 16),
@@ -49,12 +48,6 @@ FULL = Profile(
 )
 
 
-async def twolane(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    """Run the command to its end."""
-    command = [sys.executable, "-m", "gateway", *arguments]
-    return await anyio.run_process(command, check=False, env={**os.environ, "COLUMNS": "80"})
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "chat.json"
@@ -65,19 +58,19 @@ def file(tmp_path: Path) -> Path:
 def configured(folder: Path, **models: Any) -> str:
     """A settings file with these models on one vLLM."""
     lanes = {"vllm": {"model": "A"}}
-    said = {
+    content = {
         "engines": {"vllm": {"urls": ["http://127.0.0.1:9"]}},
         "models": {name: {"lanes": lanes, **model} for name, model in models.items()},
     }
     path = folder / "twolane.yaml"
-    path.write_text(json.dumps(said))  # JSON is YAML
+    path.write_text(json.dumps(content))  # JSON is YAML
     return str(path)
 
 
-async def test_a_profile_is_drawn_with_all_that_was_measured(file: Path) -> None:
-    shown = await twolane("profile", "show", str(file))
+def test_a_profile_is_printed_with_every_measured_figure(file: Path) -> None:
+    shown = run_command("profile", "show", str(file))
 
-    drawn = shown.stdout.decode()
+    drawn = shown.stdout
     assert shown.returncode == 0, shown.stderr
     assert max(map(len, drawn.splitlines())) <= 80
     for part in (
@@ -87,10 +80,10 @@ async def test_a_profile_is_drawn_with_all_that_was_measured(file: Path) -> None
         assert part in drawn, drawn
 
 
-async def test_without_a_file_the_assumed_one_is_drawn_and_said_to_be_that() -> None:
-    shown = await twolane("profile", "show")
+def test_without_a_file_the_assumed_profile_is_printed() -> None:
+    shown = run_command("profile", "show")
 
-    drawn = shown.stdout.decode()
+    drawn = shown.stdout
     assert shown.returncode == 0, shown.stderr
     assert max(map(len, drawn.splitlines())) <= 80
     assert "assumed" in drawn
@@ -98,28 +91,28 @@ async def test_without_a_file_the_assumed_one_is_drawn_and_said_to_be_that() -> 
     assert "32.80" in drawn
 
 
-async def test_the_profile_of_a_model_of_the_settings_is_drawn(tmp_path: Path, file: Path) -> None:
+def test_the_profile_of_a_configured_model_is_printed(tmp_path: Path, file: Path) -> None:
     settings = configured(tmp_path, other={}, chat={"profile": str(file)})
 
     chat, other, none = [
-        await twolane("profile", "show", "--config", settings, "--model", name)
+        run_command("profile", "show", "--config", settings, "--model", name)
         for name in ("chat", "other", "none")
     ]
 
-    assert b"AMD EPYC" in chat.stdout
-    assert b"assumed" in other.stdout
-    assert (none.returncode, none.stdout) == (2, b"")
-    assert b"there is no model none; there are: other, chat" in none.stderr
+    assert "AMD EPYC" in chat.stdout
+    assert "assumed" in other.stdout
+    assert (none.returncode, none.stdout) == (2, "")
+    assert "there is no model none in the settings; they have: other, chat" in none.stderr
 
 
-async def test_a_file_that_is_no_profile_is_told(tmp_path: Path) -> None:
-    shown = await twolane("profile", "show", str(tmp_path / "none.json"))
+def test_a_missing_profile_is_reported(tmp_path: Path) -> None:
+    shown = run_command("profile", "show", str(tmp_path / "none.json"))
 
     assert shown.returncode == 2
-    assert b"none.json cannot be read: No such file" in shown.stderr
+    assert "none.json cannot be read: No such file" in shown.stderr
 
 
-async def test_status_draws_the_profile_its_corrections_and_what_speaks_against_it(
+async def test_status_prints_the_profile_its_corrections_and_its_warnings(
     start_gateway: StartGateway, file: Path
 ) -> None:
     async with FakeEngine("vllm", ["Small-1B"], ttft_s=0.01) as vllm:
@@ -129,9 +122,9 @@ async def test_status_draws_the_profile_its_corrections_and_what_speaks_against_
         async with start_gateway(**how) as running:
             await running.until(lambda gateway: gateway.catalogue.models["m"].changed)
             await running.http.post("/v1/chat/completions", json=chat())
-            shown = await twolane("status", "--url", running.url)
+            shown = await anyio.to_thread.run_sync(run_command, "status", "--url", running.url)
 
-    drawn = " ".join(shown.stdout.decode().replace("│", " ").split())
+    drawn = " ".join(shown.stdout.replace("│", " ").split())
     assert "m (measured profile)" in drawn
     assert "days ago, refined by 1 request: vllm +0 %" in drawn
     assert "vllm: version 0.33.0 now, measured with 0.32.0: run `twolane calibrate`" in drawn

@@ -12,7 +12,9 @@ import pytest
 from gateway.cli import main
 from gateway.simulate import built_in, profiles
 from gateway.simulate.choices import ALWAYS, OURS, PROFILES, TRACES
-from gateway.simulate.comparison import Case, SimulationRecord, compare
+from gateway.simulate.comparison import Case, Outcome, compare, outcomes
+
+pytestmark = pytest.mark.slow  # a simulated day takes a second
 
 MEASURED = ("measured", "built-in")
 BOUNDED_TRACES = [name for name in TRACES if name != "adversary"]
@@ -36,13 +38,13 @@ def case(trace: str, label: str, *handovers_s: float, hours: float = 8.0, seed: 
     )
 
 
-def ours(one: Case) -> list[SimulationRecord]:
-    """The records of the gateway's policy."""
-    return [record for record in compare(one) if record.policy == OURS]
+def ours(simulated: Case) -> list[Outcome]:
+    """The days of the gateway's policy, by hand-over time."""
+    return [outcome for outcome in outcomes(simulated) if outcome.policy == OURS]
 
 
 @pytest.fixture(scope="module")
-def day(request: pytest.FixtureRequest) -> list[SimulationRecord]:
+def day(request: pytest.FixtureRequest) -> list[Outcome]:
     """A day of a trace on a profile, at hand-overs of 5 and 60 s. Simulated once for its tests."""
     trace, label = request.param
     return ours(case(trace, label, 5.0, 60.0))
@@ -60,31 +62,31 @@ def days(traces: list[str]) -> pytest.MarkDecorator:
 
 
 @days(BOUNDED_TRACES)
-def test_the_policy_is_never_much_slower_than_the_better_lane(day: list[SimulationRecord]) -> None:
-    assert [record.handover_s for record in day] == [5.0, 60.0]
-    assert max(record.ratio_fixed for record in day) <= 1.12
+def test_the_policy_is_never_much_slower_than_the_better_lane(day: list[Outcome]) -> None:
+    assert [outcome.handover_s for outcome in day] == [5.0, 60.0]
+    assert max(outcome.ratio_fixed for outcome in day) <= 1.12
 
 
 @pytest.mark.parametrize("label", MEASURED)
 def test_a_day_that_crosses_the_crossover_often_is_faster_than_on_either_lane(label: str) -> None:
-    records = ours(case("office-double", label, 5.0, 12.0))
+    day = ours(case("office-double", label, 5.0, 12.0))
 
-    assert all(record.moves >= 2 for record in records)
-    assert max(record.ratio_fixed for record in records) <= 0.95
+    assert all(outcome.moves >= 2 for outcome in day)
+    assert max(outcome.ratio_fixed for outcome in day) <= 0.95
 
 
 @days(SQUARE_WAVES)
 def test_square_waves_of_demand_cause_at_most_two_moves_per_hour(
-    day: list[SimulationRecord],
+    day: list[Outcome],
 ) -> None:
-    assert max(record.moves_per_hour for record in day if record.handover_s == 5.0) <= 2.0
+    assert max(outcome.moves_per_hour for outcome in day if outcome.handover_s == 5.0) <= 2.0
 
 
 def test_an_adversary_who_reacts_to_every_move_wins() -> None:
-    [record] = ours(case("adversary", "measured", 12.0, hours=2.0))
+    [outcome] = ours(case("adversary", "measured", 12.0, hours=2.0))
 
-    assert record.ratio_fixed > 1.12  # no bound is promised against it
-    assert record.moves_per_hour <= 3.0
+    assert outcome.ratio_fixed > 1.12  # no bound is promised against it
+    assert outcome.moves_per_hour <= 3.0
 
 
 # The simulator
