@@ -10,9 +10,10 @@ from typing import Self
 
 from backends.transport import http
 from gateway.errors import NotFound
+from gateway.gpu.cards import Nvml
 from gateway.gpu.handover import Gpu
 from gateway.gpu.lease import Lease
-from gateway.gpu.memory import Memory, Nvml
+from gateway.gpu.memory import Memory
 from gateway.http.auth import Keys
 from gateway.http.edge import Edge
 from gateway.http.metrics_page import MetricsServer
@@ -102,6 +103,7 @@ class Gateway:
             self.catalogue,
             heartbeat_s=read.limits.heartbeat_s,
             status_events=read.status_events,
+            timings=self._timings,
         )
         pages = Pages(
             self.catalogue,
@@ -140,7 +142,7 @@ class Gateway:
         self._serve_metrics()
         await self.listing.find_engines()
         await self._take_gpu()
-        self.engines.run_commands(besides=self.gpu.occupants if self.gpu is not None else ())
+        self.engines.run_commands(besides=self.gpu.layouts if self.gpu is not None else ())
         for name, model in self._settings.served().items():
             self._publisher.publish(name, model)
         if self.gpu is not None:
@@ -180,7 +182,9 @@ class Gateway:
         if not exclusive:
             return
         self._lease = acquire_lease(self._settings)
-        self.gpu = await make_gpu(self._settings, exclusive, self.engines, self._memory)
+        self.gpu = await make_gpu(
+            self._settings, exclusive, self.engines, self._memory, self._timings
+        )
         self._publisher.gpu = self._operator.gpu = self.gpu
         self.metrics.follow(self.gpu)
 

@@ -1,12 +1,12 @@
-"""A small team's day, as a Locust file: people who chat, read, think, and sometimes give up.
+"""A Locust file: a small team that chats, reads, thinks, and sometimes gives up.
 
     locust -f loadtests/chat.py --host http://127.0.0.1:8000 --model chat -u 8 -t 10m
 
-Each person has chats of several turns. What was said so far goes along with every question, so
-prompts grow as they do in a chat page. Between an answer and the next question people
-think, mostly for a short while and now and then for a long one; some hang up in the middle of
-an answer. Every request is a line of the raw file (`samples`, loop `chat`); Locust's tables
-show TTFT and E2E. Works with Locust's page, its own load shapes and --processes.
+Each user has chats of several turns. Every request contains the conversation so far, so prompts
+grow as they do in a chat page. Think times between an answer and the next question are mostly
+short and sometimes long; some users disconnect during an answer. Every request is a line of
+the raw file (`samples`, loop `chat`); Locust's tables show TTFT and E2E. It works with
+Locust's page, its load shapes and --processes.
 """
 
 from __future__ import annotations
@@ -44,71 +44,71 @@ from loadtests.measure.prompts import TOPICS, Prompts
 from loadtests.measure.samples import SamplesError, Writer
 from loadtests.measure.stopwatch import BadTarget, Target, Timing
 
-#: What a chat page says before anything else.
+#: The system prompt of the chats.
 CHAT_SYSTEM_PROMPT = "You are a helpful assistant. Answer shortly where you can."
-#: Spread of the time people think, of its logarithm: some are back at once, some get a coffee.
+#: Standard deviation of the logarithm of think times: most are short, some very long.
 THINK_TIME_SIGMA = 1.0
-#: What people wait after an answer that failed, seconds.
+#: Pause of a user after a failed answer, seconds.
 CHAT_RETRY_S = 5.0
 
 
 class ChatUser(User):
-    """One person of the team."""
+    """One user of the team."""
 
     def on_start(self) -> None:
-        """Take a next_user, and a moment: not everybody begins at once."""
+        """Get a number, and wait for a moment, so that not all users begin together."""
         self._team: Team = self.environment.team
-        self._seat = self._team.next_user()
-        self._dice = random.Random(f"{self._team.seed}/{self._seat}")
+        self._user = self._team.next_user()
+        self._dice = random.Random(f"{self._team.seed}/{self._user}")
         self._number = 0
         gevent.sleep(self._dice.uniform(0, self._team.think_s))
 
     @task
     def chat(self) -> None:
-        """One chat, from its first question to its last."""
+        """Run one chat, from its first question to its last."""
         topic = self._dice.choice(TOPICS)
-        said = [{"role": "system", "content": CHAT_SYSTEM_PROMPT}]
+        messages = [{"role": "system", "content": CHAT_SYSTEM_PROMPT}]
         for turn in range(self._dice.randint(1, 2 * self._team.turns - 1)):
-            question = self._team.prompts.prompt(topic, turn, 0, self._seat, self._number)
-            said.append({"role": "user", "content": question})
-            timing = self._ask(said)
-            gevent.sleep(self._thinks_s() if timing.error is None else CHAT_RETRY_S)
+            question = self._team.prompts.prompt(topic, turn, 0, self._user, self._number)
+            messages.append({"role": "user", "content": question})
+            timing = self._ask(messages)
+            gevent.sleep(self._think_time_s() if timing.error is None else CHAT_RETRY_S)
             if timing.error is not None:
-                return  # a new chat, as people do
-            said.append({"role": "assistant", "content": timing.text})
+                return  # a user begins a new chat then
+            messages.append({"role": "assistant", "content": timing.text})
 
-    def _ask(self, said: list[dict[str, str]]) -> Timing:
-        """One turn; who loses patience hangs up somewhere in the answer."""
+    def _ask(self, messages: list[dict[str, str]]) -> Timing:
+        """Send one turn; an impatient user disconnects somewhere in the answer."""
         team, timing = self._team, Timing()
         longest = max(1, round(team.tokens_out * self._dice.lognormvariate(-0.125, 0.5)))
-        asked = stopwatch.request_body(team.target, said, min(longest, 4 * team.tokens_out))
+        body = stopwatch.request_body(team.target, messages, min(longest, 4 * team.tokens_out))
         leaves = self._dice.random() < team.hang_up
-        answer = gevent.spawn(stopwatch.ask, team.target, asked, timing)
+        answer = gevent.spawn(stopwatch.ask, team.target, body, timing)
         try:
             patience_s = self._dice.uniform(0, team.patience_s) if leaves else None
             answer.join(patience_s)
         finally:
-            if not answer.ready():  # our own patience, or the end of the test
+            if not answer.ready():  # the user lost patience, or the test is over
                 answer.kill()
                 timing.fail("cut")
-            team.notes.add(
-                timing, target=team.target.label, loop="chat", level=team.people, repetition=1,
-                user=self._seat, number=self._number, phase=team.phase,
+            team.log.add(
+                timing, target=team.target.label, loop="chat", level=team.users, repetition=1,
+                user=self._user, number=self._number, phase=team.phase,
             )  # fmt: skip
             self._number += 1
         return timing
 
-    def _thinks_s(self) -> float:
+    def _think_time_s(self) -> float:
         mean = math.log(self._team.think_s) - THINK_TIME_SIGMA**2 / 2
         return min(20 * self._team.think_s, self._dice.lognormvariate(mean, THINK_TIME_SIGMA))
 
 
 class Team:
-    """What all people of this process have in common.
+    """The options, the log and the phase that all users of this process share.
 
     Raises:
-        BadOptions: What was asked for makes no sense.
-        BadTarget: Nobody was named to ask.
+        BadOptions: An option has no valid value.
+        BadTarget: No target was given.
         SamplesError: The raw file cannot be written.
     """
 
@@ -117,7 +117,7 @@ class Team:
         require_positive(options, "think_s", "patience_s")
         require_at_least(1, options, "turns", "tokens_in", "tokens_out")
         if not 0 <= options.hang_up <= 1:
-            raise BadOptions(f"--hang-up {options.hang_up}: it is a share, from 0 to 1")
+            raise BadOptions(f"--hang-up {options.hang_up}: write a share from 0 to 1")
         self.target: Target = host_target(options)
         self.think_s: float = options.think_s
         self.patience_s: float = options.patience_s
@@ -126,73 +126,73 @@ class Team:
         self.tokens_out: int = options.tokens_out
         self.seed: int = options.seed
         self.prompts = Prompts(options.tokens_in, options.seed)
-        self.people: int = options.num_users or 1
+        self.users: int = options.num_users or 1
         self.phase: samples.Phase = "warm-up"
         self._environment = environment
         self._writer = Writer(Path(options.raw))
-        self.notes = RequestLog(environment, self._writer)
-        self._seats = 0
+        self.log = RequestLog(environment, self._writer)
+        self._users = 0
 
     def begin(self) -> None:
-        """Say in the raw file how it was called, and see that anybody answers."""
+        """Write the raw file's first line, and have the target load its model."""
         self._writer.write(run_line(self._environment))
         preflight(self.target)
 
     def next_user(self) -> int:
-        """A number for a person."""
+        """A user number that is unique across all processes."""
         its = runner(self._environment)
         first = USERS_PER_WORKER * max(0, its.worker_index) if isinstance(its, WorkerRunner) else 0
-        self._seats += 1
-        return first + self._seats - 1
+        self._users += 1
+        return first + self._users - 1
 
-    def complete(self, people: int) -> None:
-        """Everybody has come, in all processes: from now on requests count."""
-        self.people = people
+    def start_measuring(self, users: int) -> None:
+        """Measure from now on, since all users of all processes have started."""
+        self.users = users
         self.phase = "measured"
 
 
 @events.init_command_line_parser.add_listener
 def _add_options(parser: Any, **_: Any) -> None:
-    add = option_adder(parser, "a team's day")
-    add("--think-s", type=float, default=20.0, help="between answer and question, mean (20)")
-    add("--turns", type=int, default=4, help="of a chat, mean (4)")
-    add("--hang-up", type=float, default=0.05, help="share of answers nobody waits for (0.05)")
-    add("--patience-s", type=float, default=10.0, help="the longest that those wait (10)")
-    add("--tokens-in", type=int, default=60, help="of a question, about (60)")
-    add("--tokens-out", type=int, default=150, help="of an answer, mean of the limits (150)")
+    add = option_adder(parser, "chats of a team")
+    add("--think-s", type=float, default=20.0, help="mean think time before a question (20)")
+    add("--turns", type=int, default=4, help="mean number of turns of a chat (4)")
+    add("--hang-up", type=float, default=0.05, help="share of answers users abandon (0.05)")
+    add("--patience-s", type=float, default=10.0, help="longest wait before they do (10)")
+    add("--tokens-in", type=int, default=60, help="tokens of a question, about (60)")
+    add("--tokens-out", type=int, default=150, help="mean token limit of an answer (150)")
 
 
 @events.init.add_listener
 def _take_part(environment: Environment, **_: Any) -> None:
-    """Before anybody comes."""
+    """Register for events and messages, before any user starts."""
 
-    def all_are_here(user_count: int, **_: Any) -> None:
-        environment.team.complete(user_count)  # type: ignore[attr-defined]
+    def on_spawning_complete(user_count: int, **_: Any) -> None:
+        environment.team.start_measuring(user_count)  # type: ignore[attr-defined]
 
-    environment.events.spawning_complete.add_listener(all_are_here)
+    environment.events.spawning_complete.add_listener(on_spawning_complete)
     if is_leader(environment):
         runner(environment).register_message("broken", on_write_failure)
-    if _at_once(environment):
-        _gather(environment)
+    if _starts_with_locust(environment):
+        _make_team(environment)
 
 
 @events.test_start.add_listener
 def _start(environment: Environment, **_: Any) -> None:
-    if not _at_once(environment):
-        _gather(environment)
+    if not _starts_with_locust(environment):
+        _make_team(environment)
 
 
-def _at_once(environment: Environment) -> bool:
-    """Whether the team can gather before the start, so that -t has no loading of a model in it.
+def _starts_with_locust(environment: Environment) -> bool:
+    """Whether the team is made before the test starts, so that -t contains no model loading.
 
-    A page may change what is asked for, and workers hear of a refusal once they are there.
+    A page may still change the options, and workers must be connected to see a failure.
     """
     options: Any = environment.parsed_options
     return options.headless and isinstance(environment.runner, LocalRunner)
 
 
-def _gather(environment: Environment) -> None:
-    """Make the team of this process; where that cannot be, nothing is asked."""
+def _make_team(environment: Environment) -> None:
+    """Make the team of this process; if that fails, the start is aborted."""
     environment.process_exit_code = None
     try:
         team = Team(environment)
@@ -200,7 +200,7 @@ def _gather(environment: Environment) -> None:
             team.begin()
     except (BadOptions, BadTarget, SamplesError) as exc:
         abort_start(environment, str(exc))
-        raise gevent.GreenletExit from exc  # the start is off; the page is still there
+        raise gevent.GreenletExit from exc  # ends this start; Locust's page stays
     environment.team = team  # type: ignore[attr-defined]
 
 

@@ -27,7 +27,8 @@ from gateway.compare.front import gateway_arguments, gateway_entrant
 from gateway.compare.interrupt import run_measurement
 from gateway.compare.targets import command_line, configured_model, server_entrants
 from gateway.errors import UsageError
-from gateway.gpu.memory import MemoryUnknown, Nvml, drawn
+from gateway.gpu.cards import Nvml, drawn
+from gateway.gpu.memory import MemoryUnknown
 from loadtests.measure import matrix
 from loadtests.measure.experiment import (
     EXPERIMENT,

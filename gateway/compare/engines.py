@@ -19,7 +19,7 @@ from backends.processes.supervised import Supervised
 from backends.reports import Identity
 from backends.transport import http
 from gateway import settings
-from gateway.gpu.handover import Occupant
+from gateway.gpu.engine import GpuEngine
 from gateway.settings import Settings
 from loadtests.measure.experiment import Subject
 from loadtests.measure.generator import VisitFailed
@@ -45,7 +45,7 @@ class LaneEntrants:
         self._model = model
         self._client = client
         self._folder = folder
-        self._running: list[Occupant] = []  # started by others, so never stopped here
+        self._running: list[GpuEngine] = []  # started by others, so never stopped here
 
     def entrants(self, ollama_slots: Sequence[int | None] = (None,)) -> list[Entrant]:
         """Every lane; Ollama once for each number of slots, where it is started here."""
@@ -69,9 +69,9 @@ class LaneEntrants:
                 environment[KINDS[kind].slots_variable] = str(slots)
             log = configured.log or self._folder / f"{kind}.log"
             process = Supervised(configured.command, log, environment)
-        occupant = Occupant(engine, [lane.model], process=process)
+        own = GpuEngine(engine, [lane.model], process=process)
         if process is None:
-            self._running.append(occupant)
+            self._running.append(own)
         subject = Subject(
             label=kind if slots in (None, 1) else f"{kind}-{slots}",
             url=url,
@@ -82,32 +82,32 @@ class LaneEntrants:
             command=shlex.join(shareable_command(configured.command)),
         )
         target = Target(subject.label, url, lane.model, key)
-        return Entrant(subject, target, partial(self._serving, occupant, subject))
+        return Entrant(subject, target, partial(self._serving, own, subject))
 
     @asynccontextmanager
-    async def _serving(self, occupant: Occupant, subject: Subject) -> AsyncIterator[Subject]:
+    async def _serving(self, own: GpuEngine, subject: Subject) -> AsyncIterator[Subject]:
         """Bring the engine up; in an exclusive placement the others give up the GPU first."""
         try:
             async with asyncio.timeout(self._read.gpu.load_s):
                 if self._model.placement == "exclusive":
                     for other in self._running:
-                        if other is not occupant:
-                            await other.give()
-                await occupant.take()
-            described = await describe(occupant.engine, subject)
+                        if other is not own:
+                            await other.release()
+                await own.acquire()
+            described = await describe(own.engine, subject)
         except TimeoutError:
-            await occupant.stop()
+            await own.stop()
             raise VisitFailed(
                 f"{subject.label} was not ready after {self._read.gpu.load_s:g} s; if it loads so "
                 "slowly, raise gpu.load_s in the settings"
             ) from None
         except BackendError as exc:
-            await occupant.stop()
+            await own.stop()
             raise VisitFailed(f"{subject.label} did not become ready: {exc}") from exc
         try:
             yield described
         finally:
-            await occupant.stop()
+            await own.stop()
 
 
 async def describe(engine: Engine, subject: Subject) -> Subject:

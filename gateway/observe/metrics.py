@@ -18,8 +18,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from gateway.gpu.cards import Nvml, Reading, drawn
 from gateway.gpu.handover import Gpu
-from gateway.gpu.memory import MemoryUnknown, Nvml, Reading, drawn
+from gateway.gpu.memory import MemoryUnknown
 from gateway.observe.cost import Meter
 from gateway.observe.counters import NONE, HandoverCounters, LatencyHistograms, RequestCounters
 from gateway.observe.samples import (
@@ -72,8 +73,8 @@ class Metrics(Collector):
     def follow(self, gpu: Gpu) -> None:
         """Expose the GPU's state, and count its hand-overs."""
         self.gpu = gpu
-        gpu.on_passage = self._handovers.count
-        self._handovers.expect(gpu.occupants)
+        gpu.on_record = self._handovers.count
+        self._handovers.expect(gpu.layouts)
 
     def write(self, exchange: Exchange) -> None:
         """Count an exchange that is over; for `edge.ExchangeLog`."""

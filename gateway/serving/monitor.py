@@ -21,7 +21,7 @@ from backends.errors import BackendError
 from backends.kinds import KINDS, Kind
 from backends.reports import Capabilities, Readiness
 from gateway.routing import profile
-from gateway.routing.scheduler import Replica
+from gateway.routing.lanes import Replica
 from gateway.serving.catalogue import Model
 from gateway.settings import EngineSettings, LaneSettings, Timings
 
@@ -77,7 +77,7 @@ class ReplicaMonitor:
             self._identified_at = -math.inf
             await self._read_capabilities()
         self._last = readiness
-        self._model.admission.reported(self._replica, readiness)
+        self._model.admission.on_probe(self._replica, readiness)
         self.first_result.set()
         server.loaded = server.loaded and ready
         if not ready:

@@ -1,4 +1,4 @@
-"""Locust in a process of its own, for one visit to one target."""
+"""The load generator: Locust in a process of its own, for one visit to one target."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from loadtests.measure.itinerary import Visit
 from loadtests.measure.stopwatch import Target
 
 LOCUSTFILE = Path(__file__).parents[1] / "concurrency.py"
-#: What Locust says goes here, beside the raw file.
+#: File for Locust's output, beside the raw file.
 LOG = "locust.log"
-#: How often the raw file is looked at for progress, seconds.
+#: How often the raw file is read for progress, seconds.
 POLL_S = 0.5
-#: How long Locust may take to write down what it has when it is told to end, seconds.
+#: How long Locust may take after SIGTERM to write its last lines, seconds.
 TERMINATE_S = 15.0
-#: How much of what Locust said last is shown when it fails, characters.
+#: How much of Locust's output is shown when it fails, characters.
 EXCERPT_CHARS = 600
 
 
 class VisitFailed(Exception):
-    """A target could not be measured; the text says why and what to do."""
+    """A target could not be measured; the message says why and what to do."""
 
 
 def locust_command(
     target: Target, plan: Plan, visit: Visit, raw: Path, *, processes: int = 1
 ) -> list[str]:
-    """What measures this visit; the key is not in it."""
+    """The command line that measures this visit; the API key is not in it."""
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless"]
     command += ["--only-summary", "--loglevel", "WARNING", "--exit-code-on-error", "0"]
     command += ["--raw", str(raw)]
@@ -54,7 +54,7 @@ def locust_command(
 
 
 async def terminate(locust: asyncio.subprocess.Process) -> None:
-    """Have it write down what it has, and end."""
+    """End Locust and its workers: SIGTERM lets it write its last lines, then SIGKILL."""
     if locust.returncode is not None:
         return
     with suppress(ProcessLookupError):
@@ -69,25 +69,25 @@ async def terminate(locust: asyncio.subprocess.Process) -> None:
 
 
 def failure_excerpt(log: Path, since: int) -> str:
-    """What Locust said of its failure: the lines that speak to people, or the last ones."""
+    """The messages for the user in Locust's log from offset `since` on, or its last lines."""
     with log.open("rb") as file:
         file.seek(since)
-        said = file.read().decode(errors="replace")
-    lines = [line for line in said.splitlines() if line.startswith("twolane: ")]
+        output = file.read().decode(errors="replace")
+    lines = [line for line in output.splitlines() if line.startswith("twolane: ")]
     if lines:
         return "; ".join(line.removeprefix("twolane: ") for line in lines)
-    return f"the load generator failed, {log} ends with:\n{said[-EXCERPT_CHARS:].strip()}"
+    return f"the load generator failed, {log} ends with:\n{output[-EXCERPT_CHARS:].strip()}"
 
 
 class RawTail:
-    """The lines that are added to a raw file, as they come."""
+    """The lines that are appended to a raw file from now on."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = path.stat().st_size if path.exists() else 0
 
     def read(self) -> list[samples.Line]:
-        """What is new and whole."""
+        """The whole lines since the last call."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What is measured next: visits in order, the search for the SLO's level, and the time left."""
+"""What is measured next: the order of visits, the search for the SLO's level, the time left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loadtests.measure.experiment import (
 
 @dataclass(frozen=True)
 class Visit:
-    """One target, once, at some levels."""
+    """One target at some levels, in one repetition."""
 
     label: str
     repetition: int
@@ -29,7 +29,7 @@ class Visit:
 
 
 def itinerary(plan: Plan, labels: Sequence[str], done: Iterable[samples.Cell]) -> list[Visit]:
-    """What is still to be measured, in order: forth in odd repetitions, back in even ones."""
+    """The visits that are left, in order; even repetitions go through the targets in reverse."""
     complete = {
         (cell.target, cell.repetition, cell.level) for cell in done if cell.outcome == "complete"
     }
@@ -43,10 +43,10 @@ def itinerary(plan: Plan, labels: Sequence[str], done: Iterable[samples.Cell]) -
 
 
 def search(plan: Plan, limits: Limits, label: str, lines: Sequence[samples.Line]) -> list[Visit]:
-    """What to measure next to learn how many at once this target answers within the limits.
+    """The next visits to find the highest concurrency at which a target meets the SLO.
 
-    Halves what lies between the highest level that keeps them and the lowest that does not.
-    Nothing where that is known, or where no limit is stated.
+    Bisects between the highest level that meets it and the lowest that misses it. Empty if
+    the bracket is narrow enough, or no limit is stated.
     """
     cells = [(cell, of) for cell, of in rows.closed_cells(lines) if cell.target == label]
     added = {int(cell.level) for cell, _ in cells} - {*plan.levels}  # perhaps interrupted
@@ -60,14 +60,14 @@ def search(plan: Plan, limits: Limits, label: str, lines: Sequence[samples.Line]
 def seconds_left(
     todo: Mapping[tuple[str, int], int], took: Mapping[tuple[str, int], float]
 ) -> float | None:
-    """How long the cells that are left will take, by those that are done; None: no idea yet.
+    """Estimated seconds of the cells that are left; None if no cell is done yet.
 
-    A cell that was never done takes as long as the nearest level of its target, in
-    proportion to the level, or else as the nearest of any target.
+    A cell is estimated by the nearest level of its target that is done, in proportion to
+    the level, or else by the nearest level of any target.
 
     Args:
-        todo: How many cells, by target and level.
-        took: Seconds of a cell, by target and level.
+        todo: Number of cells left, by target and level.
+        took: Seconds of a finished cell, by target and level.
     """
     if not took:
         return None

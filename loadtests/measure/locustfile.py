@@ -1,4 +1,4 @@
-"""What all our Locust files share: what users write down, and how a start is refused."""
+"""What our Locust files share: the log of requests, and how a start is aborted."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from loadtests.measure.options import shareable_command
 from loadtests.measure.samples import Loop, Phase, Request, Run, SamplesError, Writer
 from loadtests.measure.stopwatch import Timing
 
-#: What the numbers of a worker's users begin with, times its own: no two have the same.
+#: Users of worker n have numbers from n times this on, so numbers are unique.
 USERS_PER_WORKER = 10_000
-#: How long workers have to hear that it is over, seconds.
+#: How long workers have to receive the message to quit, seconds.
 QUIT_GRACE_S = 0.5
-#: What is said on Locust's page, beside our own options, of how it was asked to measure.
+#: Locust's own options that the raw file's first line has, besides ours.
 SHOWN_LOCUST_OPTIONS = {"host", "run_time"}
 
 
 class RequestLog:
-    """Where the requests of this process are written down.
+    """The log of this process's requests: lines of the raw file, and Locust's own tables.
 
     Args:
-        environment: Locust's, for its tables, and to end it where nothing can be written.
-        writer: Of the raw file.
+        environment: Locust's environment; its run ends if the raw file cannot be written.
+        writer: Writer of the raw file.
     """
 
     def __init__(self, environment: Environment, writer: Writer) -> None:
@@ -50,7 +50,7 @@ class RequestLog:
         number: int,
         phase: Phase,
     ) -> None:
-        """A request is over, however it ended."""
+        """Add a request that is over, however it ended."""
         try:
             self._writer.write(
                 Request(
@@ -62,11 +62,11 @@ class RequestLog:
         except SamplesError as exc:
             runner(self._environment).send_message("broken", {"why": str(exc)})
         if phase == "measured" and timing.error != "cut":
-            unit = {"closed": " at once", "open": "/s", "chat": " people"}[loop]
+            unit = {"closed": " concurrent", "open": "/s", "chat": " users"}[loop]
             self._show(timing, f"{target}, {level:g}{unit}")
 
     def _show(self, timing: Timing, name: str) -> None:
-        """In Locust's own tables."""
+        """Add a request to Locust's own tables."""
         failed = RuntimeError(timing.error) if timing.error else None
         for kind, seconds in (("TTFT", timing.ttft_s), ("E2E", timing.e2e_s)):
             if seconds is not None and (kind == "E2E" or failed is None):
@@ -77,32 +77,32 @@ class RequestLog:
 
 
 def runner(environment: Environment) -> Runner:
-    """What runs the users; there once Locust's `init` event has come."""
+    """Locust's runner, which exists from its `init` event on."""
     assert environment.runner is not None  # noqa: S101 - Locust has made it
     return environment.runner
 
 
 def is_leader(environment: Environment) -> bool:
-    """Whether this process says what is done: the only one, or the master of others."""
+    """Whether this process leads the run: the only process, or the master of others."""
     return not isinstance(environment.runner, WorkerRunner)
 
 
 def run_line(environment: Environment) -> Run:
-    """The first line of a start: when, and how it was asked to measure; the key is not in it."""
+    """The first line of a run: its time and options, without the key."""
     options = vars(environment.parsed_options)
     others = default_args_dict().keys() - SHOWN_LOCUST_OPTIONS
-    asked: dict[str, str | int | float | None] = {}
+    shown: dict[str, str | int | float | None] = {}
     for name, value in options.items():
         if name not in others and name != "api_key" and value not in (None, "", []):
             words = value if isinstance(value, list) else [value]
-            asked[name] = value if isinstance(value, int | float) else " ".join(words)
+            shown[name] = value if isinstance(value, int | float) else " ".join(words)
     return Run(
-        samples.SAMPLES_VERSION, time.time(), shareable_command(sys.argv, options["api_key"]), asked
+        samples.SAMPLES_VERSION, time.time(), shareable_command(sys.argv, options["api_key"]), shown
     )
 
 
 def report_failure(environment: Environment, why: str) -> None:
-    """It cannot be measured, or no further: one line says why, once; Locust will end with 2."""
+    """Report once why the run failed, in one line; Locust will exit with status 2."""
     options: Any = environment.parsed_options
     if environment.process_exit_code is not None:
         return
@@ -114,19 +114,19 @@ def report_failure(environment: Environment, why: str) -> None:
 
 
 def abort_start(environment: Environment, why: str) -> None:
-    """Nothing is to be asked at all: where there is no page, this is the end, without tables."""
+    """Report why the run cannot start; without a page Locust exits at once, without tables."""
     report_failure(environment, why)
     options: Any = environment.parsed_options
     if not options.headless:
         return
     if isinstance(environment.runner, MasterRunner):
-        environment.runner.send_message("quit")  # or else workers wait for a minute
+        environment.runner.send_message("quit")  # otherwise workers wait for a minute
         gevent.sleep(QUIT_GRACE_S)
     raise SystemExit(2)
 
 
 def on_write_failure(environment: Environment, msg: Any, **_: Any) -> None:
-    """A process tells that it cannot write any more; it may not be the only one."""
+    """Handle the message that a process cannot write its lines; several may send it."""
     if environment.process_exit_code is None:
         report_failure(environment, msg.data["why"])
         gevent.spawn(_stop, environment)
@@ -139,16 +139,16 @@ def _stop(environment: Environment) -> None:
 
 
 def print_message(line: str) -> None:
-    """One line for people, where callers look for it."""
+    """Print one line for the user on stderr, with the prefix that callers look for."""
     print(f"twolane: {line}", file=sys.stderr, flush=True)
 
 
 def run_as_locust(file: str) -> None:
-    """Run one of our Locust files: `python -m loadtests.concurrency`, as `locust -f` does.
+    """Run a Locust file, as `locust -f` does: `python -m loadtests.concurrency`.
 
-    Locust gives its help before it reads a file; here, help has the file's own options.
+    Locust prints its help before it reads a file; here, the help has the file's options.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         get_parser().parse_args(["--help"])
     command = [sys.executable, "-m", "locust", "-f", file, *sys.argv[1:]]
-    os.execv(sys.executable, command)  # noqa: S606 - what we were called with
+    os.execv(sys.executable, command)  # noqa: S606 - our own arguments

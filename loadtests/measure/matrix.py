@@ -1,10 +1,10 @@
-"""The whole matrix: who x at how many at once x how often, one after another.
+"""Measures the matrix of an experiment: targets x levels x repetitions.
 
-Whatever is measured shares one machine, so one target is asked at a time, and the order
-turns round with every repetition: what the machine does over the hours falls on all alike.
-Where limits are stated, levels are added until it is known how many at once keep them.
-The load itself is Locust's (`concurrency.py`), in a process of its own for each visit to a
-target. Every cell that is done is in the raw file, and is not done again.
+The targets share one machine, so they are measured one at a time, and every repetition
+reverses their order: a drift of the machine over the hours affects all alike. If an SLO is
+stated, levels are added until its highest level is known. The load is made by Locust
+(`concurrency.py`), in a process of its own for each visit to a target. Every finished cell is
+in the raw file and is not measured again.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ from loadtests.measure.itinerary import Visit, itinerary, search
 from loadtests.measure.progress import ProgressBar, ProgressView
 from loadtests.measure.stopwatch import Target
 
-#: How often the cards are asked what they draw, seconds.
+#: How often the power of the cards is sampled, seconds.
 POWER_INTERVAL_S = 1.0
 
 
-#: Tells what the cards of this machine draw together; None where they do not say it now.
+#: Returns the power of all cards of this machine, watts; None if it is not known now.
 Watts: TypeAlias = Callable[[], Awaitable[float | None]]
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """A target, and how it is made to serve.
+    """A target of the experiment, and how it is made to serve.
 
     Attributes:
-        subject: What is known of it beforehand.
-        target: Whom to ask.
-        running: It serves for as long as this is entered, which may start it and may take
-            minutes; tells what is known of it then. Raises `VisitFailed`.
+        subject: What is known of it before it serves.
+        target: Where to send requests.
+        running: A context in which it serves. Entering may start it, which may take minutes,
+            and returns what is known of it then. Raises `VisitFailed`.
     """
 
     subject: Subject
@@ -81,28 +81,28 @@ class Entrant:
 
     @property
     def is_local(self) -> bool:
-        """Whether what it draws is drawn by this machine's cards, for all its address tells."""
+        """Whether its address is on this machine, so that this machine's cards power it."""
         name = urlsplit(self.target.url).hostname or ""
         return name in ("localhost", "::1") or name.startswith("127.")
 
 
 @asynccontextmanager
 async def already_running(subject: Subject) -> AsyncIterator[Subject]:
-    """For an entrant that runs already, and that nobody here starts or stops."""
+    """The `running` of an entrant that runs already and is not started or stopped here."""
     yield subject
 
 
 @dataclass
 class Session:
-    """Measures visit by visit, into one folder, and keeps a target up between two visits.
+    """Measures visit by visit into one folder; a target stays up between two visits to it.
 
     Args:
-        folder: Of the experiment; the raw file is added to.
+        folder: The experiment's folder; its raw file is appended to.
         plan: How to measure.
-        entrants: By label.
-        view: Is told how far it is.
-        watts: Asked about once a second while a target of this machine is measured.
-        processes: Of the load generator.
+        entrants: The entrants by label.
+        view: Receives the progress.
+        watts: Called about once a second while a target on this machine is measured.
+        processes: Processes of the load generator.
     """
 
     folder: Path
@@ -125,30 +125,31 @@ class Session:
         """Measure one target at these levels.
 
         Raises:
-            VisitFailed: It does not serve, or not this model; the cells before are kept.
+            VisitFailed: It does not serve, or not this model; finished cells stay.
         """
         self.view.visit_started(visit)
         entrant = self.entrants[visit.label]
         if self._up != visit.label:
-            await self._stack.aclose()  # what ran before leaves the machine to this one
+            await self._stack.aclose()  # the target before releases the machine
             self._up = None
             self.subjects[visit.label] = await self._stack.enter_async_context(entrant.running())
             self._up = visit.label
-        whom = [entrant, *(self.entrants[label] for label in entrant.subject.before)]
-        async with self._metering(self.watts if all(one.is_local for one in whom) else None):
+        involved = [entrant, *(self.entrants[label] for label in entrant.subject.before)]
+        all_local = all(one.is_local for one in involved)
+        async with self._sampling_power(self.watts if all_local else None):
             await self._generate(entrant.target, visit)
 
     @asynccontextmanager
-    async def _metering(self, watts: Watts | None) -> AsyncIterator[None]:
-        """Meanwhile what the cards draw goes into the raw file, too."""
+    async def _sampling_power(self, watts: Watts | None) -> AsyncIterator[None]:
+        """A context in which the power of the cards is written into the raw file, too."""
 
         async def read(watts: Watts) -> None:
             raw = samples.Writer(self.folder / RAW)
             try:
                 while True:
-                    drawn = await watts()
-                    if drawn is not None:
-                        raw.write(samples.Power(time.time(), drawn))
+                    power = await watts()
+                    if power is not None:
+                        raw.write(samples.Power(time.time(), power))
                     await asyncio.sleep(POWER_INTERVAL_S)
             finally:
                 raw.close()
@@ -163,25 +164,25 @@ class Session:
                     await reading
 
     async def _generate(self, target: Target, visit: Visit) -> None:
-        """Locust, on one target; what it writes is passed on as it comes."""
+        """Run Locust on one target, and pass the lines it writes to the view."""
         command = locust_command(
             target, self.plan, visit, self.folder / RAW, processes=self.processes
         )
         environment = dict(os.environ)
         environment.pop("OPENAI_API_KEY", None)
         if target.key:
-            environment["OPENAI_API_KEY"] = target.key  # where `ps` does not show it
+            environment["OPENAI_API_KEY"] = target.key  # not on the command line, which `ps` shows
         tail = RawTail(self.folder / RAW)
         log = self.folder / LOG
         with log.open("ab") as output:
-            told_from = output.tell()
+            start = output.tell()
             locust = await asyncio.create_subprocess_exec(
                 *command,
                 env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C is ours; it is told to end by us
+                start_new_session=True,  # Ctrl-C reaches us alone, and we end it
             )
             try:
                 while locust.returncode is None:
@@ -195,7 +196,7 @@ class Session:
         for line in tail.read():
             self.view.line_written(line)
         if locust.returncode:
-            raise VisitFailed(failure_excerpt(log, told_from))
+            raise VisitFailed(failure_excerpt(log, start))
 
 
 async def run(
@@ -205,14 +206,14 @@ async def run(
     console: Console,
     watts: Watts | None = None,
 ) -> list[str]:
-    """Measure all that the folder does not have yet; says which targets failed, and why.
+    """Measure the cells that the folder does not have; returns which targets failed, and why.
 
-    What is known of the targets once they serve is added to the experiment's file, and what
-    the cards draw meanwhile, where `watts` tells it, to the raw one.
+    Facts on the targets that are known once they serve are added to the experiment's file,
+    and power samples, if `watts` is given, to the raw file.
 
     Raises:
         ExperimentError: The folder cannot be written.
-        samples.SamplesError: The raw file there cannot be read.
+        samples.SamplesError: Its raw file cannot be read.
     """
     experiment.save(folder)
     raw = folder / RAW
@@ -242,25 +243,25 @@ def _with_searches(
     raw: Path,
     failures: Mapping[str, str],
 ) -> Iterator[Visit]:
-    """First these visits, then each target's search; none of them twice."""
+    """These visits, then each target's search for its highest level; none of them twice."""
     yield from visits
     for label in labels:
-        gone: set[Visit] = set()
+        tried: set[Visit] = set()
         while label not in failures and raw.exists():
             lines = [*samples.read(raw)]
             left = search(experiment.plan, experiment.limits, label, lines)
-            visit = next((one for one in left if one not in gone), None)
+            visit = next((one for one in left if one not in tried), None)
             if visit is None:
                 break
-            gone.add(visit)
+            tried.add(visit)
             yield visit
 
 
 def check_same_machine(folder: Path, found: Experiment, machine: Machine) -> Experiment:
-    """An experiment that may be gone on with; raises `ExperimentError` on another machine."""
+    """The experiment, if this is its machine; raises `ExperimentError` on another one."""
     if (found.machine.cpu, found.machine.gpus) != (machine.cpu, machine.gpus):
         raise ExperimentError(
-            f"{folder} was begun on another machine ({found.machine.cpu}): what comes of two "
-            "machines can not be compared; begin a new folder with --out"
+            f"{folder} was begun on another machine ({found.machine.cpu}): figures of two "
+            "machines cannot be compared; begin a new folder with --out"
         )
     return found

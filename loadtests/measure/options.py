@@ -1,4 +1,4 @@
-"""What is to be measured, as it is asked for on Locust's command line or its page."""
+"""The options of our Locust files, from the command line or Locust's page, and their checks."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ from loadtests.measure import samples, stopwatch
 from loadtests.measure.prompts import Prompts, PromptsError
 from loadtests.measure.stopwatch import BadTarget, Target
 
-#: More at once than this measures the load generator.
+#: Highest number of concurrent requests, or requests per second: above it, the load generator
+#: would be measured.
 MAX_LEVEL = 1024
-#: Requests of each user that count, where nobody says how many: a median needs ten.
+#: Default of measured requests per user: a median needs ten.
 ROUNDS = 10
-#: How long a target may take to answer its first request: it may have to load the model.
+#: Timeout of a target's first answer, seconds: it may have to load the model.
 LOAD_TIMEOUT_S = 900.0
 
 
 class BadOptions(Exception):
-    """What was asked for cannot be measured; the text says what to do."""
-
-
-# What is measured
+    """The options cannot be measured; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """One target at one level, once; what workers are told."""
+    """One target at one level in one repetition, before it is measured."""
 
     number: int
     target: Target
@@ -45,7 +43,7 @@ class PlannedCell:
 
     @property
     def name(self) -> str:
-        unit = "/s" if self.loop == "open" else " at once"
+        unit = "/s" if self.loop == "open" else " concurrent"
         return f"{self.target.label}, {self.level:g}{unit}"
 
 
@@ -54,11 +52,10 @@ class Load:
     """How all cells are measured.
 
     Attributes:
-        rounds: Requests of each user that count, more where users are few; None: all until the
-            time is up.
-        at_least: Requests of a cell that count.
-        arrivals: Requests that count in an open loop.
-        run_s: After so many seconds it is over, whatever is left.
+        rounds: Measured requests per user; None: all until the time is up.
+        at_least: Measured requests of a cell at least: with few users, each has more rounds.
+        arrivals: Measured requests in an open loop.
+        run_s: Seconds after which the run ends, whatever is left.
     """
 
     targets: tuple[Target, ...]
@@ -78,13 +75,13 @@ class Load:
     run_s: float | None
 
     def rounds_of(self, cell: PlannedCell) -> int | None:
-        """How many of a user's requests count in this cell; None: all until the time is up."""
+        """Measured requests per user in this cell; None: all until the time is up."""
         if self.rounds is None:
             return None
         return max(self.rounds, math.ceil(self.at_least / cell.users))
 
     def cells(self) -> Iterator[PlannedCell]:
-        """Forth in odd repetitions, back in even ones."""
+        """All cells in order; even repetitions go through the targets in reverse."""
         number = itertools.count()
         for repetition in self.repetitions:
             for target in self.targets if repetition % 2 else reversed(self.targets):
@@ -93,9 +90,9 @@ class Load:
 
 
 def option_adder(parser: Any, title: str) -> Callable[..., None]:
-    """What adds options to Locust's, in a group of their own, and to its page.
+    """A function that adds an option to Locust's command line and page, in a group `title`.
 
-    Those that every Locust file of ours has are there already.
+    The options that all our Locust files have are added here.
     """
     group = parser.add_argument_group(title)
 
@@ -105,64 +102,70 @@ def option_adder(parser: Any, title: str) -> Callable[..., None]:
         action.include_in_web_ui = shown
         action.is_secret = action.is_required = action.is_multiple = False
 
-    add("--model", default="", help="its name of the model, for --host (the first it lists)")
+    add("--model", default="", help="model to request at --host (the first one it lists)")
     add(
         "--api-key",
         env_var="OPENAI_API_KEY",
-        shown=False,  # what a page shows, anybody sees
-        help="of whom is asked; written down nowhere",
+        shown=False,  # everybody who opens the page could read it
+        help="API key of the targets; it is sent and written nowhere",
     )
-    add("--seed", type=int, default=1, help="of all dice (1)")
+    add("--seed", type=int, default=1, help="seed of all random numbers (1)")
     add(
         "--raw",
-        default=time.strftime("raw-%Y%m%d-%H%M%S.jsonl"),
-        help="where every request is written, JSON lines; added to if it is there (raw-DATE.jsonl)",
+        default=time.strftime("runs/raw-%Y%m%d-%H%M%S.jsonl"),
+        help="file for every request, JSON lines; an existing file is appended to "
+        "(runs/raw-DATE.jsonl)",
     )
     return add
 
 
 def add_options(parser: Any) -> None:
-    """Add what `read_options` reads."""
-    add = option_adder(parser, "what is measured")
+    """Add the options that `read_options` reads."""
+    add = option_adder(parser, "measurement")
     add(
         "--target",
         action="append",
         metavar="LABEL=URL=MODEL",
-        help="whom to ask; may be repeated. Without: --host and --model",
+        help="a target to measure; may be repeated. Without it: --host and --model",
     )
     add(
         "--levels",
         default="1,4,8,16,32",
-        help="requests at once, one level after another (1,4,8,16,32); -u N is one level",
+        help="numbers of concurrent requests, one after another (1,4,8,16,32); -u N is one level",
     )
     add(
         "--rate",
         default="",
-        help="instead of levels: so many requests arrive a second, however many wait, as 0.5,1,2",
+        help="open loop instead of levels: requests per second, however many wait, as 0.5,1,2",
     )
-    add("--arrivals", type=int, default=60, help="requests that count, with --rate (60)")
-    add("--warm-up", type=int, default=1, help="requests of each user that do not count (1)")
+    add("--arrivals", type=int, default=60, help="measured requests, with --rate (60)")
+    add("--warm-up", type=int, default=1, help="requests per user before the measured ones (1)")
     add(
         "--rounds",
         default="",
-        help="requests of each user that count (10; with -u and -t as many as there is time for)",
+        help="measured requests per user (10; with -u and -t as many as there is time for)",
     )
-    add("--at-least", type=int, default=1, help="requests that count at a level: more rounds (1)")
-    add("--repetitions", type=int, default=1, help="of everything, in alternating order (1)")
-    add("--first-repetition", type=int, default=1, help="number of the first of them (1)")
-    add("--tokens-in", type=int, default=80, help="of a prompt, about (80)")
-    add("--tokens-out", type=int, default=64, help="of an answer, at most (64)")
+    add(
+        "--at-least",
+        type=int,
+        default=1,
+        help="measured requests of a level at least, by more rounds if need be (1)",
+    )
+    add("--repetitions", type=int, default=1, help="runs of all levels, in alternating order (1)")
+    add("--first-repetition", type=int, default=1, help="number of the first repetition (1)")
+    add("--tokens-in", type=int, default=80, help="tokens of a prompt, about (80)")
+    add("--tokens-out", type=int, default=64, help="most tokens of an answer (64)")
     add(
         "--prompts",
         default="",
-        help='a file of prompts: a line each, or JSON strings or {"prompt": …}',
+        help='a file of prompts, one a line: text, a JSON string or {"prompt": …}',
     )
-    add("--cell-s", type=float, default=600.0, help="longest a level may take, seconds (600)")
-    add("--cooldown-s", type=float, default=2.0, help="pause before the next one, seconds (2)")
+    add("--cell-s", type=float, default=600.0, help="longest time of a level, seconds (600)")
+    add("--cooldown-s", type=float, default=2.0, help="pause between two levels, seconds (2)")
 
 
 def read_options(options: Any, users: int | None) -> Load:
-    """What the options ask for, with -u where it was given; raises `BadOptions`."""
+    """The load that the options describe; `users` is -u if given. Raises `BadOptions`."""
     require_at_least(1, options, "repetitions", "first_repetition", "at_least", "arrivals")
     require_at_least(1, options, "tokens_in", "tokens_out")
     require_at_least(0, options, "warm_up", "cooldown_s")
@@ -188,14 +191,14 @@ def read_options(options: Any, users: int | None) -> Load:
 
 
 def require_at_least(least: int, options: Any, *names: str) -> None:
-    """See that these options are not below; raises `BadOptions`."""
+    """Raise `BadOptions` unless these options are `least` or more."""
     for name in names:
         if not getattr(options, name) >= least:
-            raise BadOptions(f"{_flag(name)} {getattr(options, name)}: {least} at the least")
+            raise BadOptions(f"{_flag(name)} {getattr(options, name)}: it must be at least {least}")
 
 
 def require_positive(options: Any, *names: str) -> None:
-    """See that these options are; raises `BadOptions`."""
+    """Raise `BadOptions` unless these options are finite numbers above zero."""
     for name in names:
         if not 0 < getattr(options, name) < float("inf"):
             raise BadOptions(f"{_flag(name)} {getattr(options, name)}: write a number above zero")
@@ -223,17 +226,17 @@ def _prompts(options: Any) -> Prompts:
 
 
 def _targets(options: Any) -> tuple[Target, ...]:
-    said = options.target or []
-    if isinstance(said, str):  # the page has one field for all of them
-        said = said.replace(",", " ").split()
+    texts = options.target or []
+    if isinstance(texts, str):  # the page has one field for all of them
+        texts = texts.replace(",", " ").split()
     try:
-        targets = tuple(Target.read(one, options.api_key) for one in said)
+        targets = tuple(Target.read(text, options.api_key) for text in texts)
         if not targets:
             targets = (host_target(options),)
     except BadTarget as exc:
         raise BadOptions(str(exc)) from exc
     if len({target.label for target in targets}) < len(targets):
-        raise BadOptions("--target: give every one a label of its own")
+        raise BadOptions("--target: give every target a label of its own")
     return targets
 
 
@@ -242,8 +245,8 @@ def _levels(options: Any, users: int | None) -> tuple[float, ...]:
     levels = parse_numbers(option, text)
     if max(levels) > MAX_LEVEL or any(level % 1 for level in levels):
         raise BadOptions(
-            f"{option} {text}: write whole numbers from 1 to {MAX_LEVEL}; more at once than that "
-            "measures the load generator"
+            f"{option} {text}: write whole numbers from 1 to {MAX_LEVEL}; with more concurrent "
+            "requests the load generator would be measured"
         )
     return levels
 
@@ -252,28 +255,28 @@ def _rates(options: Any) -> tuple[float, ...]:
     rates = parse_numbers("--rate", options.rate)
     if max(rates) > MAX_LEVEL:
         raise BadOptions(
-            f"--rate {options.rate}: at most {MAX_LEVEL} requests per second; a higher rate "
-            "measures the load generator"
+            f"--rate {options.rate}: at most {MAX_LEVEL} requests per second; at a higher "
+            "rate the load generator would be measured"
         )
     return rates
 
 
 def parse_numbers(option: str, text: str) -> tuple[float, ...]:
-    """`1,4,16`, each once; raises `BadOptions`."""
+    """The numbers of a text like `1,4,16`, each once; raises `BadOptions`."""
     try:
-        found = tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        found = ()
-    if not found or not all(0 < n < float("inf") for n in found):
+        numbers = ()
+    if not numbers or not all(0 < n < float("inf") for n in numbers):
         raise BadOptions(f"{option} {text}: write numbers above zero, as 1,4,16")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(numbers))
 
 
 def host_target(options: Any) -> Target:
-    """The one target of --host and --model; raises `BadTarget`."""
+    """The target that --host and --model name; raises `BadTarget`."""
     if not options.host:
         raise BadTarget(
-            "nobody to ask: give --host URL, or --target LABEL=URL=MODEL, as in "
+            "no target: give --host URL, or --target LABEL=URL=MODEL, as in "
             "--target ollama=http://127.0.0.1:11434=llama3.3:70b"
         )
     model = options.model or stopwatch.first_model(options.host, options.api_key)
@@ -281,7 +284,7 @@ def host_target(options: Any) -> Target:
 
 
 def shareable_command(arguments: Sequence[str], key: str | None = None) -> list[str]:
-    """A command line that others may read: without the key, and without anybody's folders."""
+    """A command line for others to read: without the key, and with `.` and `~` for folders."""
     shown = list(arguments)
     for place, short in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
         if place != "/":
@@ -293,16 +296,16 @@ def shareable_command(arguments: Sequence[str], key: str | None = None) -> list[
 
 
 def preflight(target: Target) -> None:
-    """See that a target answers, and have it load its model; raises `BadOptions`."""
-    asked = stopwatch.request_body(target, [{"role": "user", "content": "Say hello."}], 4)
-    timing = stopwatch.ask(target, asked, patience_s=LOAD_TIMEOUT_S)
+    """Send a first request, so that a target loads its model; raises `BadOptions` if it fails."""
+    body = stopwatch.request_body(target, [{"role": "user", "content": "Say hello."}], 4)
+    timing = stopwatch.ask(target, body, timeout_s=LOAD_TIMEOUT_S)
     if timing.error is None:
         return
     hint = "is it running, and is this its address?"
     if timing.error.startswith(("401", "403")):
         hint = "give its key with --api-key or OPENAI_API_KEY"
     elif timing.error.startswith(("400", "404", "422")):
-        hint = f"is {target.model} its own name of the model? See {target.url}/v1/models"
+        hint = f"does it list the model {target.model}? See {target.url}/v1/models"
     elif timing.error[:1] == "5":
-        hint = "it is there and cannot answer: look into its log"
+        hint = "it runs, but cannot answer: see its log"
     raise BadOptions(f"{target.label} at {target.url} does not answer ({timing.error}): {hint}")

@@ -1,4 +1,4 @@
-"""How far a measurement is, on a terminal."""
+"""The progress of a measurement on a terminal."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from loadtests.measure.itinerary import Visit, seconds_left
 
 
 class ProgressView(Protocol):
-    """Who is told how far it is."""
+    """Receives the progress of a measurement."""
 
     def visit_started(self, visit: Visit) -> None:
-        """A target is made to serve, and asked as soon as it does."""
+        """Take note that a target is started, and measured as soon as it serves."""
 
     def line_written(self, line: samples.Line) -> None:
-        """A request or a cell is over."""
+        """Take note of a line of the raw file: a request or a cell is over."""
 
 
 class ProgressBar:
-    """Shows on a terminal what is measured, and how long it will still take."""
+    """Shows the current cell on a terminal, and the estimated time left."""
 
     def __init__(self, console: Console, plan: Plan, visits: Sequence[Visit]) -> None:
         self._console = console
@@ -62,7 +62,7 @@ class ProgressBar:
         self._bar.stop()
 
     def visit_started(self, visit: Visit) -> None:
-        """As `ProgressView`; a visit that was not foreseen makes it longer."""
+        """See `ProgressView`; a visit that was not planned extends the bar."""
         for level in visit.levels:
             key = visit.label, level
             if not self._todo.get(key):
@@ -72,18 +72,18 @@ class ProgressBar:
         self._show(f"{visit.label}: getting ready", 1)
 
     def line_written(self, line: samples.Line) -> None:
-        """As `ProgressView`."""
+        """See `ProgressView`."""
         if isinstance(line, samples.Request):
             self._show_request(line)
         elif isinstance(line, samples.Cell):
             self._show_cell(line)
 
-    def _show_request(self, one: samples.Request) -> None:
-        level = int(one.level)
-        name = f"{one.target}, {level} at once, repetition {one.repetition}"
+    def _show_request(self, request: samples.Request) -> None:
+        level = int(request.level)
+        name = f"{request.target}, {level} concurrent, repetition {request.repetition}"
         if self._cell is None or self._bar.tasks[-1].description != name:
             self._show(name, max(level * self._plan.rounds, self._plan.at_least))
-        if one.phase == "measured" and self._cell is not None:
+        if request.phase == "measured" and self._cell is not None:
             self._bar.advance(self._cell)
 
     def _show_cell(self, cell: samples.Cell) -> None:
@@ -97,7 +97,7 @@ class ProgressBar:
             self._all, advance=1, left="" if left is None else f"about {_time_left(left)}"
         )
         if cell.outcome != "complete":
-            self._console.print(f"  {cell.target}, {cell.level:g} at once: {cell.outcome}")
+            self._console.print(f"  {cell.target}, {cell.level:g} concurrent: {cell.outcome}")
         self._show("pause", 1)
 
     def _show(self, name: str, total: float) -> None:

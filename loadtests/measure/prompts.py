@@ -1,7 +1,7 @@
-"""Prompts that no engine has in its cache, and that are the same for all of them.
+"""Prompts that are in no engine's prefix cache, and the same for all targets.
 
-Each begins with a number of its own, so that nothing of it was ever seen before; the words
-after it are the same for every target at the same place of a run.
+Each begins with a number of its own, so no cached prefix matches; the words after it are the
+same for every target at the same place of a run.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from pathlib import Path
 TOPICS = ["sea", "moon", "wind", "garden", "harbour", "mountain", "library", "river", "desert"]
 PROMPT_WORDS = ["calm", "bright", "narrow", "distant", "early", "silver", "open", "quiet", "gentle",
          "golden", "hidden", "frozen", "patient", "eager", "ancient", "curious"]  # fmt: skip
-#: Tokens of everything around the words: the number, the question, a chat template.
+#: Tokens of a prompt besides the words: the number, the question and the chat template.
 TEMPLATE_TOKENS = 30
 
 
 class PromptsError(Exception):
-    """A file of prompts cannot be used; the text says where and why."""
+    """A file of prompts cannot be used; the message says where and why."""
 
 
 class Prompts:
-    """What is asked.
+    """The prompts of a run.
 
     Args:
-        tokens: Of a prompt, about; what the servers counted is in the raw file.
-        seed: Of the dice.
-        path: A file of prompts in place of made ones, one a line: text, or JSON strings or
-            objects with a `prompt`.
+        tokens: Tokens of a prompt, about; the raw file has the servers' counts.
+        seed: Seed of the random numbers.
+        path: A file of prompts instead of generated ones, one a line: text, a JSON string or
+            a JSON object with a `prompt`.
 
     Raises:
         PromptsError: The file cannot be used.
@@ -40,7 +40,7 @@ class Prompts:
         self._listed = read(path) if path is not None else []
 
     def prompt(self, target: str, repetition: int, level: float, user: int, number: int) -> str:
-        """One prompt; the same again for the same place of a run."""
+        """The prompt of a place of the run; the same place has the same prompt again."""
         place = f"{self._seed}/{repetition}/{level:g}/{user}/{number}"
         own = f"{random.Random(f'{place}/{target}').randrange(10**9):09d}"
         dice = random.Random(place)
@@ -60,14 +60,14 @@ def read(path: Path) -> list[str]:
     except OSError as exc:
         raise PromptsError(f"{path} cannot be read: {exc.strerror}") from exc
     try:
-        lines = text.decode("utf-8-sig").split("\n")  # splitlines() would part prompts, too
+        lines = text.decode("utf-8-sig").split("\n")  # splitlines() splits at U+2028, too
     except UnicodeDecodeError as exc:
         number = text.count(b"\n", 0, exc.start) + 1
         raise PromptsError(f"{path}, line {number}: this is not UTF-8") from exc
-    found = [_prompt(path, n, line) for n, line in enumerate(lines, start=1) if line.strip()]
-    if not found:
+    prompts = [_prompt(path, n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
         raise PromptsError(f"{path} has no prompt: write one a line")
-    return found
+    return prompts
 
 
 def _prompt(path: Path, number: int, line: str) -> str:
@@ -75,13 +75,13 @@ def _prompt(path: Path, number: int, line: str) -> str:
     if line[0] not in '{["':
         return line
     try:
-        said = json.loads(line)
+        value = json.loads(line)
     except json.JSONDecodeError as exc:
         raise PromptsError(
-            f"{path}, line {number}: no JSON, though it begins like it ({exc}); a text that does "
-            "is written as a JSON string"
+            f"{path}, line {number}: it begins like JSON and is not valid JSON ({exc}); write a "
+            "text that begins so as a JSON string"
         ) from exc
-    prompt = said.get("prompt") if isinstance(said, dict) else said
+    prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str) or not prompt.strip():
         raise PromptsError(f"{path}, line {number}: neither a string nor an object with a `prompt`")
     return prompt

@@ -1,20 +1,20 @@
-"""What a run leaves behind: one JSON line for each request, cell and run, in one file.
+"""The raw file of a measurement: one JSON line for each request, cell and run.
 
-The file is the measurement; every figure of a report is computed from it again. Lines
-are whole or not there: each is one write to a file opened for appending, so that several
-processes may write at once and a run that is ended loses at most its last line.
+Every figure of a report is computed from it. A line is one write to a file opened for
+appending, so several processes may write at the same time, and a run that is killed loses
+at most its last line.
 
 Schema, version 2; version 1 had no `power`. Every line is an object with a `type`.
 
-| type      | a line for                     | written                                      |
-|-----------|--------------------------------|----------------------------------------------|
-| `run`     | a start of the load generator  | first; says `version` and how it was called  |
-| `request` | a request, however it ended    | when it is over                              |
-| `cell`    | a target at a level, once      | when all its measured requests are over      |
-| `power`   | what the cards draw            | about once a second, where they tell it      |
+| type      | a line for                             | written                                 |
+|-----------|----------------------------------------|-----------------------------------------|
+| `run`     | a start of the load generator          | first; has `version` and the options    |
+| `request` | a request, however it ended            | when it is over                         |
+| `cell`    | a target at a level in one repetition  | when all its measured requests are over |
+| `power`   | the power of the cards                 | about once a second, if it is known     |
 
-Seconds are from just before the request was sent, by a steady clock; `start`, `began` and
-`ended` are Unix time. Fields that hold nothing are left out.
+Seconds are counted from just before the request was sent, by a steady clock; `start`, `began`
+and `ended` are Unix time. Fields with their default value are left out.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ Phase: TypeAlias = Literal["warm-up", "measured", "trailing"]
 
 
 class SamplesError(Exception):
-    """A file of samples cannot be read or written; the text says why and what to do."""
+    """A raw file cannot be read or written; the message says why and what to do."""
 
 
 class Run(msgspec.Struct, tag="run", omit_defaults=True):
     """A start of the load generator.
 
     Attributes:
-        version: Of this schema.
+        version: Version of this schema.
         at: Unix time.
-        command: The command line, keys left out.
-        options: How it was asked to measure, by option.
+        command: The command line, without keys.
+        options: The options of the measurement by name.
     """
 
     version: int
@@ -54,28 +54,29 @@ class Run(msgspec.Struct, tag="run", omit_defaults=True):
 
 
 class Request(msgspec.Struct, tag="request", omit_defaults=True):
-    """One request as its user saw it.
+    """One request as its client timed it.
 
     Attributes:
-        target: Label of what was asked.
-        loop: `closed`: so many at once. `open`: so many a second, whoever waits. `chat`: people.
-        level: Requests at once, a second, or people, by the loop.
-        repetition: From 1.
+        target: Label of the target.
+        loop: `closed`: a fixed concurrency. `open`: a fixed rate of arrivals. `chat`: users who
+            chat.
+        level: Concurrent requests, requests per second, or users, by the loop.
+        repetition: Counted from 1.
         user: Number of the simulated user.
-        number: Which of the user's requests in this cell, from 0.
-        phase: Only `measured` ones make figures. `trailing` ones keep the level up until
-            the last measured one is over, and may be cut.
+        number: Number of the user's request in this cell, from 0.
+        phase: Only `measured` requests make latencies. `trailing` ones keep the concurrency up
+            until the last measured one is over, and may be cancelled.
         start: Unix time just before it was sent.
         e2e_s: To the last byte, or to the error.
-        ttft_s: To the first delta with content, reasoning or a tool call in it.
-        gaps_s: Between such deltas; one less than there were.
-        tpot_s: (last - first of them) / (tokens_out - 1).
-        tokens_in: Of the prompt, by the server's `usage`.
-        tokens_out: Of the answer, by the server's `usage`.
+        ttft_s: To the first delta with content, reasoning or a tool call.
+        gaps_s: Times between such deltas.
+        tpot_s: (last delta - first delta) / (tokens_out - 1).
+        tokens_in: Tokens of the prompt, by the server's `usage`.
+        tokens_out: Tokens of the answer, by the server's `usage`.
         finish: The server's `finish_reason`.
         lane: Header `x-gateway-lane`.
         reason: Header `x-gateway-reason`.
-        error: What went wrong, where something did. `cut` where we hung up ourselves.
+        error: The error, if any; `cut` if the generator cancelled the request itself.
     """
 
     target: str
@@ -99,15 +100,15 @@ class Request(msgspec.Struct, tag="request", omit_defaults=True):
 
 
 class Cell(msgspec.Struct, tag="cell", omit_defaults=True):
-    """A target at a level, once, and how the load generator itself fared meanwhile.
+    """A target at a level in one repetition, with the load of the generator itself.
 
     Attributes:
-        began: When the first measured request was sent, Unix time.
-        ended: When the last measured request was over, Unix time.
-        outcome: `complete`, or why it is not.
-        cpu: CPU seconds a second of the busiest process of the generator.
-        lag_p50_s: How late the generator was where it wanted to be on time, median.
-        lag_p99_s: The same, 99th percentile.
+        began: Start of the first measured request, Unix time.
+        ended: End of the last measured request, Unix time.
+        outcome: `complete`, or the reason why it is not.
+        cpu: CPU share of one core of the generator's busiest process.
+        lag_p50_s: Scheduling lag of the generator, median.
+        lag_p99_s: Scheduling lag of the generator, 99th percentile.
     """
 
     target: str
@@ -123,11 +124,11 @@ class Cell(msgspec.Struct, tag="cell", omit_defaults=True):
 
 
 class Power(msgspec.Struct, tag="power"):
-    """What all cards of this machine draw together.
+    """A sample of the power of all cards of this machine together.
 
     Attributes:
         at: Unix time.
-        watts: As their driver tells it.
+        watts: By the cards' driver.
     """
 
     at: float
@@ -141,18 +142,18 @@ _decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
 
 
 def decode(line: bytes) -> Line:
-    """One line; raises `msgspec.DecodeError` where it is none."""
+    """The line in these bytes; raises `msgspec.DecodeError` if they are not one."""
     return _decoder.decode(line)
 
 
 class Writer:
-    """Appends lines to a file, which other processes may do at the same time.
+    """Appends lines to a raw file; other processes may append at the same time.
 
     Args:
-        path: Made if it is not there, parents included.
+        path: The file; it is created if missing, parents included.
 
     Raises:
-        SamplesError: It cannot be written.
+        SamplesError: The file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -167,35 +168,35 @@ class Writer:
         return f"<Writer {self.path}>"
 
     def write(self, line: Line) -> None:
-        """Add a line.
+        """Append a line.
 
         Raises:
-            SamplesError: It could not be written whole: the disk is full, perhaps.
+            SamplesError: The line could not be written whole, as on a full disk.
         """
         text = _encoder.encode(line) + b"\n"
         try:
             written = os.write(self._file, text)
-            if written < len(text):  # what a disk that has just become full does
+            if written < len(text):  # the disk has just become full
                 os.write(self._file, text[written:])
         except OSError as exc:
             raise self._failed(exc) from exc
 
     def close(self) -> None:
-        """Nothing can be written any more."""
+        """Close the file; nothing can be written after it."""
         os.close(self._file)
 
     def _failed(self, exc: OSError) -> SamplesError:
         return SamplesError(
-            f"{self.path} cannot be written: {exc.strerror}. What is in it stays; free some "
-            "space or name another file"
+            f"{self.path} cannot be written: {exc.strerror}. Its lines stay; free some space or "
+            "name another file"
         )
 
 
 def read(path: Path) -> Iterator[Line]:
-    """The lines of a file, in order; one that was cut off at the file's end is passed over.
+    """The lines of a raw file, in order; a line that was cut off is skipped.
 
     Raises:
-        SamplesError: It cannot be read, or is not such a file.
+        SamplesError: The file cannot be read, or is not a raw file.
     """
     try:
         text = path.read_bytes()
@@ -206,36 +207,36 @@ def read(path: Path) -> Iterator[Line]:
         if not line:
             continue
         try:
-            said = decode(line)
+            decoded = decode(line)
         except msgspec.DecodeError as exc:
             if _cut(lines, number):
                 continue
             raise SamplesError(f"{path}, line {number}: {exc}") from exc
-        if isinstance(said, Run) and said.version not in READABLE_VERSIONS:
+        if isinstance(decoded, Run) and decoded.version not in READABLE_VERSIONS:
             raise SamplesError(
-                f"{path} has version {said.version}, this program reads versions "
+                f"{path} has version {decoded.version}, this program reads versions "
                 f"{' and '.join(map(str, READABLE_VERSIONS))}: read it with the program that wrote "
                 "it, or measure again"
             )
-        yield said
+        yield decoded
 
 
 def _cut(lines: list[bytes], number: int) -> bool:
-    """Whether the line was cut off: at the file's end, or where the next run went on."""
+    """Whether a line was cut off: at the file's end, or where the next run began to append."""
     line = lines[number - 1]
     return number == len(lines) or b'{"type":' in line[1:]
 
 
 def requests(lines: Iterable[Line]) -> list[Request]:
-    """The requests among them."""
+    """The requests among the lines."""
     return [line for line in lines if isinstance(line, Request)]
 
 
 def by_cell(lines: Iterable[Line]) -> list[tuple[Cell, list[Request]]]:
     """Each cell with its requests of all phases.
 
-    A cell that was begun again after an interruption is there twice, and what belonged to
-    which is told by time: from the start of the generator that wrote the cell to its end.
+    A cell that was repeated after an interruption is there twice. A request belongs to the
+    run in whose time it started: from the start of the generator to the end of the cell.
     """
     since = 0.0
     begun: list[tuple[float, Cell, list[Request]]] = []
@@ -261,10 +262,10 @@ def by_cell(lines: Iterable[Line]) -> list[tuple[Cell, list[Request]]]:
 
 
 def powers(lines: Iterable[Line]) -> list[Power]:
-    """What the cards drew, in the order of time."""
+    """The power samples among the lines, in order of time."""
     return sorted((line for line in lines if isinstance(line, Power)), key=lambda one: one.at)
 
 
 def cells(lines: Iterable[Line]) -> list[Cell]:
-    """The cells among them."""
+    """The cells among the lines."""
     return [line for line in lines if isinstance(line, Cell)]

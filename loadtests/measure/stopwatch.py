@@ -1,10 +1,10 @@
-"""One streamed answer, timed as its reader sees it.
+"""Sends one request and times its streamed answer as the client receives it.
 
-TTFT is from just before the request is sent to the first delta that has something in it:
-content, reasoning or a tool call. Gaps are between such deltas. TPOT is what a token takes
-after the first, by the server's own count of tokens. E2E is to the last byte. Every
-request has a connection of its own, so that no server gains or loses by keeping one open;
-making it is in no figure, for real clients have theirs already.
+TTFT is from just before the request is sent to the first delta with content, reasoning or a
+tool call; gaps are between such deltas. TPOT is the time per token after the first, by the
+server's own token count. E2E is to the last byte. Every request has a connection of its
+own, so no server gains or loses by keep-alive; no figure includes opening it, since real
+clients have theirs open.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from urllib.request import Request, urlopen
 
 import msgspec
 
-#: Longest a server may be silent, seconds, and longest it may take to accept a connection.
+#: Timeouts of a read and of connecting, seconds.
 READ_TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 10.0
-#: How much of a server's refusal is read, bytes, and kept, characters.
+#: How much of an error response is read, bytes, and kept, characters.
 MAX_ERROR_BYTES = 65536
 MAX_ERROR_CHARS = 300
-#: How much of a stream is read at once, bytes.
+#: Most bytes of a stream that one read returns.
 READ_BYTES = 65536
 
 Body: TypeAlias = dict[str, Any]
 
 
 class BadTarget(ValueError):
-    """What was written is no target; the text says how one is."""
+    """A text does not describe a target; the message says how to write one."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something that speaks OpenAI's API.
+    """A server with OpenAI's API, and a model of it.
 
     Attributes:
-        label: What it is called in tables.
-        url: Without `/v1`.
-        model: Its name of the model.
-        key: Sent as a bearer token, where one is needed.
+        label: Its name in tables.
+        url: Base URL without `/v1`.
+        model: The model's name at this server.
+        key: API key, sent as a bearer token.
     """
 
     label: str
@@ -54,16 +54,17 @@ class Target:
 
     @classmethod
     def read(cls, text: str, key: str | None = None) -> Target:
-        """`LABEL=URL=MODEL`.
+        """The target that a text `LABEL=URL=MODEL` describes.
 
         Raises:
-            BadTarget: It is not.
+            BadTarget: The text has another form.
         """
         label, _, rest = text.partition("=")
         url, _, model = rest.partition("=")
         if not label or not model or not url.startswith(("http://", "https://")):
             raise BadTarget(
-                f"{text!r} is no LABEL=URL=MODEL, as in ollama=http://127.0.0.1:11434=llama3.3:70b"
+                f"{text!r} is not a target: write LABEL=URL=MODEL, as in "
+                "ollama=http://127.0.0.1:11434=llama3.3:70b"
             )
         return cls(label, url.rstrip("/").removesuffix("/v1"), model, key)
 
@@ -102,12 +103,15 @@ _decoder = msgspec.json.Decoder(_Event)
 
 @dataclass
 class Timing:
-    """A streamed answer so far. Feed it what arrives; seconds are since `began`.
+    """The times of one streamed answer; seconds are counted from `began`.
 
     Attributes:
-        start: Unix time of the beginning.
-        deltas_s: When each delta with something in it arrived.
-        error: What went wrong, if anything.
+        began: Steady clock just before the request was sent.
+        start: Unix time of the same moment.
+        deltas_s: Arrival of each delta with content, reasoning or a tool call.
+        lane: Header `x-gateway-lane`.
+        reason: Header `x-gateway-reason`.
+        error: The first error; None if there was none.
     """
 
     began: float = field(default_factory=time.perf_counter)
@@ -139,7 +143,7 @@ class Timing:
         return (self.deltas_s[-1] - self.deltas_s[0]) / (self.tokens_out - 1)
 
     def feed(self, piece: bytes) -> None:
-        """Bytes of an event stream that have just arrived."""
+        """Take bytes of the event stream that have just arrived."""
         at_s = time.perf_counter() - self.began
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
@@ -147,16 +151,16 @@ class Timing:
                 self._process_event(line[5:].strip(), at_s)
 
     def complete(self) -> None:
-        """The last byte is here: what has to be true of a whole answer?"""
+        """Note the end of the stream, and an error if the answer is not whole."""
         self.e2e_s = time.perf_counter() - self.began
         if self.error is None:
             if not self._done and self.finish is None:
                 self.error = "the stream broke off: neither [DONE] nor a finish reason"
             elif not self.deltas_s:
-                self.error = "the answer was empty: no token came"
+                self.error = "the answer was empty: it has no token"
 
     def fail(self, why: str) -> None:
-        """It is over, and not as it should be."""
+        """Note the end of the request, and `why` it failed unless an error is known."""
         self.e2e_s = time.perf_counter() - self.began
         self.error = self.error or why
 
@@ -167,7 +171,7 @@ class Timing:
         try:
             event = _decoder.decode(data)
         except msgspec.DecodeError as exc:
-            self.error = self.error or f"no event of the OpenAI API: {exc}"
+            self.error = self.error or f"not an event of OpenAI's API: {exc}"
             return
         if event.error:
             self.error = self.error or _error_text(msgspec.json.encode(event.error))
@@ -182,7 +186,7 @@ class Timing:
 
 
 def request_body(target: Target, messages: list[dict[str, str]], tokens_out: int) -> Body:
-    """A streamed chat completion of at most so many tokens, usage included."""
+    """The body of a streamed chat completion of at most `tokens_out` tokens, with usage."""
     return {
         "model": target.model,
         "messages": messages,
@@ -194,24 +198,24 @@ def request_body(target: Target, messages: list[dict[str, str]], tokens_out: int
 
 
 def ask(
-    target: Target, asked: Body, timing: Timing | None = None, patience_s: float = READ_TIMEOUT_S
+    target: Target, body: Body, timing: Timing | None = None, timeout_s: float = READ_TIMEOUT_S
 ) -> Timing:
-    """Ask once and read to the end; whatever goes wrong is in `error`.
+    """Send a request and read its answer to the end; a failure is in the timing's `error`.
 
-    The standard library's client takes a third of the processor's time that httpx takes for a
-    request. Where many users of one process start together, each one's TTFT has a part
-    of that of all the others in it.
+    The standard library's client needs a third of the CPU time of httpx. That matters where
+    many users of one process start together, since each one's TTFT then contains a part of
+    the CPU time of all others.
 
     Args:
-        target: Whom.
-        asked: As `body` makes it.
-        timing: Where to write it down, for who may be interrupted meanwhile.
-        patience_s: The longest silence.
+        target: The server.
+        body: From `request_body`.
+        timing: The timing to fill, for a caller that may be interrupted meanwhile.
+        timeout_s: Longest time without any byte.
     """
     headers = {"content-type": "application/json", "accept-encoding": "identity"}
     if target.key:
         headers["authorization"] = f"Bearer {target.key}"
-    content = msgspec.json.encode(asked)
+    content = msgspec.json.encode(body)
     timing = timing or Timing()
     try:
         place = urlsplit(target.url)
@@ -220,8 +224,8 @@ def ask(
             kind(place.hostname or "", place.port, timeout=CONNECT_TIMEOUT_S)
         ) as connection:
             connection.connect()
-            connection.sock.settimeout(patience_s)
-            # Users of one process connect in turn: each would wait for all that connect with it.
+            connection.sock.settimeout(timeout_s)
+            # Not before connecting: users of one process connect one after another.
             timing.began, timing.start = time.perf_counter(), time.time()
             connection.request("POST", f"{place.path}/v1/chat/completions", content, headers)
             with connection.getresponse() as answer:
@@ -247,16 +251,16 @@ class _Models(msgspec.Struct):
 
 
 def first_model(url: str, key: str | None) -> str:
-    """The first model that a server lists; raises `BadTarget` where it lists none."""
+    """The first model that a server lists; raises `BadTarget` if it lists none."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         if not url.startswith(("http://", "https://")):
             raise ValueError("it begins with neither http:// nor https://")
-        asked = Request(f"{url.rstrip('/').removesuffix('/v1')}/v1/models", headers=headers)  # noqa: S310 - seen
-        with urlopen(asked, timeout=CONNECT_TIMEOUT_S) as answer:  # noqa: S310 - seen just before
+        request = Request(f"{url.rstrip('/').removesuffix('/v1')}/v1/models", headers=headers)  # noqa: S310 - checked
+        with urlopen(request, timeout=CONNECT_TIMEOUT_S) as answer:  # noqa: S310 - checked
             return msgspec.json.decode(answer.read(), type=_Models).data[0].id
     except (HTTPException, OSError, ValueError, LookupError) as exc:
-        raise BadTarget(f"{url} names no model at /v1/models ({exc}): say --model") from exc
+        raise BadTarget(f"{url} lists no model at /v1/models ({exc}): give --model") from exc
 
 
 class _Refusal(msgspec.Struct):
@@ -264,14 +268,14 @@ class _Refusal(msgspec.Struct):
     message: str | None = None
 
 
-def _error_text(said: bytes) -> str:
-    """What a server says of a failure, in one line."""
+def _error_text(body: bytes) -> str:
+    """The message of an error response, in one line."""
     try:
-        refusal = msgspec.json.decode(said, type=_Refusal)
-        told = refusal.error if refusal.error is not None else refusal.message
-        if isinstance(told, dict):
-            told = told.get("message", told)
+        refusal = msgspec.json.decode(body, type=_Refusal)
+        message = refusal.error if refusal.error is not None else refusal.message
+        if isinstance(message, dict):
+            message = message.get("message", message)
     except msgspec.DecodeError:
-        told = None
-    text = str(told) if told is not None else said.decode(errors="replace")
+        message = None
+    text = str(message) if message is not None else body.decode(errors="replace")
     return " ".join(text.split())[:MAX_ERROR_CHARS]

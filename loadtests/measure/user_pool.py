@@ -1,4 +1,4 @@
-"""The users of one process."""
+"""The simulated users of one Locust process, and the load of that process itself."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ from loadtests.measure.options import BadOptions, Load, PlannedCell, read_option
 from loadtests.measure.samples import SamplesError, Writer
 from loadtests.measure.stopwatch import Timing
 
-#: A target is given up when so many requests have failed, and none was answered.
+#: A target is given up after so many failed requests, if none was answered.
 GIVE_UP_AFTER_FAILURES = 5
-#: How often the generator looks whether it is on time, seconds.
+#: Period of the timer by which the generator samples its scheduling lag, seconds.
 LAG_SAMPLE_S = 0.01
 
 
 class UserPool:
-    """The users of this process: what they are to do now, and how this process fares.
+    """The users of this process: the current cell, their requests and the process's load.
+
+    The leading process announces each cell by a message and receives messages back: when a
+    user has all measured answers, when a target is hopeless, and the load at the end.
 
     Args:
-        environment: Locust's.
+        environment: Locust's environment.
     """
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
         self._runner = runner(environment)
-        self._asked: dict[str, Any] = {}
-        self._notes: RequestLog | None = None
+        self._options: dict[str, Any] = {}
+        self._log: RequestLog | None = None
         self._load: Load | None = None
         self.cell: PlannedCell | None = None
         self.workers = 1
@@ -53,29 +56,29 @@ class UserPool:
 
     @property
     def load(self) -> Load:
-        assert self._load is not None  # noqa: S101 - there from the first cell on
+        assert self._load is not None  # noqa: S101 - set with the first cell
         return self._load
 
     def next_user(self) -> int:
-        """A number for a user, that no other has in this cell."""
+        """A user number that is unique in this cell, across all processes."""
         index = self._runner.worker_index if isinstance(self._runner, WorkerRunner) else 0
         return USERS_PER_WORKER * max(0, index) + next(self._users)
 
     def _begin(self, environment: Environment, msg: Any, **_: Any) -> None:
-        said = msg.data
-        if said["options"] != self._asked:
+        cell = msg.data
+        if cell["options"] != self._options:
             try:
-                self._load = read_options(Namespace(**said["options"]), said["users"])
-                self._notes = RequestLog(environment, Writer(self._load.raw))
+                self._load = read_options(Namespace(**cell["options"]), cell["users"])
+                self._log = RequestLog(environment, Writer(self._load.raw))
             except (BadOptions, SamplesError) as exc:
                 self._runner.send_message("broken", {"why": str(exc)})
                 return
-            self._asked = said["options"]
-        target = self.load.targets[said["target"]]
+            self._options = cell["options"]
+        target = self.load.targets[cell["target"]]
         self.cell = PlannedCell(
-            said["number"], target, said["loop"], said["level"], said["repetition"]
+            cell["number"], target, cell["loop"], cell["level"], cell["repetition"]
         )
-        self.workers = said["workers"]
+        self.workers = cell["workers"]
         self._users = itertools.count()
         self._first = self._last = 0.0
         self._answered = self._failed = 0
@@ -83,31 +86,31 @@ class UserPool:
 
     def _end(self, environment: Environment, msg: Any, **_: Any) -> None:
         cpu, lag_p50_s, lag_p99_s = self._meter.stop()
-        self._tell(
+        self._send(
             "metered", msg.data["number"], cpu=cpu, lag_p50_s=lag_p50_s, lag_p99_s=lag_p99_s,
             began=self._first, ended=self._last,
         )  # fmt: skip
 
     def ask(self, cell: PlannedCell, user: int, number: int, phase: samples.Phase) -> bool:
-        """One request, written down however it ends; whether it was answered."""
-        where = cell.target.label, cell.repetition, cell.level, user, number
-        question = {"role": "user", "content": self.load.prompts.prompt(*where)}
-        asked = stopwatch.request_body(cell.target, [question], self.load.tokens_out)
+        """Send one request and log it however it ends; returns whether it was answered."""
+        place = cell.target.label, cell.repetition, cell.level, user, number
+        question = {"role": "user", "content": self.load.prompts.prompt(*place)}
+        body = stopwatch.request_body(cell.target, [question], self.load.tokens_out)
         timing = Timing()
         try:
-            stopwatch.ask(cell.target, asked, timing)
+            stopwatch.ask(cell.target, body, timing)
         except gevent.GreenletExit:
             timing.fail("cut")
             raise
         finally:
-            self._note(cell, user, number, phase, timing)
+            self._record(cell, user, number, phase, timing)
         return timing.error is None
 
-    def _note(
+    def _record(
         self, cell: PlannedCell, user: int, number: int, phase: samples.Phase, timing: Timing
     ) -> None:
-        assert self._notes is not None  # noqa: S101 - there from the first cell on
-        self._notes.add(
+        assert self._log is not None  # noqa: S101 - set with the first cell
+        self._log.add(
             timing, target=cell.target.label, loop=cell.loop, level=cell.level,
             repetition=cell.repetition, user=user, number=number, phase=phase,
         )  # fmt: skip
@@ -121,18 +124,18 @@ class UserPool:
             if not self._answered and self._failed >= max(
                 GIVE_UP_AFTER_FAILURES, cell.users / self.workers
             ):
-                self._tell("hopeless", cell.number, why=timing.error)
+                self._send("hopeless", cell.number, why=timing.error)
 
-    def finished(self, cell: PlannedCell) -> None:
-        """A user has all the answers that count."""
-        self._tell("finished", cell.number)
+    def finish_user(self, cell: PlannedCell) -> None:
+        """Report that a user has all its measured answers."""
+        self._send("finished", cell.number)
 
-    def _tell(self, what: str, number: int, **more: Any) -> None:
-        self._runner.send_message(what, {"number": number, **more})
+    def _send(self, message: str, number: int, **more: Any) -> None:
+        self._runner.send_message(message, {"number": number, **more})
 
 
 class GeneratorMeter:
-    """How much of a processor this process uses, and how late it is for what it wants to do."""
+    """CPU use of this process, and its scheduling lag: how late a timer fires in it."""
 
     def __init__(self) -> None:
         self._sampling: gevent.Greenlet | None = None
@@ -140,14 +143,14 @@ class GeneratorMeter:
         self._began = self._cpu = 0.0
 
     def start(self) -> None:
-        """From now on."""
+        """Measure from now on."""
         self.stop()
         self._lags = []
         self._began, self._cpu = time.perf_counter(), time.process_time()
         self._sampling = gevent.spawn(self._sample_lag)
 
     def stop(self) -> tuple[float, float, float]:
-        """CPU seconds a second, and the lag's median and 99th percentile, seconds."""
+        """CPU share of one core, and the lag's median and 99th percentile in seconds."""
         if self._sampling is not None:
             self._sampling.kill()
             self._sampling = None
@@ -159,6 +162,6 @@ class GeneratorMeter:
 
     def _sample_lag(self) -> None:
         while True:
-            wanted = time.perf_counter() + LAG_SAMPLE_S
+            due = time.perf_counter() + LAG_SAMPLE_S
             gevent.sleep(LAG_SAMPLE_S)
-            self._lags.append(time.perf_counter() - wanted)
+            self._lags.append(time.perf_counter() - due)

@@ -62,6 +62,7 @@ def test_a_misspelt_field_would_be_seen() -> None:
         validate(made)
 
 
+@pytest.mark.integration
 def test_what_kustomize_makes_of_them_holds_together() -> None:
     kustomize = shutil.which("kubectl")
     if not kustomize:

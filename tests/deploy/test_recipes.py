@@ -13,6 +13,8 @@ import yaml
 
 from tests.support.units import DEPLOY, option
 
+pytestmark = pytest.mark.integration  # programs of their own
+
 SCRIPTS = sorted([*DEPLOY.rglob("*.sh"), *DEPLOY.rglob("*.sbatch")])
 SBATCH = DEPLOY / "slurm" / "vllm.sbatch"
 NODES = ("gpu-7", "gpu-8")

@@ -65,6 +65,7 @@ def exposure(machine: Path, unit: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.integration
 def test_systemd_has_nothing_to_say_against_the_units(machine: Path) -> None:
     assert verified(machine) == ""
 
@@ -72,6 +73,7 @@ def test_systemd_has_nothing_to_say_against_the_units(machine: Path) -> None:
     assert verified(machine) == ""
 
 
+@pytest.mark.integration
 def test_a_misspelt_name_would_be_seen(machine: Path) -> None:
     unit = machine / "etc/systemd/system/twolane.service"
     unit.write_text(unit.read_text().replace("RestartSec=", "RestartSecs="))
@@ -79,6 +81,7 @@ def test_a_misspelt_name_would_be_seen(machine: Path) -> None:
     assert "Unknown key 'RestartSecs'" in verified(machine)
 
 
+@pytest.mark.integration
 def test_the_gateway_alone_is_exposed_as_little_as_its_network_and_cards_allow(
     machine: Path,
 ) -> None:

@@ -423,6 +423,7 @@ def test_it_is_the_same_from_the_other_side() -> None:
     assert found.sentence("vLLM", "Ollama").startswith("Ollama is faster below 4.")
 
 
+@pytest.mark.slow
 def test_the_interval_has_the_truth_in_it_about_as_often_as_it_says() -> None:
     inside = 0
     for seed in range(30):

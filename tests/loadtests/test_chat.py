@@ -11,6 +11,8 @@ from loadtests.measure import samples
 from tests.support.locusts import RunLocust
 from tests.support.servers import WHOLE, always, scripted
 
+pytestmark = pytest.mark.integration  # programs of their own
+
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
@@ -83,7 +85,7 @@ def _hang() -> tuple[int, list[object]]:
     [
         (["--hang-up", "2"], "from 0 to 1"),
         (["--think-s", "0"], "--think-s 0.0: write a number above zero"),
-        (["--tokens-out", "-1"], "--tokens-out -1: 1 at the least"),
+        (["--tokens-out", "-1"], "--tokens-out -1: it must be at least 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(locust: RunLocust, arguments: list[str], why: str) -> None:

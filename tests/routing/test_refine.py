@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.policy import Demand, Overlap, Policy, Served
+from gateway.routing.lanes import Lane as Queue
+from gateway.routing.lanes import Replica, Ticket
+from gateway.routing.policy_shared import SharedPolicy
 from gateway.routing.profile import ASSUMED, Lane, Profile
 from gateway.routing.refine import MOST, Refined
-from gateway.routing.scheduler import REFINE_S, Replica, Scheduler, Start, Ticket
-from gateway.routing.scheduler import Lane as Queue
+from gateway.routing.regret import ModelDemand, RoutedModel
+from gateway.routing.scheduler import REFINE_INTERVAL_S, Scheduler, Start
 
 LEVELS = (1, 4, 8, 16)
 TOKENS = 64
@@ -94,6 +96,7 @@ def test_answers_as_measured_change_nothing_whatever_their_length() -> None:
     assert refined.requests == 8 * 3000
 
 
+@pytest.mark.slow
 @given(
     factors=st.lists(st.floats(0.6, 1.7), min_size=8, max_size=8),
     noise=st.floats(0.0, 0.3),
@@ -270,7 +273,7 @@ def days(believed: Profile, true: Profile, demands: range, *, learn: bool) -> Da
     total = Day()
     for seed in range(4):
         dice, crowd = random.Random(seed), random.Random(-1 - seed)
-        policy = Policy(list(SLOTS), {"m": Served(tuple(SLOTS), believed)}, Overlap())
+        policy = SharedPolicy(list(SLOTS), {"m": RoutedModel(tuple(SLOTS), believed)})
         refined = Refined(believed, SLOTS)
         now, told_at, n = 0.0, 0.0, demands[len(demands) // 2]
         while now < 4 * 3600:
@@ -283,15 +286,16 @@ def days(believed: Profile, true: Profile, demands: range, *, learn: bool) -> Da
                 tokens = dice.choice((20, 64, 200))
                 took = by_lane[lane] * (0.2 + 0.8 * tokens / TOKENS)
                 refined.learn(lane, n, took * math.exp(together + dice.gauss(0, 0.3)), tokens)
-            if now - told_at >= REFINE_S and (found := refined.told()) is not None:
+            if now - told_at >= REFINE_INTERVAL_S and (found := refined.told()) is not None:
                 policy.refine(now, "m", found)
                 told_at = now
             n = min(demands[-1], max(demands[0], n + crowd.choice((-1, 0, 1))))
-            policy.observe(now, "m", Demand(n, {lane: n - 1}, {}))
+            policy.observe(now, "m", ModelDemand(n, {lane: n - 1}, {}))
         total.moves += policy.moves
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("demands", [range(1, 5), range(2, 13), range(8, 17)])
 def test_noise_never_moves_lanes_that_are_equal(demands: range) -> None:
     equal = profile({"ollama": queueing, "vllm": queueing})
@@ -299,6 +303,7 @@ def test_noise_never_moves_lanes_that_are_equal(demands: range) -> None:
     assert days(equal, equal, demands, learn=True).moves == 0
 
 
+@pytest.mark.slow
 def test_noise_around_the_crossover_moves_it_no_more_than_before() -> None:
     before = days(CROSSING, CROSSING, range(6, 11), learn=False).moves
     after = days(CROSSING, CROSSING, range(6, 11), learn=True).moves
@@ -307,6 +312,7 @@ def test_noise_around_the_crossover_moves_it_no_more_than_before() -> None:
     assert after <= before * 1.05
 
 
+@pytest.mark.slow
 def test_where_the_profile_is_wrong_by_half_less_than_half_of_that_is_lost() -> None:
     slower = profile({"ollama": lambda n: 1.5 * queueing(n), "vllm": batching})
 
@@ -317,9 +323,9 @@ def test_where_the_profile_is_wrong_by_half_less_than_half_of_that_is_lost() -> 
 
 
 def test_a_policy_decides_by_what_it_was_told_last_and_what_was_lost_stays_lost() -> None:
-    policy = Policy(list(SLOTS), {"m": Served(tuple(SLOTS), CROSSING)}, Overlap())
-    policy.observe(0.0, "m", Demand(12, {"ollama": 12}, {}))
-    policy.observe(5.0, "m", Demand(12, {"ollama": 12}, {}))
+    policy = SharedPolicy(list(SLOTS), {"m": RoutedModel(tuple(SLOTS), CROSSING)})
+    policy.observe(0.0, "m", ModelDemand(12, {"ollama": 12}, {}))
+    policy.observe(5.0, "m", ModelDemand(12, {"ollama": 12}, {}))
     owed = policy.regret
 
     swapped = {"ollama": CROSSING.lanes["vllm"], "vllm": CROSSING.lanes["ollama"]}
@@ -340,7 +346,7 @@ class Times:
     def __init__(self, slots: int = 16) -> None:
         self.refined = Refined(CROSSING, SLOTS)
         lanes = [Queue(name, [Replica(name, slots, slots)], 128) for name in SLOTS]
-        self.policy = Policy(list(SLOTS), {"m": Served(tuple(SLOTS), CROSSING)}, Overlap())
+        self.policy = SharedPolicy(list(SLOTS), {"m": RoutedModel(tuple(SLOTS), CROSSING)})
         self.scheduler = Scheduler(lanes, self.policy, model="m", refined=self.refined)
 
     def start(self, now: float, **ticket: object) -> Ticket:
@@ -368,7 +374,7 @@ def test_background_calls_are_not_learned_from_and_count_beside_others() -> None
 
     assert served.end(asked, 1.2) == 1
     assert served.end(behind, 1.3) == 1
-    assert served.scheduler.lanes["ollama"].ran == pytest.approx(2 * 1.2 + 0.1)
+    assert served.scheduler.lanes["ollama"].concurrency_s == pytest.approx(2 * 1.2 + 0.1)
 
 
 def test_one_that_failed_or_whose_client_left_is_not_learned_from() -> None:
@@ -415,7 +421,7 @@ def test_the_policy_is_told_now_and_then_and_not_of_every_answer() -> None:
     told: list[float] = []
     now = 1000.0
     known = CROSSING
-    while now < 1000 + 4 * REFINE_S:
+    while now < 1000 + 4 * REFINE_INTERVAL_S:
         asked = served.start(now)
         now += 1.3 * queueing(1)
         served.end(asked, now)
@@ -425,5 +431,5 @@ def test_the_policy_is_told_now_and_then_and_not_of_every_answer() -> None:
     between = [later - sooner for sooner, later in pairwise(told)]
 
     assert 1 <= len(told) <= 5
-    assert min(between, default=REFINE_S) >= REFINE_S
+    assert min(between, default=REFINE_INTERVAL_S) >= REFINE_INTERVAL_S
     assert "0.9 s against" in served.policy.reason("m")

@@ -26,8 +26,8 @@ from gateway.doctor.observations import (
     Ram,
     Unknown,
 )
+from gateway.gpu.cards import Brake, Card, Driver
 from gateway.gpu.lease import Owner
-from gateway.gpu.memory import Brake, Card, Driver
 from gateway.routing import profile
 from tests.support.machines import (
     DAY_S,
