@@ -76,14 +76,14 @@ def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: rows.Cells) -> 
             level: [sum(seconds) / len(seconds) for seconds in by_repetition[level]]
             for level in sorted(by_repetition)
         }
-        lanes[label] = profile.Lane(
+        lanes[label] = profile.LaneProfile(
             tuple(means),
             tuple(sum(of_level) / len(of_level) for of_level in means.values()),
             tuple(min(of_level) for of_level in means.values()),
             tuple(max(of_level) for of_level in means.values()),
             tuple(row.ttft.median if row.ttft else 0.0 for row in lane_rows),
             tuple(row.tokens_per_s.value for row in lane_rows),
-            profile.Measured(
+            profile.MeasuredSetup(
                 subject.engine, subject.model, subject.version, subject.weights, subject.slots,
                 subject.context, subject.command, subject.digest,
             ),

@@ -28,7 +28,7 @@ from gateway.compare.front import gateway_arguments, gateway_entrant
 from gateway.compare.interrupt import run_measurement
 from gateway.compare.targets import command_line, configured_model, server_entrants
 from gateway.errors import UsageError
-from gateway.gpu.cards import Nvml, drawn
+from gateway.gpu.cards import Nvml, total_watts
 from gateway.gpu.memory import MemoryUnknown
 from loadtests.measure import matrix
 from loadtests.measure.experiment import (
@@ -165,7 +165,7 @@ async def power_meter(nvml: Nvml) -> matrix.Watts | None:
 
     async def watts() -> float | None:
         try:
-            return drawn(await asyncio.to_thread(nvml.readings))
+            return total_watts(await asyncio.to_thread(nvml.readings))
         except MemoryUnknown:
             return None
 

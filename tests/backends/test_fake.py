@@ -919,7 +919,7 @@ async def test_control_port_watches_and_scripts() -> None:
     assert codes == [503, 500, 500, 200]
     assert healthy == 200
     assert (state["up"], state["received"], state["running"]) == (True, 6, 0)
-    assert (wrong.status_code, wrong.json()) == (400, {"error": "no step: 'dance'"})
+    assert (wrong.status_code, wrong.json()) == (400, {"error": "not a step: 'dance'"})
 
 
 def test_every_step_can_be_written_as_json() -> None:
