@@ -123,11 +123,11 @@ class Nvml:
 
     def by_card(self) -> list[tuple[str, int, int]]:
         """See `Memory.by_card`."""
-        return self._each(_card_memory)
+        return self._query(_card_memory)
 
     def who(self) -> list[tuple[int, int]]:
         sizes: dict[int, int] = {}
-        for processes in self._each(self._processes):
+        for processes in self._query(self._processes):
             for process in processes:
                 size = process.usedGpuMemory or 0  # None on some drivers, and in containers
                 sizes[process.pid] = sizes.get(process.pid, 0) + size
@@ -135,7 +135,7 @@ class Nvml:
 
     def cards(self) -> list[tuple[str, int]]:
         """Name of each card, and the bytes of it that programs can have between them."""
-        return self._each(self._card)
+        return self._query(self._card)
 
     def _card(self, nvml: Any, card: Any) -> tuple[str, int]:
         try:  # what the driver keeps for itself is told by the second version alone
@@ -146,8 +146,8 @@ class Nvml:
 
     def driver(self) -> Driver:
         """The driver, and how each card does; raises `MemoryUnknown`."""
-        cards = self._each(_card)
-        version, cuda = self._each(
+        cards = self._query(_card)
+        version, cuda = self._query(
             lambda nvml, _: (
                 nvml.nvmlSystemGetDriverVersion(),
                 nvml.nvmlSystemGetCudaDriverVersion_v2(),
@@ -157,11 +157,11 @@ class Nvml:
 
     def readings(self) -> list[Reading]:
         """What each card's meters show; raises `MemoryUnknown`."""
-        return self._each(_reading)
+        return self._query(_reading)
 
     def _memories(self) -> list[Any]:
         """`total`, `free` and `used` of each card."""
-        return self._each(lambda nvml, card: nvml.nvmlDeviceGetMemoryInfo(card))
+        return self._query(lambda nvml, card: nvml.nvmlDeviceGetMemoryInfo(card))
 
     def _processes(self, nvml: Any, card: Any) -> Sequence[Any]:
         try:
@@ -170,16 +170,16 @@ class Nvml:
             return ()
         return found
 
-    def _each(self, question: Callable[[Any, Any], T]) -> list[T]:
+    def _query(self, question: Callable[[Any, Any], T]) -> list[T]:
         """What each card answers."""
         if not self._asking.acquire(timeout=self._busy_s):
             raise MemoryUnknown(f"the NVIDIA driver has not answered for {self._busy_s:g} s")
         try:
-            return self._asked(question)
+            return self._query_all(question)
         finally:
             self._asking.release()
 
-    def _asked(self, question: Callable[[Any, Any], T]) -> list[T]:
+    def _query_all(self, question: Callable[[Any, Any], T]) -> list[T]:
         if self._library is None:
             self._library = _pynvml()
         nvml = self._library
@@ -206,35 +206,35 @@ class Nvml:
 
 def _card(nvml: Any, card: Any) -> Card:
     """What this card tells of itself."""
-    told = partial(_told, nvml)
+    read = partial(_supported, nvml)
     index = nvml.nvmlDeviceGetIndex(card)
-    brakes = told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, card)
+    brakes = read(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, card)
     peers: list[tuple[int, int | None]] = []
     for other in range(nvml.nvmlDeviceGetCount()):
         if other != index:
             handle = nvml.nvmlDeviceGetHandleByIndex(other)
             # By number: the library's own constant for reading is a tuple by mistake.
-            peers.append((other, told(nvml.nvmlDeviceGetP2PStatus, card, handle, 0)))
+            peers.append((other, read(nvml.nvmlDeviceGetP2PStatus, card, handle, 0)))
     return Card(
         index=index,
         name=nvml.nvmlDeviceGetName(card),
         memory=nvml.nvmlDeviceGetMemoryInfo(card).total,
         width=(
-            told(nvml.nvmlDeviceGetCurrPcieLinkWidth, card),
-            told(nvml.nvmlDeviceGetMaxPcieLinkWidth, card),
+            read(nvml.nvmlDeviceGetCurrPcieLinkWidth, card),
+            read(nvml.nvmlDeviceGetMaxPcieLinkWidth, card),
         ),
         generation=(
-            told(nvml.nvmlDeviceGetCurrPcieLinkGeneration, card),
-            told(nvml.nvmlDeviceGetMaxPcieLinkGeneration, card),
+            read(nvml.nvmlDeviceGetCurrPcieLinkGeneration, card),
+            read(nvml.nvmlDeviceGetMaxPcieLinkGeneration, card),
         ),
-        state=told(nvml.nvmlDeviceGetPerformanceState, card),
+        state=read(nvml.nvmlDeviceGetPerformanceState, card),
         power_w=(
-            _thousandth(told(nvml.nvmlDeviceGetPowerManagementLimit, card)),
-            _thousandth(told(nvml.nvmlDeviceGetPowerManagementDefaultLimit, card)),
+            _thousandth(read(nvml.nvmlDeviceGetPowerManagementLimit, card)),
+            _thousandth(read(nvml.nvmlDeviceGetPowerManagementDefaultLimit, card)),
         ),
         heat_c=(
-            told(nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
-            told(
+            read(nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
+            read(
                 nvml.nvmlDeviceGetTemperatureThreshold,
                 card,
                 nvml.NVML_TEMPERATURE_THRESHOLD_GPU_MAX,
@@ -256,19 +256,19 @@ def _card_memory(nvml: Any, card: Any) -> tuple[str, int, int]:
 
 def _reading(nvml: Any, card: Any) -> Reading:
     """What this card's meters show."""
-    told = partial(_told, nvml)
+    read = partial(_supported, nvml)
     memory = nvml.nvmlDeviceGetMemoryInfo(card)
-    rates = told(nvml.nvmlDeviceGetUtilizationRates, card)
+    rates = read(nvml.nvmlDeviceGetUtilizationRates, card)
     return Reading(
         index=nvml.nvmlDeviceGetIndex(card),
         name=nvml.nvmlDeviceGetName(card),
         memory_total=memory.total,
         memory_used=memory.used,
-        watts=_thousandth(told(nvml.nvmlDeviceGetPowerUsage, card)),
-        watts_limit=_thousandth(told(nvml.nvmlDeviceGetEnforcedPowerLimit, card)),
-        celsius=told(nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
+        watts=_thousandth(read(nvml.nvmlDeviceGetPowerUsage, card)),
+        watts_limit=_thousandth(read(nvml.nvmlDeviceGetEnforcedPowerLimit, card)),
+        celsius=read(nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
         utilization=None if rates is None else rates.gpu / 100,
-        joules=_thousandth(told(nvml.nvmlDeviceGetTotalEnergyConsumption, card)),
+        joules=_thousandth(read(nvml.nvmlDeviceGetTotalEnergyConsumption, card)),
     )
 
 
@@ -283,13 +283,13 @@ def _pynvml() -> Any:
     return importlib.import_module("pynvml")
 
 
-def drawn(cards: Sequence[Reading]) -> float | None:
+def total_watts(cards: Sequence[Reading]) -> float | None:
     """Watts of all of them together; None where one does not tell."""
     watts = [card.watts for card in cards if card.watts is not None]
     return sum(watts) if cards and len(watts) == len(cards) else None
 
 
-def _told(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
+def _supported(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
     """What is answered, which not every card does to everything; else None."""
     try:
         return question(*arguments)

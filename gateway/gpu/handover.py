@@ -28,8 +28,7 @@ from gateway.gpu.engine import FreeMemoryWait, GpuEngine
 from gateway.gpu.memory import Memory
 from gateway.gpu.record import Deadlines, HandoverRecord, StepFailed
 from gateway.gpu.state import GpuState, GpuStateRef, Move, Step
-from gateway.gpu.transitions import GpuClient, GpuTransitions
-from gateway.routing.events import EventQueue
+from gateway.gpu.transitions import GpuTransitions
 from gateway.routing.policy_exclusive import ExclusivePolicy
 from gateway.settings import Timings
 
@@ -52,6 +51,11 @@ class Gpu:
         ref: Where everybody reads the state that is made here.
         idle_release_s: Without demand for so long, the memory is given back. 0: never.
         timings: How often is looked, and how long is paused between attempts.
+
+    Attributes:
+        states: Makes the states; the models on this GPU join it.
+        records: The last hand-overs.
+        on_record: Called with each at its end.
     """
 
     def __init__(
@@ -71,12 +75,12 @@ class Gpu:
         self.memory = memory
         self.ref = ref
         self.records: deque[HandoverRecord] = deque(maxlen=50)
-        self.on_record: Callable[[HandoverRecord], None] = lambda _: None  # called at its end
+        self.on_record: Callable[[HandoverRecord], None] = lambda _: None
         self._timings = timings or Timings()
         self._idle_release_s = idle_release_s
         self._unloading: asyncio.Future[bool] | None = None
         self._wake = asyncio.Event()
-        self._states = GpuTransitions(ref, policy)
+        self.states = GpuTransitions(ref, policy)
         for engine in layouts.values():
             if engine.process is not None:
                 engine.process.on_end = self._wake.set
@@ -89,19 +93,6 @@ class Gpu:
         """Where the GPU stands now."""
         return self.ref.state
 
-    @property
-    def events(self) -> EventQueue:
-        """The queue of events that the models on this GPU share."""
-        return self._states.events
-
-    def join(self, client: GpuClient) -> None:
-        """One more model lives on this GPU."""
-        self._states.join(client)
-
-    def moving_s(self) -> float:
-        """Seconds in which nothing could start, in all; time in a queue does not count them."""
-        return self._states.moving_s()
-
     # What is wanted
 
     def request(self, move: Move | None) -> None:
@@ -110,18 +101,18 @@ class Gpu:
         After a move nothing starts on the layout that is left.
         """
         if move is not None:
-            self._states.enter(Step.DRAINING, target=move.target, move=move)
+            self.states.enter(Step.DRAINING, target=move.target, move=move)
         self._wake.set()
 
     def pin(self, layout: str | None) -> None:
         """The operator wants the GPU at this layout, or (None) leaves it to the policy."""
         self.policy.pin = layout
-        self._states.set_released(released=False)
+        self.states.set_released(released=False)
         self._wake.set()
 
     def release(self) -> None:
         """The operator wants the memory for something else, until `pin()` is called."""
-        self._states.set_released(released=True)
+        self.states.set_released(released=True)
         self._wake.set()
 
     def unload(self) -> asyncio.Future[bool]:
@@ -149,8 +140,8 @@ class Gpu:
                 await self._reconcile()
             except Exception:  # whatever it was, the GPU must not stay without an owner
                 log.exception("the hand-over failed, and that is our own fault")
-                self._states.drop()
-                self._states.enter(Step.DOWN, failure="the gateway has failed")
+                self.states.drop()
+                self.states.enter(Step.DOWN, failure="the gateway has failed")
                 self._wake.set()
                 await asyncio.sleep(self._timings.gpu_retry_min_s)
             with contextlib.suppress(TimeoutError):
@@ -160,17 +151,16 @@ class Gpu:
 
     async def stop(self) -> None:
         """End the engines that are ours; `run()` is over."""
-        stops = (engine.stop() for engine in self.layouts.values())
+        stops = [engine.stop() for engine in self.layouts.values()]
         for error in await asyncio.gather(*stops, return_exceptions=True):
             if error is not None:
                 log.error("%s", error)
 
     def _next_look_s(self) -> float | None:
-        if self.state.step is not Step.HELD:
-            return None
-        if self._unloading is not None:
+        held = self.state.step is Step.HELD
+        if held and self._unloading is not None:
             return 0.0
-        if self._idle_release_s:
+        if held and self._idle_release_s:
             return max(self._timings.gpu_poll_s, min(5.0, self._idle_release_s / 4))
         return None
 
@@ -207,7 +197,7 @@ class Gpu:
         elif self._unloading is not None:
             await self._unload(self._unloading)
         elif state.layout is None:
-            if not state.held_before or any(client.waiting for client in self._states.clients):
+            if not state.held_before or any(client.waiting for client in self.states.clients):
                 why = "requests wait for it" if state.held_before else "to be there for the first"
                 await self._hand_over(None, self.policy.next_layout, why)
         else:
@@ -221,16 +211,16 @@ class Gpu:
         elif state.move is not None:
             await self._hand_over(layout, state.move.target, state.move.reason)
         elif state.step is not Step.HELD:  # released and pinned before anything was done
-            self._states.enter(Step.HELD, target=layout)
+            self.states.enter(Step.HELD, target=layout)
         elif self._idle_release_s and self._idle_s(state) > self._idle_release_s:
             await self._release(layout, f"no request for {self._idle_release_s:g} s")
 
     def _idle_s(self, state: GpuState) -> float:
         """Seconds without a request, since the GPU came to its holder at the most."""
         layout = state.layout or ""
-        if any(client.demand or client.running(layout) for client in self._states.clients):
+        if any(client.demand or client.running(layout) for client in self.states.clients):
             return 0.0
-        active_at = max((client.active_at for client in self._states.clients), default=0.0)
+        active_at = max((client.active_at for client in self.states.clients), default=0.0)
         return time.monotonic() - max(active_at, state.since)
 
     async def _hand_over(self, source: str | None, target: str, why: str) -> None:
@@ -261,14 +251,14 @@ class Gpu:
 
     async def _acquire(self, layout: str, record: HandoverRecord | None = None) -> None:
         """Load a layout and have it answer a token; raises `StepFailed`."""
-        self._states.set_target(layout)
+        self.states.set_target(layout)
         engine = self.layouts[layout]
         room = FreeMemoryWait(engine, self.memory, self._timings.gpu_poll_s)
         try:
             await self._do(Step.FREEING, layout, room.wait, record)
         except StepFailed as exc:
-            detail = "; ".join(filter(None, (room.shortage, FREEING_HINT)))
-            raise StepFailed(Step.FREEING, layout, f"{exc.why}; {detail}") from exc
+            why = "; ".join(filter(None, (exc.why, room.shortage, FREEING_HINT)))
+            raise StepFailed(Step.FREEING, layout, why) from exc
         await self._do(Step.LOADING, layout, engine.acquire, record)
         await self._do(Step.PROBING, layout, engine.probe, record)
 
@@ -288,7 +278,7 @@ class Gpu:
         Requests wait for the first attempt. After it all are refused, with a time to come
         again, until a layout holds.
         """
-        self._states.drop()
+        self.states.drop()
         pause = self._timings.gpu_retry_min_s
         while not self.state.released:
             for layout in sorted(self.layouts, key=self._start_order):
@@ -302,7 +292,7 @@ class Gpu:
                 else:
                     self._open(layout)
                     return
-            self._states.enter(Step.DOWN, failure=why)
+            self.states.enter(Step.DOWN, failure=why)
             log.error("no engine can be made to serve: %s; again in %g s", why, pause)
             await self._backoff(pause)
             pause = min(self._timings.gpu_retry_max_s, pause * 2)
@@ -341,16 +331,14 @@ class Gpu:
         gone, source, move = False, self.state.layout, self.state.move
         try:
             if source is not None:
-                self._states.set_target("")
+                self.states.set_target("")
                 await self._do(Step.DRAINING, source, lambda: self._drained(source))
                 await self._release(source, "unloaded by the operator")
             gone = True
         except StepFailed as exc:
             log.warning("%s stays: %s", source, exc)
-            if move is not None:
-                self._states.enter(Step.DRAINING, target=move.target)
-            else:
-                self._states.enter(Step.HELD, target=source)
+            step, target = (Step.DRAINING, move.target) if move else (Step.HELD, source or "")
+            self.states.enter(step, target=target)
             self._wake.set()
         finally:
             self._unloading = None
@@ -360,8 +348,8 @@ class Gpu:
     async def _release(self, layout: str, why: str) -> None:
         """Give the memory back to whoever wants it."""
         move = self.state.move
-        self._states.drop(preferred=move.target if move is not None else layout)
-        self._states.set_target("")
+        self.states.drop(preferred=move.target if move is not None else layout)
+        self.states.set_target("")
         log.info("%s gives the GPU back: %s", layout, why)
         with contextlib.suppress(StepFailed):  # an engine that is ours ends with what still runs
             await self._do(Step.DRAINING, layout, lambda: self._drained(layout))
@@ -371,10 +359,10 @@ class Gpu:
         """Have these layouts give the memory back, until they have or a request needs it."""
         for layout in layouts:
             while not await self._force_release(layout):
-                if any(client.waiting for client in self._states.clients):
+                if any(client.waiting for client in self.states.clients):
                     break
                 await asyncio.sleep(self._timings.gpu_retry_min_s)
-        self._states.enter(Step.FREE, failure="")
+        self.states.enter(Step.FREE, failure="")
 
     # Steps
 
@@ -386,7 +374,7 @@ class Gpu:
         record: HandoverRecord | None = None,
     ) -> None:
         """One step within its deadline; raises `StepFailed`."""
-        self._states.enter(step)
+        self.states.enter(step)
         deadline_s = self.deadlines.of(step)
         began = time.monotonic()
         log.info("%s %s (at most %g s)", step, layout, deadline_s)
@@ -403,10 +391,10 @@ class Gpu:
 
     async def _drained(self, layout: str) -> None:
         """Return when no request runs on a layout."""
-        while any(client.running(layout) for client in self._states.clients):  # noqa: ASYNC110 - cheap
+        while any(client.running(layout) for client in self.states.clients):  # noqa: ASYNC110 - cheap
             await asyncio.sleep(self._timings.gpu_poll_s)
 
     def _open(self, layout: str) -> None:
         """This layout holds the GPU: its requests may start."""
         log.info("%s has the GPU", layout)
-        self._states.hold(layout)
+        self.states.hold(layout)

@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from gateway.gpu.cards import Nvml, Reading, drawn
+from gateway.gpu.cards import Nvml, Reading, total_watts
 from gateway.gpu.handover import Gpu
 from gateway.gpu.memory import MemoryUnknown
 from gateway.observe.cost import Meter
@@ -115,7 +115,9 @@ class Metrics(Collector):
         for model in self._models.values():
             for name, lane in model.admission.scheduler.lanes.items():
                 running[name] = running.get(name, 0) + lane.running
-        self.meter.sample(now, self._prices.watts or drawn(self._valid_readings(now)), running)
+        self.meter.sample(
+            now, self._prices.watts or total_watts(self._valid_readings(now)), running
+        )
 
     def _valid_readings(self, now: float) -> Sequence[Reading]:
         """The GPUs' readings, none where they are too old."""

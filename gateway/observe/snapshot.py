@@ -139,7 +139,7 @@ def _profile_status(model: Model, now: float) -> ProfileStatus:
         refinement = RefinementStatus(refined.requests, factors)
     return ProfileStatus(
         source=known.source,
-        told=known.told(now),
+        told=known.summary(now),
         measured_at=known.measured_at or None,
         age_s=None if age_s is None else round(age_s),
         machine=known.machine,

@@ -20,7 +20,7 @@ from gateway.routing.fair_queue import FairQueue
 from gateway.routing.lanes import Cause, Lane, Ticket
 from gateway.routing.policy_exclusive import ExclusivePolicy
 from gateway.routing.policy_shared import SharedPolicy
-from gateway.routing.refine import Refined
+from gateway.routing.refine import ProfileRefiner
 from gateway.routing.regret import NO_LANES, ModelDemand
 
 #: The weight of the newest service time in the mean.
@@ -77,7 +77,7 @@ class Scheduler:
         *,
         model: str = "",
         gpu: GpuStateRef | None = None,
-        refined: Refined | None = None,
+        refined: ProfileRefiner | None = None,
     ) -> None:
         self.lanes: Mapping[str, Lane] = {lane.name: lane for lane in lanes}
         #: Slots of the server that has the most.
@@ -166,7 +166,7 @@ class Scheduler:
         refined.learn(lane.name, concurrency, seconds, tokens)
         if now - self._refined_at >= REFINE_INTERVAL_S:
             self._refined_at = now
-            if (profile := refined.told()) is not None:
+            if (profile := refined.corrected()) is not None:
                 self.policy.refine(now, self.model, profile)
 
     def passed(self, now: float) -> list[Action]:

@@ -13,8 +13,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from types import TracebackType
 
@@ -26,45 +24,13 @@ from gateway.gpu.state import GpuState
 from gateway.routing.events import EventQueue
 from gateway.routing.lanes import Replica, Ticket
 from gateway.routing.scheduler import Action, Refuse, RequestGpu, Scheduler, Start
+from gateway.serving.outlook import Decision, Outlook, Residence
 from gateway.serving.replica_server import REPLICA_STATES, ReplicaServer, failure_of
 
 #: After so many seconds another attempt makes sense where no better guess is known.
 RETRY_AFTER_S = 5.0
 #: A timer may fire so much early, seconds.
 TIMER_SLACK_S = 0.001
-
-
-class Residence(StrEnum):
-    """Where a model is, in the words of llama.cpp's router."""
-
-    LOADED = "loaded"
-    LOADING = "loading"
-    UNLOADED = "unloaded"
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """A request and where it went; `at` in seconds since the epoch."""
-
-    at: float
-    lane: str
-    reason: str
-    demand: int
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What a request in the queue waits for.
-
-    Attributes:
-        granted: It has its slot already.
-        lane: The lane that serves it or will; empty where none can.
-        reason: Why that lane, or where the GPU is on its way; empty where it waits for a slot.
-    """
-
-    granted: bool
-    lane: str
-    reason: str
 
 
 class Admission:
@@ -91,14 +57,14 @@ class Admission:
         self.decisions: deque[Decision] = deque(maxlen=20)
         self.active_at = _now()
         self._max_wait_s = max_wait_s
-        self._events = EventQueue() if gpu is None else gpu.events
+        self._events = EventQueue() if gpu is None else gpu.states.events
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._refused: dict[Ticket, GatewayError] = {}  # on arrival, before they waited
         self._tick: asyncio.TimerHandle | None = None
         self._lanes = {each: lane for lane in scheduler.lanes.values() for each in lane.replicas}
         self._breaker_ticks: dict[Replica, asyncio.TimerHandle] = {}
         if gpu is not None:
-            gpu.join(self)
+            gpu.states.join(self)
 
     def slot(self, ticket: Ticket) -> Slot:
         """Hold a slot of one of the model's replicas for as long as the context is open.
@@ -340,7 +306,7 @@ class Admission:
 
     def _queue_clock(self) -> float:
         """Seconds; stands still during a hand-over, whose steps have deadlines of their own."""
-        return _now() - (self.gpu.moving_s() if self.gpu is not None else 0.0)
+        return _now() - (self.gpu.states.moving_s() if self.gpu is not None else 0.0)
 
     def _waited_too_long(self, ticket: Ticket) -> WaitedTooLong:
         lane = self.scheduler.lanes.get(self.scheduler.lane_for(ticket) or "")

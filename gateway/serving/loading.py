@@ -17,8 +17,9 @@ from backends.base import Engine
 from backends.errors import BackendError
 from gateway.errors import BadRequest, EngineFailed, InUse
 from gateway.routing.lanes import Ticket
-from gateway.serving.admission import Admission, Residence
+from gateway.serving.admission import Admission
 from gateway.serving.catalogue import Catalogue, Model
+from gateway.serving.outlook import Residence
 from gateway.serving.replica_server import ReplicaServer
 from gateway.settings import Timings
 

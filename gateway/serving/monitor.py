@@ -114,7 +114,7 @@ class ReplicaMonitor:
         except BackendError as exc:
             log.info("%s did not report its identity: %s", kind, exc)
             return
-        present = profile.Measured(
+        present = profile.MeasuredSetup(
             kind,
             lane.model,
             identity.version,

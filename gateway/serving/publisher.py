@@ -12,7 +12,7 @@ from gateway.routing import profile
 from gateway.routing.breaker import Breaker
 from gateway.routing.lanes import Lane, Replica
 from gateway.routing.policy_shared import SharedPolicy
-from gateway.routing.refine import Refined
+from gateway.routing.refine import ProfileRefiner
 from gateway.routing.regret import RoutedModel
 from gateway.routing.scheduler import Scheduler
 from gateway.serving.admission import Admission
@@ -107,7 +107,7 @@ class Publisher:
         known = model_profile(configured)
         refined = None
         if configured.refine and known.source == "measured":
-            refined = Refined(known, {lane.name: lane.slots for lane in lanes})
+            refined = ProfileRefiner(known, {lane.name: lane.slots for lane in lanes})
         ref = gpu.ref if gpu is not None else None
         policy = gpu.policy if gpu is not None else _shared_policy(name, configured, known)
         admission = Admission(

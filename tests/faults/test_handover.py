@@ -495,7 +495,7 @@ async def test_released_with_an_answer_that_outlasts_the_drain_it_is_free_when_t
                 await anext(parts)
                 await served.release()
                 await served.until(Step.UNLOADING)
-                await served.until(lambda: served.owner.moving_s() > 1.5)
+                await served.until(lambda: served.owner.states.moving_s() > 1.5)
                 while_it_runs = (served.owner.state.step, engine.running, box.gpu.free())
             await served.until(Step.FREE, within_s=SOON_S)
             free = box.gpu.free()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.profile import Lane
+from gateway.routing.profile import LaneProfile
 from loadtests.analysis import energy, gateway_cost, rows, slo
 from loadtests.analysis.crossover import Seconds, find_crossover, seconds_by_level
 from loadtests.analysis.rows import Row
@@ -438,7 +438,7 @@ def test_the_lines_are_those_the_gateway_decides_by() -> None:
     found = find_crossover(a, b)
 
     lanes = [
-        Lane(LEVELS, tuple(statistics.fmean(map(statistics.fmean, of[n])) for n in LEVELS))
+        LaneProfile(LEVELS, tuple(statistics.fmean(map(statistics.fmean, of[n])) for n in LEVELS))
         for of in (a, b)
     ]
     assert found.level is not None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gateway.gpu.state import GpuState, GpuStateRef, Step
 from gateway.routing.policy_exclusive import ExclusivePolicy
 from gateway.routing.policy_shared import SharedPolicy
-from gateway.routing.profile import ASSUMED, Lane, Profile
+from gateway.routing.profile import ASSUMED, LaneProfile, Profile
 from gateway.routing.regret import ModelDemand, RoutedModel
 from gateway.routing.switch_cost import IDLE_RESET_S, LEAST_SHARE, OVERLAP_SHARE, HandoverCost
 
@@ -21,13 +21,13 @@ LANES = ("ollama", "vllm")
 CROSSING = Profile(
     version=1,
     source="measured",
-    lanes={"ollama": Lane((1, 9), (1.0, 9.0)), "vllm": Lane((1,), (3.0,))},
+    lanes={"ollama": LaneProfile((1, 9), (1.0, 9.0)), "vllm": LaneProfile((1,), (3.0,))},
 )
 #: vLLM always wins, as with a 70B over two cards.
 ONE_WINS = Profile(
     version=1,
     source="measured",
-    lanes={"ollama": Lane((1, 8), (3.0, 9.0)), "vllm": Lane((1, 8), (1.0, 2.0))},
+    lanes={"ollama": LaneProfile((1, 8), (3.0, 9.0)), "vllm": LaneProfile((1, 8), (1.0, 2.0))},
 )
 #: Nothing is known of vLLM.
 HALF = Profile(version=1, source="measured", lanes={"ollama": CROSSING.lanes["ollama"]})
@@ -164,7 +164,7 @@ def test_of_three_lanes_it_goes_to_the_fastest() -> None:
     three = Profile(
         version=1,
         source="measured",
-        lanes={name: Lane((1,), (s,)) for name, s in (("a", 3.0), ("b", 2.0), ("c", 1.0))},
+        lanes={name: LaneProfile((1,), (s,)) for name, s in (("a", 3.0), ("b", 2.0), ("c", 1.0))},
     )
     policy = shared(three, ("a", "b", "c"))
 

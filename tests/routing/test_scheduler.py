@@ -28,13 +28,16 @@ from gateway.routing.switch_cost import HandoverCost
 STILL = Profile(
     version=1,
     source="measured",
-    lanes={"ollama": profile.Lane((1,), (1.0,)), "vllm": profile.Lane((1,), (2.0,))},
+    lanes={"ollama": profile.LaneProfile((1,), (1.0,)), "vllm": profile.LaneProfile((1,), (2.0,))},
 )
 #: vLLM is faster from three at once on.
 CROSSING = Profile(
     version=1,
     source="measured",
-    lanes={"ollama": profile.Lane((1, 4), (1.0, 4.0)), "vllm": profile.Lane((1,), (2.5,))},
+    lanes={
+        "ollama": profile.LaneProfile((1, 4), (1.0, 4.0)),
+        "vllm": profile.LaneProfile((1,), (2.5,)),
+    },
 )
 
 

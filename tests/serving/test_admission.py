@@ -48,7 +48,7 @@ async def test_a_request_that_makes_the_gpu_move_is_handled_before_the_move_is_k
     gpu = Gpu(policy, {}, Deadlines(), FakeGpu(TOTAL), ref)
     first, second = (admission(gpu, name, client) for name in models)
     with never_reentered() as steps:
-        gpu._states.hold("ollama")
+        gpu.states.hold("ollama")
         async with first.slot(Ticket()) as grant:
             policy.pin = "vllm"
             opened = steps.copy()

@@ -238,7 +238,7 @@ def test_a_profile_is_measured_in_smaller_steps_around_the_crossover(tmp_path: P
         config.write_text(two_lanes(ollama, vllm))
         done = run_command(
             "calibrate", "--config", config, "--levels", "1,8", "--rounds", 2, "--tokens-out", 4,
-            "--minutes", 2, "--out", out,  # it ends when the crossover is between two levels
+            "--minutes", 0.6, "--out", out,
         )  # fmt: skip
 
     assert done.returncode == 0, done.stdout + done.stderr
