@@ -45,8 +45,17 @@ serve: .venv/serve
 load: .venv/load
 	@echo "ready: .venv/bin/twolane compare --help, .venv/bin/locust -f loadtests/concurrency.py"
 
+# A worker for each core; a test that measures time runs while no other does (mark `alone`).
+WORKERS ?= 2
+NO_ENGINES := tests --ignore tests/engines --ignore tests/compose --ignore tests/browser
+PARALLEL := --numprocesses $(WORKERS) --dist worksteal
+
+# In one process: to start another takes longer than half of these tests.
+unit: .venv/dev
+	$(PYTEST) $(NO_ENGINES) -m "unit and not slow" --hypothesis-profile quick $(ARGS)
+
 test: .venv/dev tests/clients/node_modules/.package-lock.json
-	$(PYTEST) tests --ignore tests/engines --ignore tests/compose --ignore tests/browser $(ARGS)
+	$(PYTEST) $(NO_ENGINES) $(PARALLEL) $(ARGS)
 
 # The openai package for Node is tested for real where Node is there.
 tests/clients/node_modules/.package-lock.json: tests/clients/package-lock.json

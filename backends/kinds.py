@@ -7,7 +7,8 @@ is the order of preference: of several equals the first is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -36,6 +37,8 @@ class EngineKind:
         slots_variable: The environment variable that sets its slots; empty: there is none.
         program: The name of its process; empty: it may have any name.
         command_word: A word that its command line contains; empty: there is none.
+        parallel_options: Its options for the number of cards over which it spreads a model in
+            equal shares; empty: it spreads one as the memory allows.
         tested_releases: The releases that the tests run, as (major, minor).
         read_releases: Those whose source was checked, and that no test runs.
     """
@@ -51,6 +54,7 @@ class EngineKind:
     slots_variable: str = ""
     program: str = ""
     command_word: str = ""
+    parallel_options: tuple[str, ...] = ()
     tested_releases: tuple[tuple[int, int], ...] = ()
     read_releases: tuple[tuple[int, int], ...] = ()
 
@@ -63,6 +67,14 @@ class EngineKind:
     def usual_url(self) -> str:
         """The base URL where one is expected that has none in the settings."""
         return f"http://127.0.0.1:{self.ports[0]}"
+
+    def cards(self, command: Sequence[str]) -> int | None:
+        """On how many cards a command line spreads a model; None: it does not say."""
+        words = [word for part in command for word in part.split("=", 1)]
+        for option, value in itertools.pairwise(words):
+            if option in self.parallel_options and value.isdecimal():
+                return int(value)
+        return None
 
     def is_process(self, program: str, command: str) -> bool:
         """Whether a process of this name and command line can be the engine itself."""
@@ -94,6 +106,7 @@ KINDS: Mapping[str, EngineKind] = MappingProxyType({
             cold_start_s=120.0,
             colour="red",
             command_word="vllm",
+            parallel_options=("--tensor-parallel-size", "-tp"),
             tested_releases=((0, 32),),
             read_releases=((0, 33),),
         ),

@@ -1,9 +1,9 @@
 #!/bin/sh
-# await-room.sh SHARE COMMAND...: runs COMMAND as soon as this share of every card is free.
+# await-room.sh SHARE COMMAND...: runs COMMAND as soon as this share of every card's memory is free.
 #
-# vLLM ends where it does not find the memory it is to take. In an exclusive placement that is so
-# whenever it starts anew while Ollama has the cards: it waits here, and loads when the gateway
-# gives it its turn. Where no card can be seen, COMMAND says what is wrong.
+# vLLM exits if its share of the memory is not free. In an exclusive placement that happens whenever
+# it restarts while Ollama holds the GPU: then it waits here, and loads after the next hand-over.
+# If nvidia-smi fails, COMMAND starts and reports the fault itself.
 share=$1
 shift
 
@@ -14,7 +14,7 @@ room() {
 
 trap 'exit 0' TERM INT
 if command -v nvidia-smi >/dev/null && ! room; then
-  echo "await-room: waits until $share of every card is free"
+  echo "await-room: waiting until a share of $share of every card is free"
   until room; do sleep 1; done
 fi
 exec "$@"

@@ -1,19 +1,19 @@
 #!/bin/sh
-# pull.sh FOLDER COMMAND...: runs COMMAND, which downloads into FOLDER, and says every ten seconds
-# how far it is. A progress bar draws over itself, which in a log nobody sees before its end.
+# pull.sh FOLDER COMMAND...: runs COMMAND, which downloads into FOLDER, and prints a progress line
+# every ten seconds. A progress bar overwrites itself; a log would show it only at its end.
 folder=$1
 shift
-said=$(mktemp)
+output=$(mktemp)
 
-last() { # the last lines of what it has said; a bar draws over itself, and in colours
-  tr '\r' '\n' <"$said" | sed 's/\x1b\[[0-9;?]*[a-zA-Z]//g' | grep . | tail -n "$1"
+last() { # the last lines of its output, without colours and overwritten text
+  tr '\r' '\n' <"$output" | sed 's/\x1b\[[0-9;?]*[a-zA-Z]//g' | grep . | tail -n "$1"
 }
 
-"$@" >"$said" 2>&1 &
+"$@" >"$output" 2>&1 &
 command=$!
 trap 'kill $command 2>/dev/null' TERM INT
 while kill -0 $command 2>/dev/null; do
-  echo "$(du -sh "$folder" | cut -f 1) there | $(last 1)"
+  echo "$(du -sh "$folder" | cut -f 1) downloaded | $(last 1)"
   seconds=0
   while [ $seconds -lt "${EVERY_S:-10}" ] && kill -0 $command 2>/dev/null; do
     sleep 1
@@ -23,9 +23,9 @@ done
 wait $command
 code=$?
 if [ $code = 0 ]; then
-  echo "$(du -sh "$folder" | cut -f 1) there: done"
+  echo "$(du -sh "$folder" | cut -f 1) downloaded: done"
 else
   last 20
-  echo "ended with code $code; run it again, it goes on where it was"
+  echo "failed with exit code $code; run the same command again, it continues the download"
 fi
 exit $code

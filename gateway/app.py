@@ -10,9 +10,10 @@ from typing import Self
 
 from backends.transport import http
 from gateway.errors import NotFound
+from gateway.gpu.cards import Nvml
 from gateway.gpu.handover import Gpu
 from gateway.gpu.lease import Lease
-from gateway.gpu.memory import Memory, Nvml
+from gateway.gpu.memory import Memory
 from gateway.http.auth import Keys
 from gateway.http.edge import Edge
 from gateway.http.metrics_page import MetricsServer
@@ -43,7 +44,7 @@ class Gateway:
     ASGI application to serve is `edge`.
 
     Args:
-        read: The settings.
+        settings: The gateway's configuration.
         ports: Where engines are looked for if the settings name none.
         client: The HTTP client for the engines; closed at the end.
         memory: Where the GPU's memory is read from, in place of its driver.
@@ -65,7 +66,7 @@ class Gateway:
 
     def __init__(
         self,
-        read: Settings,
+        settings: Settings,
         ports: discovery.Ports = discovery.USUAL_PORTS,
         *,
         client: http.Client | None = None,
@@ -73,7 +74,7 @@ class Gateway:
         nvml: Nvml | None = None,
         timings: Timings | None = None,
     ) -> None:
-        self._settings = read
+        self._settings = settings
         self._timings = timings = timings or Timings()
         self._nvml = nvml or Nvml()
         self._memory = memory or self._nvml
@@ -85,23 +86,24 @@ class Gateway:
         self.metrics_server: MetricsServer | None = None
         client = client or http.Client()
         self.catalogue = Catalogue()
-        self.engines = EnginePool(read, client, timings)
-        self._publisher = Publisher(read, self.engines, self.catalogue, timings)
+        self.engines = EnginePool(settings, client, timings)
+        self._publisher = Publisher(settings, self.engines, self.catalogue, timings)
         self.listing = EngineListing(
-            read, ports, client, self.engines, self._publisher, self.catalogue, timings
+            settings, ports, client, self.engines, self._publisher, self.catalogue, timings
         )
         self._loader = Loader(self.catalogue, timings)
         self._operator = Operator(self.catalogue)
-        self.metrics = Metrics(self.catalogue.models, read.cost, timings)
+        self.metrics = Metrics(self.catalogue.models, settings.cost, timings)
         self.edge = self._edge()
 
     def _edge(self) -> Edge:
         """The ASGI application, over the parts."""
-        read = self._settings
+        settings = self._settings
         relay = Relay(
             self.catalogue,
-            heartbeat_s=read.limits.heartbeat_s,
-            status_events=read.status_events,
+            heartbeat_s=settings.limits.heartbeat_s,
+            status_events=settings.status_events,
+            timings=self._timings,
         )
         pages = Pages(
             self.catalogue,
@@ -113,14 +115,14 @@ class Gateway:
             version=self._version,
             metrics=self._exposition,
         )
-        logs = [RequestLog()] if read.log == "json" else []
+        logs = [RequestLog()] if settings.log == "json" else []
         return Edge(
             relay,
             pages,
-            Keys(read.keys()),
-            Keys(read.admins()),
+            Keys(settings.keys()),
+            Keys(settings.admins()),
             [*logs, self.metrics],
-            max_body=int(read.limits.max_body_mb * MIB),
+            max_body=int(settings.limits.max_body_mb * MIB),
         )
 
     async def __aenter__(self) -> Self:
@@ -140,7 +142,7 @@ class Gateway:
         self._serve_metrics()
         await self.listing.find_engines()
         await self._take_gpu()
-        self.engines.run_commands(besides=self.gpu.occupants if self.gpu is not None else ())
+        self.engines.run_commands(besides=self.gpu.layouts if self.gpu is not None else ())
         for name, model in self._settings.served().items():
             self._publisher.publish(name, model)
         if self.gpu is not None:
@@ -180,7 +182,9 @@ class Gateway:
         if not exclusive:
             return
         self._lease = acquire_lease(self._settings)
-        self.gpu = await make_gpu(self._settings, exclusive, self.engines, self._memory)
+        self.gpu = await make_gpu(
+            self._settings, exclusive, self.engines, self._memory, self._timings
+        )
         self._publisher.gpu = self._operator.gpu = self.gpu
         self.metrics.follow(self.gpu)
 
@@ -202,7 +206,7 @@ class Gateway:
         """The metrics for the gateway's own port; raises NotFound where they have another."""
         if self.metrics_server is not None:
             raise NotFound(
-                f"Metrics are on a port of their own, {self.metrics_server.port}, without a key."
+                f"Metrics are on their own port, {self.metrics_server.port}, without a key."
             )
         return self.metrics.exposition(accept)
 

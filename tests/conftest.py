@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from backends.fake import FakeEngine
+from tests.support import rules
 from tests.support.exclusive import Box, boxed
 from tests.support.gateways import StartGateway, run_gateway
+
+# A deadline of milliseconds would measure how busy the machine is.
+hypothesis.settings.register_profile("full", deadline=None)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
+hypothesis.settings.load_profile("full")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the unit tests, for `-m unit`."""
+    for item in items:
+        if rules.is_unit(item):
+            item.add_marker(pytest.mark.unit)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run each test, with its fixtures, under the rules of its kind."""
+    doors = rules.closed_doors() if item.get_closest_marker("unit") else contextlib.nullcontext()
+    with rules.machine(alone=item.get_closest_marker("alone") is not None), doors:
+        return (yield)
 
 
 @pytest.fixture

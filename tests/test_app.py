@@ -1,4 +1,4 @@
-"""What a gateway finds, what it serves, and what it tells of it."""
+"""A gateway as a whole: the engines it finds, the models it serves, its status."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.support.models import alone, chat
 
 
 async def ask(running: Running, **fields: object) -> str:
-    """Ask, and return the lane that answered."""
+    """Send a chat, and return the lane that answered."""
     answer = await running.http.post("/v1/chat/completions", json=chat(**fields))
     assert answer.status_code == 200, answer.text
     return answer.headers["x-gateway-lane"]
 
 
-async def test_each_engine_is_told_by_what_only_it_answers() -> None:
+async def test_each_engine_is_recognized_by_a_path_that_only_it_serves() -> None:
     async with (
         FakeEngine("ollama", ["a"]) as ollama,
         FakeEngine("vllm", ["b"]) as vllm,
@@ -44,7 +44,7 @@ async def test_each_engine_is_told_by_what_only_it_answers() -> None:
     assert found == {"ollama": ollama.url, "vllm": vllm.url, "llamacpp": llamacpp.url}
 
 
-async def test_what_is_found_is_served_under_its_own_name(start_gateway: StartGateway) -> None:
+async def test_a_discovered_model_is_served_under_its_own_name(start_gateway: StartGateway) -> None:
     async with (
         FakeEngine("ollama", ["a:1b"]) as ollama,
         FakeEngine("vllm", ["B"]) as vllm,
@@ -95,7 +95,7 @@ async def test_the_same_name_on_two_engines_is_one_model(start_gateway: StartGat
     assert [(m["id"], m["lanes"]) for m in listed] == [("a:1b", ["ollama", "vllm"])]
 
 
-async def test_an_engine_that_is_down_at_the_start_is_used_when_it_comes(
+async def test_an_engine_that_is_down_at_the_start_is_used_when_it_comes_up(
     start_gateway: StartGateway,
 ) -> None:
     async with FakeEngine("vllm", ["A"]) as vllm:
@@ -127,7 +127,7 @@ async def test_without_any_engine_the_embedded_one_answers(start_gateway: StartG
         os.kill(pid, 0)
 
 
-async def test_a_model_file_that_is_not_there_stops_the_start(start_gateway: StartGateway) -> None:
+async def test_a_missing_model_file_stops_the_start(start_gateway: StartGateway) -> None:
     with pytest.raises(SettingsError, match=r"embedded\.model: there is no file /no/such\.gguf"):
         async with start_gateway(embedded={"model": "/no/such.gguf"}):
             pass
@@ -144,7 +144,7 @@ async def test_a_broken_model_file_stops_the_start_and_shows_the_log(
             pass
 
 
-async def test_a_context_that_its_engine_has_not_stops_the_start(
+async def test_a_context_longer_than_the_engines_stops_the_start(
     start_gateway: StartGateway,
 ) -> None:
     async with FakeEngine("vllm", ["m"], context=2048) as vllm:
@@ -154,7 +154,7 @@ async def test_a_context_that_its_engine_has_not_stops_the_start(
                 pass
 
 
-async def test_models_that_come_and_go_are_served_and_not() -> None:
+async def test_models_are_served_for_as_long_as_their_engine_lists_them() -> None:
     async with (
         FakeEngine("ollama", ["a:1b"]) as first,
         FakeEngine("ollama", ["b:1b"]) as second,
@@ -208,7 +208,7 @@ async def test_status_shows_lanes_demand_and_decisions(start_gateway: StartGatew
     assert calm["profile"]["source"] == "assumed"
 
 
-async def test_an_engine_of_ones_own_command_runs_as_long_as_the_gateway(
+async def test_an_engine_with_a_command_runs_as_long_as_the_gateway(
     start_gateway: StartGateway, tmp_path: Path
 ) -> None:
     with socket.socket() as free:
@@ -232,8 +232,8 @@ async def test_an_engine_of_ones_own_command_runs_as_long_as_the_gateway(
 # The profile that it decides by
 
 
-def measured(folder: Path, vllm: FakeEngine, **on: object) -> str:
-    """A profile of what is played, three days old; `on` is what the lane was measured on."""
+def measured_profile(folder: Path, vllm: FakeEngine, **on: object) -> str:
+    """A three days old profile of a fake vLLM; `on` is what its lane was measured on."""
     was = {"engine": "vllm", "model": "A", "version": "0.32.0", "slots": 4, **on}
     lane = {
         "at_once": [1, 4],
@@ -256,7 +256,7 @@ def measured(folder: Path, vllm: FakeEngine, **on: object) -> str:
 
 
 def profiled(vllm: FakeEngine, file: str, **model: object) -> dict[str, Any]:
-    """Settings of one model with one lane that decides by this file."""
+    """Settings of one model with one lane and this profile."""
     lanes = {"vllm": {"model": "A", "slots": 4}}
     return {
         "engines": {"vllm": {"urls": [vllm.url]}},
@@ -264,12 +264,12 @@ def profiled(vllm: FakeEngine, file: str, **model: object) -> dict[str, Any]:
     }
 
 
-async def test_status_says_how_old_the_profile_is_and_that_nothing_speaks_against_it(
+async def test_status_has_the_age_of_the_profile_and_no_warning(
     start_gateway: StartGateway, tmp_path: Path
 ) -> None:
     async with (
         FakeEngine("vllm", ["A"]) as vllm,
-        start_gateway(**profiled(vllm, measured(tmp_path, vllm))) as running,
+        start_gateway(**profiled(vllm, measured_profile(tmp_path, vllm))) as running,
     ):
         await running.until(lambda gateway: gateway.catalogue.models["m"].changed)
         said = (await running.status("m"))["profile"]
@@ -280,11 +280,11 @@ async def test_status_says_how_old_the_profile_is_and_that_nothing_speaks_agains
     assert said["warnings"] == []
 
 
-async def test_an_engine_that_is_not_the_one_that_was_measured_is_told_and_logged(
+async def test_an_engine_other_than_the_measured_one_is_a_warning(
     start_gateway: StartGateway, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with FakeEngine("vllm", ["A"]) as vllm:
-        how = profiled(vllm, measured(tmp_path, vllm, slots=16, digest="A"))
+        how = profiled(vllm, measured_profile(tmp_path, vllm, slots=16, digest="A"))
         async with start_gateway(**how) as running:
             await running.until(lambda gateway: gateway.catalogue.models["m"].changed)
             before = (await running.status("m"))["profile"]["warnings"]
@@ -306,12 +306,12 @@ async def test_an_engine_that_is_not_the_one_that_was_measured_is_told_and_logge
     assert logged == [f"m: the profile may be out of date: {told}" for told in before + after]
 
 
-async def test_an_engine_that_does_not_say_what_it_is_serves_all_the_same(
+async def test_an_engine_that_reports_no_identity_still_serves(
     start_gateway: StartGateway, tmp_path: Path
 ) -> None:
     async with FakeEngine("vllm", ["A"]) as vllm:
         vllm.script(then=status(500), path="/version")
-        async with start_gateway(**profiled(vllm, measured(tmp_path, vllm))) as running:
+        async with start_gateway(**profiled(vllm, measured_profile(tmp_path, vllm))) as running:
             lane = await ask(running)
             said = (await running.status("m"))["profile"]
 
@@ -325,7 +325,7 @@ async def test_answers_refine_a_measured_profile(
 ) -> None:
     async with (
         FakeEngine("vllm", ["A"], ttft_s=0.05) as vllm,
-        start_gateway(**profiled(vllm, measured(tmp_path, vllm))) as running,
+        start_gateway(**profiled(vllm, measured_profile(tmp_path, vllm))) as running,
     ):
         for _ in range(3):
             await ask(running, stream=stream)
@@ -336,12 +336,12 @@ async def test_answers_refine_a_measured_profile(
 
 
 @pytest.mark.parametrize("fields", [{"n": 2}, {"messages": "none"}])
-async def test_what_is_no_single_answer_refines_nothing(
+async def test_several_choices_and_failures_do_not_refine_the_profile(
     start_gateway: StartGateway, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     async with (
         FakeEngine("vllm", ["A"]) as vllm,
-        start_gateway(**profiled(vllm, measured(tmp_path, vllm))) as running,
+        start_gateway(**profiled(vllm, measured_profile(tmp_path, vllm))) as running,
     ):
         await running.http.post("/v1/chat/completions", json=chat(**fields))
         said = (await running.status("m"))["profile"]["refined"]
@@ -350,11 +350,11 @@ async def test_what_is_no_single_answer_refines_nothing(
 
 
 @pytest.mark.parametrize("model", [{"refine": False}, {"profile": None}])
-async def test_nothing_is_refined_where_it_is_not_wanted_or_only_assumed(
+async def test_no_profile_is_refined_that_is_assumed_or_set_not_to_be(
     start_gateway: StartGateway, tmp_path: Path, model: dict[str, Any]
 ) -> None:
     async with FakeEngine("vllm", ["A"]) as vllm:
-        how = profiled(vllm, measured(tmp_path, vllm))
+        how = profiled(vllm, measured_profile(tmp_path, vllm))
         how["models"]["m"] |= model
         async with start_gateway(**how) as running:
             await ask(running)

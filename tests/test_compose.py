@@ -124,6 +124,7 @@ def test_every_image_is_pinned(file: dict[str, Any]) -> None:
         assert re.search(r":v?\d+\.\d+\.\d+", image), image
 
 
+@pytest.mark.integration
 def test_the_repository_tracks_examples_of_keys_only_and_ignores_keys() -> None:
     listed = ["git", "ls-files", "secrets"]
     tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -137,7 +138,7 @@ def test_the_repository_tracks_examples_of_keys_only_and_ignores_keys() -> None:
     assert seen.split() == ["secrets/api_keys", "secrets/hf_token"]
 
 
-# deploy/await-room.sh: vLLM starts when the cards have room
+# deploy/await-room.sh: vLLM starts when the cards are free
 
 
 def command(folder: Path, name: str, script: str) -> None:
@@ -156,7 +157,8 @@ def script(name: str, *arguments: str, path: Path, **variables: str) -> subproce
     )
 
 
-def test_vllm_starts_where_every_card_has_room(tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_vllm_starts_if_every_card_is_free(tmp_path: Path) -> None:
     command(tmp_path, "nvidia-smi", "printf '23800, 200\\n23900, 100\\n'")
 
     said, _ = script("await-room.sh", "0.95", "echo", "vllm", "starts", path=tmp_path).communicate()
@@ -164,7 +166,8 @@ def test_vllm_starts_where_every_card_has_room(tmp_path: Path) -> None:
     assert said == "vllm starts\n"
 
 
-def test_vllm_waits_until_the_fullest_card_has_room(tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_vllm_waits_until_the_fullest_card_is_free(tmp_path: Path) -> None:
     free = tmp_path / "free"
     free.write_text("23800, 200\n3000, 21000\n")
     command(tmp_path, "nvidia-smi", f"cat {free}")
@@ -175,11 +178,12 @@ def test_vllm_waits_until_the_fullest_card_has_room(tmp_path: Path) -> None:
         free.write_text("23800, 200\n23800, 200\n")
         rest = waiting.stdout.read()
 
-    assert first == "await-room: waits until 0.95 of every card is free\n"
+    assert first == "await-room: waiting until a share of 0.95 of every card is free\n"
     assert rest == "vllm starts\n"
 
 
-def test_a_vllm_that_waits_is_stopped_at_once(tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_a_waiting_vllm_stops_at_once(tmp_path: Path) -> None:
     command(tmp_path, "nvidia-smi", "echo 0, 24000")
 
     with script("await-room.sh", "0.95", "false", path=tmp_path) as waiting:
@@ -190,8 +194,9 @@ def test_a_vllm_that_waits_is_stopped_at_once(tmp_path: Path) -> None:
     assert waiting.returncode == 0
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("broken", ["exit 9", "echo 'No devices were found' >&2"])
-def test_where_no_card_can_be_seen_vllm_itself_says_what_is_wrong(
+def test_without_a_visible_card_vllm_starts_and_reports_the_fault(
     tmp_path: Path, broken: str
 ) -> None:
     command(tmp_path, "nvidia-smi", broken)
@@ -201,23 +206,25 @@ def test_where_no_card_can_be_seen_vllm_itself_says_what_is_wrong(
         assert "vllm starts" in started.stdout.read()
 
 
-# deploy/pull.sh: a download's progress as lines
+# deploy/pull.sh: the progress of a download in lines
 
 
-def test_a_download_says_now_and_then_how_far_it_is(tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_a_download_prints_progress_lines(tmp_path: Path) -> None:
     bar = "for n in 1 2 3; do printf '\\r\\033[Kmodel: %s0 %%' $n; sleep 0.7; done"
 
     pulling = script("pull.sh", str(tmp_path), "sh", "-c", bar, path=tmp_path, EVERY_S="1")
     said, _ = pulling.communicate()
 
     assert pulling.returncode == 0
-    assert re.search(r"there \| model: [12]0 %\n", said)
-    assert said.endswith("there: done\n")
+    assert re.search(r"downloaded \| model: [12]0 %\n", said)
+    assert said.endswith("downloaded: done\n")
     assert "\r" not in said
     assert "\x1b" not in said
 
 
-def test_a_download_that_fails_says_why_and_that_it_can_go_on(tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_a_failed_download_prints_the_reason_and_that_it_can_continue(tmp_path: Path) -> None:
     failing = "printf '\\r10 %%'; echo 'no route to the hub' >&2; exit 3"
 
     pulling = script("pull.sh", str(tmp_path), "sh", "-c", failing, path=tmp_path)
@@ -225,4 +232,4 @@ def test_a_download_that_fails_says_why_and_that_it_can_go_on(tmp_path: Path) ->
 
     assert pulling.returncode == 3
     assert "no route to the hub" in said
-    assert "run it again" in said
+    assert "run the same command again" in said

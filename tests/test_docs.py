@@ -141,6 +141,7 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+@pytest.mark.integration
 def test_the_workflows_are_valid() -> None:
     program = shutil.which("actionlint")
     if program is None:

@@ -1,4 +1,4 @@
-"""What a failure looks like to the client, whichever it is."""
+"""The form of every error that a client can receive."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_every_failure_has_a_status_a_type_and_a_code_of_its_own(kind: type[Gate
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_type_says_whose_fault_it_is(kind: type[GatewayError]) -> None:
+def test_the_type_says_who_is_at_fault(kind: type[GatewayError]) -> None:
     owners = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     ours = "api_error" if kind.status >= 500 else "invalid_request_error"
 
     assert kind.type == owners.get(kind.status, ours)
 
 
-def test_a_message_may_hold_anything_and_stays_json() -> None:
+def test_any_message_stays_json() -> None:
     error = BadRequest('"}\r\ndata: [DONE]\n\n👋', param='a"b')
 
     envelope = error.envelope()
@@ -72,7 +72,7 @@ def test_without_a_time_there_is_no_retry_after() -> None:
     assert QueueFull("Full.").headers() == []
 
 
-def test_where_trying_again_cannot_help_the_sdks_are_told() -> None:
+def test_an_error_that_a_retry_cannot_help_tells_the_sdks() -> None:
     refused = EngineRefused("Conflict.", status=409, kind="conflict", param=None, code="taken")
 
     assert refused.headers() == [(b"x-should-retry", b"false")]
@@ -80,7 +80,7 @@ def test_where_trying_again_cannot_help_the_sdks_are_told() -> None:
     assert EngineFailed("Broken.", retry_after=1).headers() == [(b"retry-after", b"1")]
 
 
-def test_an_engines_refusal_keeps_its_own_words() -> None:
+def test_an_engines_refusal_keeps_its_message() -> None:
     refused = EngineRefused("Too long.", status=422, kind="BadRequest", param="prompt", code="long")
 
     assert refused.status == 422

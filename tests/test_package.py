@@ -79,6 +79,7 @@ def below(folder: str, names: frozenset[str]) -> set[str]:
 # The archives
 
 
+@pytest.mark.integration
 def test_no_archive_holds_a_key(archives: Archives) -> None:
     for names in (archives.in_sdist, archives.in_wheel):
         assert not [name for name in names if "secrets" in name]
@@ -86,6 +87,7 @@ def test_no_archive_holds_a_key(archives: Archives) -> None:
         assert path.is_dir() or KEY.encode() not in path.read_bytes()
 
 
+@pytest.mark.integration
 def test_the_sdist_holds_what_git_tracks_and_nothing_else(archives: Archives) -> None:
     assert {"LICENSE", "README.md", "pyproject.toml", "uv.lock", "compose.yaml"} <= (
         archives.in_sdist
@@ -95,6 +97,7 @@ def test_the_sdist_holds_what_git_tracks_and_nothing_else(archives: Archives) ->
     assert not {"notes.txt", "twolane.yaml", ".env"} & archives.in_sdist
 
 
+@pytest.mark.integration
 def test_the_wheel_holds_the_program_and_no_fakes_benchmarks_or_tests(archives: Archives) -> None:
     folders = {name.split("/")[0] for name in archives.in_wheel}
 
@@ -107,6 +110,7 @@ def test_the_wheel_holds_the_program_and_no_fakes_benchmarks_or_tests(archives: 
     assert f"twolane-{VERSION}.dist-info/licenses/LICENSE" in archives.in_wheel
 
 
+@pytest.mark.integration
 def test_the_wheel_imports_nothing_that_is_left_out_of_it(archives: Archives) -> None:
     for path in archives.installed.rglob("*.py"):
         imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE)
@@ -114,6 +118,7 @@ def test_the_wheel_imports_nothing_that_is_left_out_of_it(archives: Archives) ->
         assert not [n for n in imported if n.startswith(left_out)], path
 
 
+@pytest.mark.integration
 def test_the_wheel_holds_the_box_as_the_checkout_has_it(archives: Archives) -> None:
     for origin in init.BOX.values():
         files = [f for f in [ROOT / origin, *(ROOT / origin).rglob("*")] if f.is_file()]
@@ -155,6 +160,7 @@ def test_the_lock_has_one_fastapi_for_all_but_vllm() -> None:
 # The wheel, outside a checkout
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -177,6 +183,7 @@ def test_the_commands_of_the_wheel_run(
     assert ended.stdout
 
 
+@pytest.mark.integration
 def test_the_wheel_looks_this_machine_over(archives: Archives, tmp_path: Path) -> None:
     ended = archives.run(tmp_path, "doctor", "--json")
 
@@ -187,6 +194,7 @@ def test_the_wheel_looks_this_machine_over(archives: Archives, tmp_path: Path) -
 # twolane init
 
 
+@pytest.mark.integration
 def test_init_of_the_wheel_writes_all_that_compose_needs(
     archives: Archives, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""The configuration: what weighs more, and what is told of a mistake in it."""
+"""The configuration: the order of its sources, and the messages about mistakes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.settings import Settings, SettingsError
 
 
 class Place:
-    """Where a configuration comes from: a file, the environment, the command line."""
+    """The sources of a configuration: a file, the environment, the command line."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._folder = folder
@@ -32,7 +32,7 @@ class Place:
         return settings.load(path, given or {}, os.environ)
 
     def mistake(self, text: str | None = None, /, **environ: str) -> str:
-        """What is said of a configuration that cannot be used."""
+        """The message about a configuration that cannot be used."""
         with pytest.raises(SettingsError) as caught:
             self.load(text, **environ)
         return str(caught.value)
@@ -43,10 +43,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(tmp_path, monkeypatch)
 
 
-# What weighs more
+# The order of the sources
 
 
-def test_nothing_said_is_a_configuration(place: Place) -> None:
+def test_an_empty_configuration_is_valid(place: Place) -> None:
     read = place.load()
 
     assert read.port == 8000
@@ -54,7 +54,7 @@ def test_nothing_said_is_a_configuration(place: Place) -> None:
     assert place.load("# nothing\n").model_dump() == read.model_dump()
 
 
-def test_the_environment_beats_the_file_and_the_command_line_beats_both(place: Place) -> None:
+def test_the_command_line_precedes_the_environment_and_that_the_file(place: Place) -> None:
     text = "port: 9001"
 
     assert place.load(text).port == 9001
@@ -127,18 +127,18 @@ def test_a_misspelt_variable_names_the_nearest_right_one(
     assert said == f"{name}: there is no such setting; did you mean {nearest}?"
 
 
-def test_a_name_like_no_other_gets_no_guess(place: Place) -> None:
+def test_a_name_like_no_setting_has_no_hint(place: Place) -> None:
     assert place.mistake("xyzzy: 1").endswith("xyzzy: there is no such setting")
     assert place.mistake(TWOLANE_XYZZY="1") == "TWOLANE_XYZZY: there is no such setting"
 
 
-def test_all_mistakes_are_told_at_once(place: Place) -> None:
+def test_all_mistakes_are_reported_together(place: Place) -> None:
     said = place.mistake("prot: 1\nport: many\nlimits: {idle_s: 0}").splitlines()
 
     assert [line.split(": ")[1] for line in said] == ["port", "limits.idle_s", "prot"]
 
 
-def test_variables_of_others_are_none_of_ours(place: Place) -> None:
+def test_variables_of_other_programs_are_ignored(place: Place) -> None:
     assert place.load(TWOLANES_PROT="1", PORT="2").port == 8000
 
 
@@ -159,9 +159,7 @@ def test_variables_of_others_are_none_of_ours(place: Place) -> None:
         ("models: {m: {lanes: {}}}", "models.m.lanes: Dictionary should have at least 1 item"),
     ],
 )
-def test_a_value_that_makes_no_sense_is_told_with_its_place(
-    place: Place, text: str, said: str
-) -> None:
+def test_an_invalid_value_is_reported_with_its_place(place: Place, text: str, said: str) -> None:
     assert said in place.mistake(text)
 
 
@@ -169,13 +167,13 @@ def test_a_value_that_makes_no_sense_is_told_with_its_place(
     "url",
     ["localhost:8001", "ftp://a", "http://", "gpu", "http://a?key=1", "http://me:secret@a", ""],
 )
-def test_a_bad_url_is_told_with_what_to_write(place: Place, url: str) -> None:
+def test_an_invalid_url_is_reported_with_what_to_write(place: Place, url: str) -> None:
     said = place.mistake(f"engines: {{vllm: {{urls: ['{url}']}}}}")
 
     assert f"engines.vllm.urls.0: '{url}' is not a base URL: write http://HOST:PORT" in said
 
 
-def test_a_port_that_is_none_is_a_bad_url(place: Place) -> None:
+def test_a_url_with_an_invalid_port_is_refused(place: Place) -> None:
     said = place.mistake("engines: {vllm: {urls: ['http://a:99999']}}")
 
     assert "engines.vllm.urls.0: Port out of range" in said
@@ -188,7 +186,7 @@ def test_a_base_url_may_be_written_with_v1(place: Place, url: str) -> None:
     assert read.engines["vllm"].urls == ("http://gpu:8000",)
 
 
-def test_a_list_that_is_no_json_in_the_environment_says_so(place: Place) -> None:
+def test_a_list_in_the_environment_that_is_not_json_is_refused(place: Place) -> None:
     assert "write lists and maps as JSON" in place.mistake(TWOLANE_API_KEYS="secret-secret")
 
 
@@ -197,7 +195,7 @@ def test_off_without_quotes_turns_the_log_off(place: Place) -> None:
     assert place.load("log: 'off'").log == "off"
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot be read"):
         settings.load(tmp_path / "none.yaml", {}, {})
 
@@ -299,7 +297,7 @@ def test_lanes_that_do_not_fit_together_share_a_gpu(place: Place) -> None:
         (shared_gpu("lanes: {vllm: {model: A, memory_gib: 0}}"), "memory_gib: Input should be gr"),
     ],
 )
-def test_what_one_gpu_cannot_do_is_told_with_what_to_change(
+def test_an_impossible_use_of_one_gpu_is_reported_with_what_to_change(
     place: Place, text: str, said: str
 ) -> None:
     assert said in place.mistake(text)
@@ -320,7 +318,7 @@ def test_what_one_gpu_cannot_do_is_told_with_what_to_change(
         shared_gpu(f"pin: vllm, {BOTH}", f"pin: ollama, {BOTH}").replace("exclusive", "shared"),
     ],
 )
-def test_what_one_gpu_can_do_is_let_pass(place: Place, text: str) -> None:
+def test_a_possible_use_of_one_gpu_is_accepted(place: Place, text: str) -> None:
     assert place.load(text).models
 
 
@@ -336,7 +334,7 @@ def test_what_one_gpu_can_do_is_let_pass(place: Place, text: str) -> None:
         ("{urls: ['http://a:1'], command: ['']}", "engines.vllm.command.0: "),
     ],
 )
-def test_a_command_is_of_one_server_and_only_that_has_a_log(
+def test_a_command_starts_one_server_and_only_that_has_a_log(
     place: Place, engine: str, said: str
 ) -> None:
     assert said in place.mistake(f"engines: {{vllm: {engine}}}")
@@ -354,7 +352,7 @@ def test_a_public_address_without_a_key_is_refused(place: Place, host: str) -> N
 
 
 @pytest.mark.parametrize("more", ["api_keys: [a-long-secret]", "allow_public_without_key: true"])
-def test_a_public_address_is_for_who_has_a_key_or_says_so(place: Place, more: str) -> None:
+def test_a_public_address_needs_a_key_or_explicit_permission(place: Place, more: str) -> None:
     place.load(f"host: 0.0.0.0\n{more}").check_exposure()
 
 
@@ -363,13 +361,13 @@ def test_this_machine_needs_no_key(place: Place, host: str) -> None:
     place.load(f"host: '{host}'").check_exposure()
 
 
-def test_where_a_container_is_published_decides_who_can_come(place: Place) -> None:
+def test_the_published_address_of_a_container_is_the_one_checked(place: Place) -> None:
     place.load("host: 0.0.0.0\npublished: 127.0.0.1").check_exposure()
     with pytest.raises(SettingsError, match=r"published 192\.0\.2\.1 is open to other machines"):
         place.load("host: 0.0.0.0\npublished: 192.0.2.1").check_exposure()
 
 
-def test_who_is_published_to_others_is_told_where_a_key_belongs(place: Place) -> None:
+def test_the_error_of_a_published_address_names_the_keys_file(place: Place) -> None:
     keys = place.file("# none yet\n", "keys")
     settings = f"host: 0.0.0.0\npublished: 0.0.0.0\napi_keys_file: {keys}"
 
@@ -395,7 +393,7 @@ def test_a_file_without_a_key_is_refused(place: Place, text: str) -> None:
         place.load(f"api_keys_file: {keys}").keys()
 
 
-def test_a_keys_file_that_is_not_there_is_told(place: Place) -> None:
+def test_a_missing_keys_file_is_an_error(place: Place) -> None:
     with pytest.raises(SettingsError, match="api_keys_file: /none: "):
         place.load("api_keys_file: /none").keys()
 

@@ -1,7 +1,7 @@
-"""A fake engine that behaves like Ollama, vLLM or llama.cpp, and misbehaves as told.
+"""A fake engine that behaves like Ollama, vLLM or llama.cpp, and fails as scripted.
 
 It serves over real sockets and plays faults down to the byte. Tests run it in their own
-event loop; demos and load tests as a program, `python -m backends.fake --help`.
+event loop; demos and load tests run it as a program, `python -m backends.fake --help`.
 """
 
 from backends.fake.engine import FakeEngine

@@ -14,31 +14,36 @@ from backends.fake.engine import BEHAVIOURS, FakeEngine
 
 
 def arguments() -> argparse.ArgumentParser:
-    """What can be set on the command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m backends.fake", description=__doc__)
     add = parser.add_argument
     add("--kind", choices=[*BEHAVIOURS], required=True)
-    add("--port", type=int, default=0, help="0: any free one, told on stdout")
-    add("--control-port", type=int, help="to watch and script it; none without this")
-    add("--model", action="append", help="one it chats with; may be repeated (m)")
-    add("--embedding", action="append", default=[], help="one made for embeddings")
-    add("--ttft", type=float, default=0.0, help="slot to first token, s (0)")
-    add("--gap", type=float, default=0.0, help="token to token, s (0)")
-    add("--tokens", type=int, default=64, help="length of an answer without a limit (64)")
-    add("--slots", type=int, default=16, help="answered at once; all others wait (16)")
+    add("--port", type=int, default=0, help="port; 0: any free one, printed on stdout")
+    add("--control-port", type=int, help="port to watch and script it (none)")
+    add("--model", action="append", help="model it chats with; may be repeated (m)")
+    add(
+        "--embedding",
+        action="append",
+        default=[],
+        help="model made for embeddings; may be repeated",
+    )
+    add("--ttft", type=float, default=0.0, help="from the slot to the first token, s (0)")
+    add("--gap", type=float, default=0.0, help="between tokens, s (0)")
+    add("--tokens", type=int, default=64, help="length of an answer that has no limit (64)")
+    add("--slots", type=int, default=16, help="concurrent requests; all others wait (16)")
     add("--context", type=int, default=8192, help="context length, tokens (8192)")
-    add("--tools", action="store_true", help="takes tools")
-    add("--dev-mode", action="store_true", help="vllm: has /sleep and /wake_up")
-    add("--sleep", type=float, default=0.0, help="vllm: to fall asleep, s (0)")
-    add("--wake", type=float, help="vllm: to wake, s (as long)")
-    add("--load", type=float, default=0.0, help="ollama: to load a model, s (0)")
-    add("--unload", type=float, default=0.0, help="ollama: to let it go, s (0)")
-    add("--loading", type=float, default=0.0, help="llamacpp: says 503 for so long, s (0)")
+    add("--tools", action="store_true", help="accept tools")
+    add("--dev-mode", action="store_true", help="vllm: with /sleep and /wake_up")
+    add("--sleep", type=float, default=0.0, help="vllm: time to fall asleep, s (0)")
+    add("--wake", type=float, help="vllm: time to wake, s (as --sleep)")
+    add("--load", type=float, default=0.0, help="ollama: time to load a model, s (0)")
+    add("--unload", type=float, default=0.0, help="ollama: time to unload it, s (0)")
+    add("--loading", type=float, default=0.0, help="llamacpp: time it answers 503 at first, s (0)")
     return parser
 
 
 async def serve(options: argparse.Namespace) -> None:
-    """Be the engine until told to stop (SIGTERM, SIGINT)."""
+    """Serve until SIGTERM or SIGINT."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stop.set)
@@ -63,15 +68,15 @@ async def serve(options: argparse.Namespace) -> None:
     )
     async with AsyncExitStack() as opened:
         await opened.enter_async_context(engine)
-        told = f"{options.kind} at {engine.url}"
+        line = f"{options.kind} at {engine.url}"
         if options.control_port is not None:
             control = await opened.enter_async_context(Control(engine, options.control_port))
-            told += f", control at {control.url}"
-        sys.stdout.write(f"{told}\n")
+            line += f", control at {control.url}"
+        sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
         if engine.loading:
             loop.call_later(options.loading, setattr, engine, "loading", False)
-        # What lives now lives to the end: a collection need not look at it, and is shorter.
+        # All objects so far live to the end: without them a garbage collection is shorter.
         gc.freeze()
         await stop.wait()
 

@@ -1,8 +1,7 @@
-"""What each engine says: its endpoints, its words for an error, the forms of its streams.
+"""What one kind of engine answers: its endpoints, its error bodies, the form of its streams.
 
-Nearly all of it is decided and nothing waited for: a kind waits only where the engine
-makes its client wait (loading, falling asleep). How the three differ is in the modules
-named after them.
+A behaviour decides and sends nothing. It waits only where the real engine makes its client
+wait (loading, falling asleep). The modules named after the engines have their differences.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ GENERATING = frozenset((CHAT, COMPLETIONS, EMBEDDINGS))
 
 @dataclass(frozen=True, slots=True)
 class PlainAnswer:
-    """An answer in one piece: JSON, or text, or bytes."""
+    """An answer in one piece: JSON, text, or bytes."""
 
     body: object
     status: int = 200
@@ -41,7 +40,7 @@ class PlainAnswer:
 
     @property
     def encoded(self) -> bytes:
-        """Its bytes."""
+        """The body, as bytes."""
         match self.body:
             case bytes():
                 return self.body
@@ -51,7 +50,7 @@ class PlainAnswer:
 
 
 class Refusal(Exception):
-    """The request cannot be served; this is what the engine says instead."""
+    """The request cannot be served; `answer` is what the engine sends instead."""
 
     def __init__(self, answer: PlainAnswer) -> None:
         super().__init__(answer)
@@ -60,7 +59,7 @@ class Refusal(Exception):
 
 @dataclass(slots=True)
 class Job:
-    """One answer to be generated."""
+    """One answer to be generated, as the request asks for it."""
 
     id: str
     created: int
@@ -70,19 +69,19 @@ class Job:
     tokens: int
     finish: str
     stream: bool = False
-    usage: bool = False  # whether the stream tells its token counts
+    usage: bool = False  # whether the stream has a usage event
     choices: int = 1
-    inputs: int = 1  # texts to be embedded
-    base64: bool = False  # … packed, not as numbers
+    inputs: int = 1  # texts to be embedded …
+    base64: bool = False  # … as packed numbers
 
     @property
     def text(self) -> str:
-        """The whole answer."""
+        """The whole text of the answer."""
         return "".join(text(index) for index in range(self.tokens))
 
     @property
     def counts(self) -> dict[str, int]:
-        """Its usage."""
+        """The token counts, as in `usage`."""
         return usage(self.prompt_tokens, self.tokens * self.choices)
 
 
@@ -95,13 +94,13 @@ class Behaviour(ABC):
     """What one kind of engine answers. It keeps no state: that is the process's."""
 
     name: ClassVar[str]
-    #: Whether a stream's head comes at once, before there is a slot, or with its first token.
+    #: Whether a stream's head comes at once, before a slot is free, or with its first token.
     head_first: ClassVar[bool] = False
-    #: Whether a model takes memory when somebody asks for it, and not when the process starts.
+    #: Whether a model takes memory when it is requested, and not when the process starts.
     loads_when_asked: ClassVar[bool] = False
     closes_after_stream: ClassVar[bool] = False
     closes_after_error: ClassVar[bool] = False
-    #: After so long it closes idle connections; None: never.
+    #: Idle connections are closed after so long, seconds; None: never.
     keep_alive_s: ClassVar[float | None] = None
     json_type: ClassVar[str] = "application/json"
     stream_type: ClassVar[str] = "text/event-stream"
@@ -111,10 +110,10 @@ class Behaviour(ABC):
         self.process = process
         self._ids = itertools.count(1)
 
-    # What each does its own way
+    # What differs
 
     def headers(self) -> dict[str, str]:
-        """What it says of itself in each answer."""
+        """The headers of every answer."""
         return {"date": formatdate(usegmt=True)}
 
     def stream_headers(self) -> dict[str, str]:
@@ -125,13 +124,13 @@ class Behaviour(ABC):
     def refuse(
         self, status: int, message: str, kind: str = "", param: str | None = None
     ) -> Refusal:
-        """The refusal in its own words, to be raised."""
+        """The refusal in this engine's words, to be raised."""
 
     def admit(self, request: Received) -> None:  # noqa: B027 - most take any
-        """Let this request in, whatever it asks for, or raise `Refusal`."""
+        """Check a request before it is read; raises `Refusal`."""
 
     def operation(self, request: Received) -> str:
-        """What this asks for where one path stands for several things, else nothing."""
+        """The operation a request asks for, on a path with several; elsewhere empty."""
         return ""
 
     @abstractmethod
@@ -143,11 +142,11 @@ class Behaviour(ABC):
         """What is to be generated; raises `Refusal`."""
 
     async def prepare(self, job: Job) -> None:  # noqa: B027 - most are always
-        """Return when the model is where it can start on this."""
+        """Return when the model can start on this."""
 
     @abstractmethod
     def token(self, job: Job, index: int) -> Iterable[bytes]:
-        """What is sent with one token: each a write of its own."""
+        """What is sent with one token, each item in a write of its own."""
 
     @abstractmethod
     def closing(self, job: Job) -> Iterable[bytes]:
@@ -157,14 +156,14 @@ class Behaviour(ABC):
     def whole(self, job: Job) -> bytes:
         """The answer in one piece."""
 
-    # What they have in common
+    # What all have in common
 
     def names(self) -> list[str]:
-        """All its models."""
+        """The names of all its models."""
         return [*self.process.models, *self.process.embedding]
 
     def new_job(self, request: Received, body: Json, limit: object = None) -> Job:
-        """A job for a body that was found good; `limit` is the longest answer asked for."""
+        """A job for a valid body; `limit` is the longest answer that it asks for, tokens."""
         tokens, finish = self.process.tokens, "stop"
         if isinstance(limit, int) and (limit < tokens or body.get("ignore_eos")):
             tokens, finish = limit, "length"
@@ -175,9 +174,9 @@ class Behaviour(ABC):
                 tokens, finish = index, "stop"
         stream = bool(body.get("stream")) and request.path != EMBEDDINGS
         options = body.get("stream_options") or {}
-        given = body.get("input")
-        # One text may come as a list, too: of its tokens.
-        texts = given if isinstance(given, list) and isinstance(given[0], str | list) else [given]
+        inputs = body.get("input")
+        # A single text may also come as the list of its tokens.
+        several = isinstance(inputs, list) and isinstance(inputs[0], str | list)
         return Job(
             id=f"{self.id_prefix.get(request.path, '')}{next(self._ids)}",
             created=int(time.time()),
@@ -188,13 +187,13 @@ class Behaviour(ABC):
             finish=finish,
             stream=stream,
             usage=stream and bool(options.get("include_usage")),
-            inputs=len(texts),
+            inputs=len(body["input"]) if several else 1,
             base64=body.get("encoding_format") == "base64",
         )
 
 
 def prompt_tokens(body: Json) -> int:
-    """The tokens of a prompt: one for each word, as everything here has one."""
+    """The tokens of a prompt: one for each word."""
 
     def words(value: object) -> int:
         match value:
@@ -212,11 +211,11 @@ def prompt_tokens(body: Json) -> int:
 
 
 def vectors(job: Job) -> list[Json]:
-    """One short vector for each text, its first number telling which."""
-    made: list[Json] = []
+    """One short vector for each text; the first number is that of the text."""
+    embeddings: list[Json] = []
     for index in range(job.inputs):
         numbers = [index + 1.0, 0.5, -0.5, 0.25]
         packed = base64.b64encode(struct.pack("<4f", *numbers)).decode()
         vector = packed if job.base64 else numbers
-        made.append({"object": "embedding", "index": index, "embedding": vector})
-    return made
+        embeddings.append({"object": "embedding", "index": index, "embedding": vector})
+    return embeddings

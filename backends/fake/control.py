@@ -1,18 +1,18 @@
-"""A port beside the engine's own, to watch it and to script it from outside.
+"""A second port, to watch a fake engine and to script it from another process.
 
-    GET /           what it is doing
+    GET /           its state
     POST /script    an answer for the next generating request: a list of steps
     DELETE /script  normal service again
-    POST /down      refuse connections, reset those there are
+    POST /down      refuse connections, reset the open ones
     POST /kill      end its process as `kill -9` does: its memory is free
-    POST /up        listen again; started anew if it has died
+    POST /up        listen again; a process that has died is started anew
 
 Steps are written as `"reset"`, `"close"`, `"kill"`, `"silence"`, `"serve"`, or as an object:
 `{"serve": {"tokens": 3}}`, `{"pause": 0.5}`, `{"event": {…}}`, `{"send": "text", "split": 1}`,
 `{"head": {"status": 200, "headers": {…}, "length": 5}}`, `{"cut": 1000, "answer": […]}`,
 `{"repeat": […], "times": 3}`, `{"status": 503, "message": "…", "retry_after": 2}`.
-Instead of the list, `{"answer": […], "times": 3, "path": "/health"}` queues it more than
-once (`null`: for ever) or for another path.
+Instead of the list, `{"answer": […], "times": 3, "path": "/health"}` queues an answer
+several times (`null`: for ever) or for another path.
 """
 
 from __future__ import annotations
@@ -52,15 +52,11 @@ WORDS: dict[str, Step] = {
 }
 
 
-def read_answer(said: Any) -> Answer:  # noqa: C901, PLR0911 - a table
-    """The answer that this JSON describes.
-
-    Raises:
-        ValueError: It describes none.
-    """
-    match said:
+def read_answer(described: Any) -> Answer:  # noqa: C901, PLR0911 - a table
+    """The answer that this JSON describes; raises ValueError where it describes none."""
+    match described:
         case list():
-            return [step for part in said for step in steps(read_answer(part))]
+            return [step for part in described for step in steps(read_answer(part))]
         case str() as word if word in WORDS:
             return WORDS[word]
         case {"serve": fields}:
@@ -72,20 +68,20 @@ def read_answer(said: Any) -> Answer:  # noqa: C901, PLR0911 - a table
         case {"event": data}:
             return Send(event(data))
         case {"send": str() as text}:
-            return Send(text.encode(), said.get("split"))
+            return Send(text.encode(), described.get("split"))
         case {"cut": int() as after}:
-            return Cut(after, read_answer(said.get("answer", "serve")))
+            return Cut(after, read_answer(described.get("answer", "serve")))
         case {"repeat": repeated}:
-            return Repeat(read_answer(repeated), said.get("times"))
+            return Repeat(read_answer(repeated), described.get("times"))
         case {"status": int() as code}:
-            message = said.get("message", "scripted")
-            return status(code, message, retry_after=said.get("retry_after"))
-    msg = f"no step: {said!r}"
+            message = described.get("message", "scripted")
+            return status(code, message, retry_after=described.get("retry_after"))
+    msg = f"not a step: {described!r}"
     raise ValueError(msg)
 
 
 class _Queued(msgspec.Struct, forbid_unknown_fields=True):
-    """An answer, and for which requests."""
+    """An answer, and the requests that it is for."""
 
     answer: Any
     times: int | None = 1
@@ -138,12 +134,16 @@ class Control:
                 except OutOfMemory as exc:
                     code, body = 409, {"error": str(exc)}
             case _:
-                code, body = 404, {"error": "no such thing to control"}
+                code, body = 404, {"error": "there is no such control path"}
         headers = {"content-type": "application/json"}
         await reply.whole(code, msgspec.json.encode(body), headers)
 
-    def _script(self, said: object) -> None:
-        queued = _Queued(said) if isinstance(said, list) else msgspec.convert(said, _Queued)
+    def _script(self, described: object) -> None:
+        queued = (
+            _Queued(described)
+            if isinstance(described, list)
+            else msgspec.convert(described, _Queued)
+        )
         answer = read_answer(queued.answer)
         if queued.times is None:
             self._engine.script(then=answer, path=queued.path)
@@ -151,7 +151,7 @@ class Control:
             self._engine.script(*[answer] * queued.times, path=queued.path)
 
     def state(self) -> dict[str, object]:
-        """What the engine is doing."""
+        """The state of the engine."""
         engine = self._engine
         return {
             "url": engine.url,

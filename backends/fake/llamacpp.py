@@ -1,4 +1,4 @@
-"""What llama.cpp's server says, as seen from `xllamacpp` 2026.10."""
+"""The answers of llama.cpp's server, as `xllamacpp` 2026.10 gives them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOOLS_TEMPLATE = "{% if tools %}{{ tools }}{% endif %}"
 
 
 class FakeLlamaCpp(Behaviour):
-    """Has one model for its life and answers for it under any name."""
+    """Serves the model it was started with, under any name."""
 
     name = "llamacpp"
     closes_after_stream = True
@@ -33,7 +33,7 @@ class FakeLlamaCpp(Behaviour):
     id_prefix = dict.fromkeys((CHAT, "/v1/completions"), "chatcmpl-")
 
     def headers(self) -> dict[str, str]:
-        # The promise to keep the connection is there when it is closed after a stream, too.
+        # It promises keep-alive, also where it closes the connection after a stream.
         promise = {"keep-alive": "timeout=5, max=100"}
         return {"server": "llama.cpp", "access-control-allow-origin": "", **promise}
 
@@ -48,7 +48,7 @@ class FakeLlamaCpp(Behaviour):
             PlainAnswer({"error": {"code": status, "message": message, "type": kind}}, status)
         )
 
-    # Besides generating
+    # Control requests
 
     async def control(self, request: Received) -> PlainAnswer:
         self._refuse_while_loading()
@@ -179,7 +179,7 @@ class FakeLlamaCpp(Behaviour):
     def closing(self, job: Job) -> Iterator[bytes]:
         for choice in range(job.choices):
             end = self._chunk(job, choice, {}, job.finish)
-            if job.path != CHAT:  # told whether asked for or not
+            if job.path != CHAT:  # reported without being asked for
                 yield event(end | {"usage": self._counts(job)})
             elif job.usage and choice == job.choices - 1:
                 yield event(end) + event(end | {"choices": [], "usage": self._counts(job)})
@@ -190,22 +190,22 @@ class FakeLlamaCpp(Behaviour):
     def whole(self, job: Job) -> bytes:
         if job.path == EMBEDDINGS:
             counts = {"prompt_tokens": job.prompt_tokens, "total_tokens": job.prompt_tokens}
-            made: Json = {"model": job.model, "object": "list", "usage": counts}
-            return PlainAnswer(made | {"data": vectors(job)}).encoded
-        said: Json = {"text": job.text, "logprobs": None}
+            body: Json = {"model": job.model, "object": "list", "usage": counts}
+            return PlainAnswer(body | {"data": vectors(job)}).encoded
+        fields: Json = {"text": job.text, "logprobs": None}
         if job.path == CHAT:
-            said = {"message": {"role": "assistant", "content": job.text}}
+            fields = {"message": {"role": "assistant", "content": job.text}}
         choices = [
-            {**said, "index": index, "finish_reason": job.finish} for index in range(job.choices)
+            {**fields, "index": index, "finish_reason": job.finish} for index in range(job.choices)
         ]
-        made = self._frame(job, "chat.completion" if job.path == CHAT else "text_completion")
-        return PlainAnswer(made | {"choices": choices, "usage": self._counts(job)}).encoded
+        body = self._frame(job, "chat.completion" if job.path == CHAT else "text_completion")
+        return PlainAnswer(body | {"choices": choices, "usage": self._counts(job)}).encoded
 
     def _chunk(self, job: Job, index: int, delta: Json, finish: str | None = None) -> Json:
-        what, said = "text_completion", {"text": delta.get("content", ""), "logprobs": None}
+        what, fields = "text_completion", {"text": delta.get("content", ""), "logprobs": None}
         if job.path == CHAT:
-            what, said = "chat.completion.chunk", {"delta": delta}
-        choice: Json = {"finish_reason": finish, "index": index, **said}
+            what, fields = "chat.completion.chunk", {"delta": delta}
+        choice: Json = {"finish_reason": finish, "index": index, **fields}
         return {"choices": [choice], **self._frame(job, what)}
 
     def _frame(self, job: Job, what: str) -> Json:
@@ -218,6 +218,6 @@ class FakeLlamaCpp(Behaviour):
         }
 
     def _counts(self, job: Job) -> Json:
-        # Of several answers it counts one.
+        # It counts only one of several answers.
         counts = usage(job.prompt_tokens, job.tokens)
         return {**counts, "prompt_tokens_details": {"cached_tokens": 0}}

@@ -1,4 +1,4 @@
-"""What Ollama says, as seen from 0.24."""
+"""The answers of Ollama, as its release 0.24 gives them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ GO_TYPES = {
 
 
 class FakeOllama(Behaviour):
-    """Loads models when they are asked for. Its names have a tag, `latest` if none is given."""
+    """Loads models when they are requested. Names without a tag get the tag `latest`."""
 
     name = "ollama"
     loads_when_asked = True
@@ -55,7 +55,7 @@ class FakeOllama(Behaviour):
         return Refusal(PlainAnswer({"error": error}, status))
 
     def admit(self, request: Received) -> None:
-        # Its guard against DNS rebinding: a name that may be anybody's is not let in.
+        # Its guard against DNS rebinding: it refuses public host names.
         host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
         own = host in ("", "localhost") or host.endswith((".localhost", ".local", ".internal"))
         if not own and not host.replace(".", "").isdecimal() and ":" not in host:
@@ -66,7 +66,7 @@ class FakeOllama(Behaviour):
             return ""
         return "unload" if request.body.get("keep_alive") in (0, "0", "0s") else "load"
 
-    # Besides generating
+    # Control requests
 
     async def control(self, request: Received) -> PlainAnswer:  # noqa: PLR0911 - a table
         match request.method, request.path:
@@ -96,7 +96,7 @@ class FakeOllama(Behaviour):
         raise Refusal(PlainAnswer("404 page not found", 404, "text/plain"))
 
     async def _load_or_unload(self, request: Received) -> PlainAnswer:
-        """Load a model or let it go, which is what a generate without a prompt does."""
+        """Load or unload a model, as a generate without a prompt does."""
         model = self._checked(self._model_of(request))
         reason = self.operation(request)
         if reason == "unload":
@@ -202,11 +202,11 @@ class FakeOllama(Behaviour):
         if body.get("tools") and not self.process.tools:
             name = f"registry.ollama.ai/library/{full_name(model)}"
             raise self.refuse(400, f"{name} does not support tools")
-        # Never read: max_completion_tokens, n, ignore_eos, and all else it does not know.
+        # It ignores max_completion_tokens, n, ignore_eos, and every field it does not know.
         known = {key: value for key, value in body.items() if key != "ignore_eos"}
         limit = body.get("max_tokens")
         job = self.new_job(request, known, limit if limit and limit > 0 else None)
-        # A prompt too long is cut, without a word.
+        # A prompt that is too long is cut silently.
         job.prompt_tokens = min(job.prompt_tokens, self.process.context)
         return job
 
@@ -225,15 +225,15 @@ class FakeOllama(Behaviour):
     def whole(self, job: Job) -> bytes:
         if job.path == EMBEDDINGS:
             counts = {"prompt_tokens": job.prompt_tokens, "total_tokens": job.prompt_tokens}
-            made = {"object": "list", "data": vectors(job), "model": job.model, "usage": counts}
-            return PlainAnswer(made).encoded + b"\n"
+            body = {"object": "list", "data": vectors(job), "model": job.model, "usage": counts}
+            return PlainAnswer(body).encoded + b"\n"
         choice: Json = {"index": 0, "finish_reason": job.finish}
         if job.path == CHAT:
             choice["message"] = {"role": "assistant", "content": job.text}
         else:
             choice["text"] = job.text
-        made = self._frame(job, "chat.completion" if job.path == CHAT else "text_completion")
-        return PlainAnswer(made | {"choices": [choice], "usage": job.counts}).encoded + b"\n"
+        body = self._frame(job, "chat.completion" if job.path == CHAT else "text_completion")
+        return PlainAnswer(body | {"choices": [choice], "usage": job.counts}).encoded + b"\n"
 
     def _chunk(self, job: Job, content: str, finish: str | None) -> Json:
         if job.path == CHAT:
@@ -241,10 +241,10 @@ class FakeOllama(Behaviour):
             choices: list[Json] = [{"index": 0, "delta": delta, "finish_reason": finish}]
             return self._frame(job, "chat.completion.chunk") | {"choices": choices}
         choices = [{"text": content, "index": 0, "finish_reason": finish}]
-        made = self._frame(job, "text_completion") | {"choices": choices}
-        if job.usage:  # nothing but zeros until the end
-            made["usage"] = usage()
-        return made
+        body = self._frame(job, "text_completion") | {"choices": choices}
+        if job.usage:  # all zeros until the last event
+            body["usage"] = usage()
+        return body
 
     def _frame(self, job: Job, what: str) -> Json:
         return {

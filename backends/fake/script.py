@@ -1,6 +1,6 @@
-"""What a scripted answer is made of: a few steps, which can be put together into any fault.
+"""Scripted answers: a few steps that combine into any fault.
 
-An answer is a step or a list of steps, played in order on the wire:
+An answer is a step or a list of steps, which are played in order:
 
     Reset()                                     no answer at all, the connection reset
     [Serve(tokens=3), Reset()]                  three tokens as usual, then reset
@@ -9,9 +9,9 @@ An answer is a step or a list of steps, played in order on the wire:
     [Cut(1000), Reset()]                        the first 1000 bytes as usual, then reset
     [Serve(tokens=3), Kill()]                   three tokens, then the engine is dead
     status(503, retry_after=2)                  an error with a JSON body
-    stream(chunk("Hi"), chunk(finish="stop"), DONE)    a stream of one's own making
+    stream(chunk("Hi"), chunk(finish="stop"), DONE)    a stream of these events
 
-When the steps run out, the body is ended as HTTP wants it. Anything worse must be a step.
+After the last step the body ends as HTTP wants it. Any other end must be a step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The status line and the headers, just as given; an SSE content type if none is.
+    """The status line and these headers; the content type is SSE unless they name one.
 
-    With a `length` the body goes out as it is, right or wrong. Otherwise it is chunked,
-    or, where that is off, everything until the connection ends.
+    With a `length`, right or wrong, the body is sent as it is. Otherwise it is chunked, or,
+    with `chunked` off, lasts until the connection ends.
     """
 
     status: int = 200
@@ -41,9 +41,9 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Some of the body. Before any `Head`: raw bytes on the wire, HTTP and all.
+    """A part of the body. Before any `Head`: raw bytes, HTTP included.
 
-    `split` cuts it into pieces of so many bytes, each its own packet and its own chunk.
+    `split` cuts it into pieces of so many bytes, each a packet and a chunk of its own.
     """
 
     data: bytes
@@ -52,7 +52,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Nothing for a while; ends at once when the client hangs up, as every wait here."""
+    """Nothing for so long; as every wait, it ends at once when the client hangs up."""
 
     seconds: float
 
@@ -64,25 +64,25 @@ class Silence:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """The connection ends with a TCP reset. What was sent before does arrive."""
+    """The connection ends with a TCP reset; what was sent before arrives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """The connection ends with a FIN, wherever the answer is."""
+    """The connection ends with a FIN, even inside the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """The engine dies here, as by `kill -9`, and with it all it does for anybody."""
+    """The engine dies, as by `kill -9`, and all its requests with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """What the engine would have answered.
+    """The engine's normal answer.
 
-    With `tokens` only its beginning: so many tokens of a stream and nothing of its end,
-    or of any other answer the head and half of the body. `headers` go on top of its own.
+    With `tokens` only its beginning: so many tokens of a stream without its end, or the head
+    and half of the body of a whole answer. `headers` are added to its own.
     """
 
     tokens: int | None = None
@@ -91,7 +91,7 @@ class Serve:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """An answer (as usual, if none is given) up to exactly so many bytes, head included."""
+    """The first `after` bytes of an answer, head included; by default of the normal one."""
 
     after: int
     answer: Answer = Serve()
@@ -99,7 +99,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Steps played again and again: `times`, or for ever."""
+    """An answer played `times` times, or for ever."""
 
     answer: Answer
     times: int | None = None
@@ -110,7 +110,7 @@ Answer: TypeAlias = Step | Sequence[Step]
 
 
 def steps(answer: Answer) -> Sequence[Step]:
-    """The steps of an answer, one or many."""
+    """The steps of an answer."""
     return answer if isinstance(answer, Sequence) else (answer,)
 
 
@@ -127,14 +127,14 @@ def chunk(
     logprobs: object = None,
     **delta: object,
 ) -> dict[str, Any]:
-    """One chunk of a chat, as OpenAI writes it; further arguments go into its delta.
+    """One chunk of a chat in OpenAI's form; further arguments go into its delta.
 
     `chunk(role="assistant")`, `chunk(reasoning_content="Hm")`, `chunk(tool_calls=[…])`.
     """
     if content is not None:
         delta["content"] = content
     choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-    made: dict[str, Any] = {
+    built: dict[str, Any] = {
         "id": "chatcmpl-scripted",
         "object": "chat.completion.chunk",
         "created": 1700000000,
@@ -142,18 +142,18 @@ def chunk(
         "choices": [choice],
     }
     if usage is not None:
-        made["usage"] = usage
-    return made
+        built["usage"] = usage
+    return built
 
 
 def usage(prompt: int = 0, completion: int = 0) -> dict[str, int]:
-    """Token counts, for `chunk(usage=…)`; all zero as some engines send them first."""
+    """Token counts, for `chunk(usage=…)`; all zero by default, as some engines send first."""
     total = prompt + completion
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
 
 
 def usage_chunk(prompt: int, completion: int) -> dict[str, Any]:
-    """The chunk that ends a stream with its token counts: it has no choices."""
+    """The usage chunk at the end of a stream: it has no choices."""
     return chunk(usage=usage(prompt, completion)) | {"choices": []}
 
 
@@ -162,7 +162,7 @@ def stream(
     split: int | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> list[Step]:
-    """A 200 that streams these parts: JSON as events, bytes as they are."""
+    """A 200 that streams these parts: JSON becomes events, bytes stay as they are."""
     sent = (part if isinstance(part, bytes) else event(part) for part in parts)
     return [Head(headers=headers or {}), *(Send(data, split) for data in sent)]
 
@@ -175,7 +175,7 @@ def status(
     body: object = None,
     headers: Mapping[str, str] | None = None,
 ) -> list[Step]:
-    """An answer in one piece: this JSON, or else an error in OpenAI's envelope."""
+    """An answer in one piece: this JSON, or an error in OpenAI's envelope."""
     if body is None:
         kind = "invalid_request_error" if code < 500 else "server_error"
         error = {"message": message, "type": kind, "param": None, "code": code}

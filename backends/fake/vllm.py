@@ -1,4 +1,4 @@
-"""What vLLM says, as seen from 0.32."""
+"""The answers of vLLM, as its release 0.32 gives them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PHRASES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerErr
 
 
 class FakeVLLM(Behaviour):
-    """Has one model for its life, and can sleep where dev mode is on."""
+    """Serves the model it was started with, and can sleep in dev mode."""
 
     name = "vllm"
     head_first = True
@@ -42,11 +42,11 @@ class FakeVLLM(Behaviour):
         error = {"message": message, "type": kind, "param": param, "code": status}
         return Refusal(PlainAnswer({"error": error}, status))
 
-    # Besides generating
+    # Control requests
 
     async def control(self, request: Received) -> PlainAnswer:
-        if self.process.dev_mode and (told := await self._dev(request)):
-            return told
+        if self.process.dev_mode and (answer := await self._dev(request)):
+            return answer
         match request.method, request.path:
             case "GET", "/health" | "/ping":
                 return PlainAnswer(b"")
@@ -66,7 +66,7 @@ class FakeVLLM(Behaviour):
     async def _dev(self, request: Received) -> PlainAnswer | None:
         match request.method, request.path:
             case "POST", "/sleep":
-                # Unless told to wait, it breaks off what runs.
+                # Without mode=wait it aborts running requests.
                 await self.process.fall_asleep(abort=request.query.get("mode", "abort") == "abort")
                 return PlainAnswer(
                     {"status": "sleeping", "level": int(request.query.get("level", 1))}
@@ -75,12 +75,12 @@ class FakeVLLM(Behaviour):
                 await self.process.wake()
                 return PlainAnswer({"status": "awake", "tags": None})
             case "GET", "/is_sleeping":
-                # It says so as soon as it is told to, whatever still runs.
+                # True from the request to sleep on, while requests still run.
                 return PlainAnswer({"is_sleeping": self.process.paused or self.process.asleep})
         return None
 
     def _paths(self) -> list[str]:
-        """What it serves, which follows from its model."""
+        """The generating paths that it serves, which follow from its model."""
         chats = [CHAT, COMPLETIONS] if self.process.models else []
         return [*chats, EMBEDDINGS] if self.process.embedding else chats
 
@@ -144,7 +144,7 @@ class FakeVLLM(Behaviour):
         return job
 
     def _valid(self, request: Received) -> Json:
-        """The body, as far as pydantic would let it pass."""
+        """The body, if pydantic would accept it; raises `Refusal`."""
         body = request.body
         required = {CHAT: "messages", COMPLETIONS: "prompt"}.get(request.path, "input")
         fault = None
@@ -160,8 +160,8 @@ class FakeVLLM(Behaviour):
                     fault = ("int_parsing", f"body.{name}", "Input should be a valid integer")
         if fault is not None:
             kind, where, message = fault
-            said = f"{{'type': '{kind}', 'loc': '{where}', 'msg': '{message}'}}"
-            raise self.refuse(400, f"1 validation error:\n  {said}", "Bad Request", where)
+            detail = f"{{'type': '{kind}', 'loc': '{where}', 'msg': '{message}'}}"
+            raise self.refuse(400, f"1 validation error:\n  {detail}", "Bad Request", where)
         if body.get("stream_options") and not body.get("stream"):
             message = "Stream options can only be defined when `stream=True`."
             raise self.refuse(400, message, param="stream_options")
@@ -200,7 +200,7 @@ class FakeVLLM(Behaviour):
         if index == 0 and job.path == CHAT:
             for choice in range(job.choices):
                 yield event(self._chunk(job, choice, {"role": "assistant", "content": ""}))
-        # An answer at its limit ends with its last token, any other with a piece of its own.
+        # An answer cut at its limit finishes in its last token, any other in a chunk of its own.
         last = job.finish == "length" and index == job.tokens - 1
         for choice in range(job.choices):
             delta = {"content": text(index)}
@@ -217,23 +217,23 @@ class FakeVLLM(Behaviour):
     def whole(self, job: Job) -> bytes:
         if job.path == EMBEDDINGS:
             counts = {**job.counts, "completion_tokens": 0, "total_tokens": job.prompt_tokens}
-            made = self._frame(job, "list") | {"data": vectors(job), "usage": counts}
-            return PlainAnswer(made).encoded
-        said: Json = {"text": job.text}
+            body = self._frame(job, "list") | {"data": vectors(job), "usage": counts}
+            return PlainAnswer(body).encoded
+        fields: Json = {"text": job.text}
         if job.path == CHAT:
-            said = {"message": {"role": "assistant", "content": job.text, "reasoning": None}}
+            fields = {"message": {"role": "assistant", "content": job.text, "reasoning": None}}
         end = {"logprobs": None, "finish_reason": job.finish, "stop_reason": None}
-        choices = [{"index": index, **said, **end} for index in range(job.choices)]
-        made = self._frame(job, "chat.completion" if job.path == CHAT else "text_completion")
-        return PlainAnswer(made | {"choices": choices, "usage": job.counts}).encoded
+        choices = [{"index": index, **fields, **end} for index in range(job.choices)]
+        body = self._frame(job, "chat.completion" if job.path == CHAT else "text_completion")
+        return PlainAnswer(body | {"choices": choices, "usage": job.counts}).encoded
 
     def _chunk(self, job: Job, choice: int, delta: Json, finish: str | None = None) -> Json:
-        said = {"delta": delta} if job.path == CHAT else {"text": delta.get("content", "")}
+        fields = {"delta": delta} if job.path == CHAT else {"text": delta.get("content", "")}
         end: Json = {"logprobs": None, "finish_reason": finish}
         if finish:
             end["stop_reason"] = None
         what = "chat.completion.chunk" if job.path == CHAT else "text_completion"
-        return self._frame(job, what) | {"choices": [{"index": choice, **said, **end}]}
+        return self._frame(job, what) | {"choices": [{"index": choice, **fields, **end}]}
 
     def _frame(self, job: Job, what: str) -> Json:
         return {"id": job.id, "object": what, "created": job.created, "model": job.model}

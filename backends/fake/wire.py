@@ -1,8 +1,8 @@
-"""HTTP/1.1 as a server speaks it, down to the byte, and who hung up when.
+"""HTTP/1.1 of a server, down to the byte, and the moment when a client hung up.
 
-No framework: the faults worth playing are below what a framework lets through. One task
-answers the requests of one connection in their order; it is cancelled the moment the
-connection is gone, so every wait in an answer ends with its client.
+It uses no framework, since the faults to be played lie below what a framework allows. One
+task answers the requests of one connection in order. It is cancelled when the connection
+ends, so every wait in an answer ends with its client.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ import msgspec
 class Received:
     """One request, as it came.
 
-    `body` is the JSON in it, or else the bytes; header names are in lower case; `at` is
-    monotonic. `ended` tells how its answer went: not over yet, played to its end (whatever
-    that was), or broken off by a client that hung up or an engine that went down.
+    Attributes:
+        headers: Names in lower case.
+        at: When it arrived, monotonic seconds.
+        body: The JSON, or the bytes where it is not JSON.
+        ended: None while the answer lasts; "done" when it was played to its end, whatever
+            that was; otherwise the client hung up, or the engine went down.
     """
 
     method: str
@@ -42,20 +45,20 @@ class Received:
 
 
 class Spent(Exception):
-    """As many bytes have gone out as were to go out."""
+    """The allowance of bytes has been sent."""
 
 
 class Reply:
-    """The answer to one request. Ends properly by itself, unless told otherwise."""
+    """The answer to one request. It ends as HTTP wants it, unless a step ends it otherwise."""
 
     def __init__(self, connection: Connection, request: Received) -> None:
         self._connection = connection
         self._keep_alive = request.keep_alive
         self._only_head = request.method == "HEAD"
         self._framing: Literal["raw", "chunked", "length"] = "raw"
-        #: Whether there has been a head.
+        #: Whether a head was sent.
         self.begun = False
-        #: Bytes that may still go out, or no limit.
+        #: Bytes that may still be sent; None: no limit.
         self.allowance: int | None = None
         self.over = False
 
@@ -67,7 +70,7 @@ class Reply:
         length: int | None = None,
         chunked: bool = True,
     ) -> None:
-        """Send the status line and the headers, and frame the body accordingly."""
+        """Send the status line and the headers; they decide how the body is framed."""
         try:
             phrase = HTTPStatus(status).phrase
         except ValueError:
@@ -86,7 +89,7 @@ class Reply:
         await self._write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
 
     async def send(self, data: bytes, split: int | None = None) -> None:
-        """Send some of the body; return when the kernel has it."""
+        """Send a part of the body; return when the kernel has it."""
         if self._only_head:
             return
         if split is None:
@@ -94,18 +97,18 @@ class Reply:
             return
         for start in range(0, len(data), split):
             await self._write(self._framed(data[start : start + split]))
-            await asyncio.sleep(0)  # lets a reader in this loop see the piece by itself
+            await asyncio.sleep(0)  # so a reader in this loop receives the piece alone
 
     async def whole(
         self, status: int, body: bytes, headers: Mapping[str, str], *, close: bool = False
     ) -> None:
-        """Send a whole answer, its length said."""
+        """Send a whole answer with its length."""
         self._keep_alive = self._keep_alive and not close
         await self.head(status, headers, length=len(body))
         await self.send(body)
 
     async def end(self, *, close: bool = False) -> None:
-        """End the body as HTTP wants it; without that framing only the connection can."""
+        """End the body as HTTP wants it; a body without framing ends with the connection."""
         if self.over:
             return
         if self._framing == "chunked":
@@ -115,12 +118,12 @@ class Reply:
         self.over = True
 
     def close(self) -> None:
-        """End the connection; what was sent arrives."""
+        """Close the connection; what was sent arrives."""
         self.over = True
         self._connection.close()
 
     def reset(self) -> None:
-        """End the connection with a reset."""
+        """Close the connection with a reset."""
         self.over = True
         self._connection.reset()
 
@@ -160,8 +163,8 @@ class Connection(asyncio.Protocol):
         self._transport = transport = cast("asyncio.Transport", transport)  # uvloop has its own
         if not self._server.listening:  # accepted just before it went down
             self.reset()
-        # A write is over when the kernel has all of it: only then is the next one a new
-        # packet, and only then may a reset follow without taking it back.
+        # A write ends when the kernel has all of it. Only then is the next one a packet of
+        # its own, and only then does a reset not discard it.
         transport.set_write_buffer_limits(high=0)
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -182,7 +185,7 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def eof_received(self) -> None:
-        # Clients of these engines do not half-close: this one wants no answer any more.
+        # Clients of these engines do not half-close, so this one has hung up.
         self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -202,9 +205,9 @@ class Connection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        key, said = name.decode("latin-1").lower(), value.decode("latin-1")
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
         before = self._headers.get(key)
-        self._headers[key] = said if before is None else f"{before}, {said}"
+        self._headers[key] = text if before is None else f"{before}, {text}"
 
     def on_headers_complete(self) -> None:
         if self._headers.get("expect", "").lower() == "100-continue":
@@ -244,12 +247,12 @@ class Connection(asyncio.Protocol):
                 await self._server.answer(request, reply)
                 await reply.end()
             except asyncio.CancelledError:
-                # Told only now, when the answer has given back all that it held.
+                # Reported only now, when the answer has released its slot.
                 request.ended = "down" if self._ended_by_us else "hung up"
                 self._server.ended(request)
                 raise
             except Exception as exc:  # noqa: BLE001 - raised again when the engine closes
-                # A mistake in here, or in a script.
+                # A mistake in this package, or in a script.
                 self._server.mistakes.append(exc)
                 self.reset()
             request.ended = "done"
@@ -268,7 +271,7 @@ class Connection(asyncio.Protocol):
     def reset(self) -> None:
         self._ended_by_us = True
         sock = self._transport.get_extra_info("socket")
-        # Zero seconds of lingering: the kernel ends the connection with RST, not FIN.
+        # Zero seconds of lingering: the kernel closes the connection with RST, not FIN.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
 
@@ -278,12 +281,12 @@ class Connection(asyncio.Protocol):
 
 @dataclass(eq=False)
 class Server:
-    """Answers on a port of the loopback interface, which stays its own while it is down.
+    """A server on a loopback port, which stays reserved while it is down.
 
     Args:
         answer: Writes the answer to one request.
-        ended: Told when an answer is over, however it ended.
-        changed: Told when a connection has come or gone.
+        ended: Called when an answer is over, however it ended.
+        changed: Called when a connection was made or lost.
         keep_alive_s: An idle connection is closed after so long.
     """
 
@@ -317,7 +320,7 @@ class Server:
             return
         self.down()
         if self._claim is None:
-            # Bound and never listening: connections are refused, and nobody gets the port.
+            # Bound and never listening: it refuses connections, and reserves the port.
             self._claim = self._bound()
             self.port = self._claim.getsockname()[1]
         loop = asyncio.get_running_loop()
@@ -326,7 +329,7 @@ class Server:
         )
 
     def down(self) -> None:
-        """Refuse connections from now on, and reset those there are."""
+        """Refuse connections from now on, and reset the open ones."""
         if self._accepting is not None:
             self._accepting.close()
             self._accepting = None
@@ -337,7 +340,7 @@ class Server:
             connection.reset()
 
     def deaf(self) -> None:
-        """Answer no attempt to connect, not even with a refusal: packets seem to be lost."""
+        """Answer no attempt to connect, not even with a refusal, as if packets were lost."""
         self.down()
         # A full backlog makes Linux drop each further SYN. It holds backlog + 1.
         listening = self._bound()

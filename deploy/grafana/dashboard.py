@@ -1,8 +1,9 @@
-"""The dashboard, in Grafana's own types: writes dashboards/twolane.json.
+"""Builds the Grafana dashboard from Grafana's own types, and writes dashboards/twolane.json.
 
     .venv/bin/python deploy/grafana/dashboard.py
 
-Change it here and run it; tests hold the file to it, and every query to a real Prometheus.
+Change the dashboard here and run this. Tests compare the file with it, and run every query in a
+real Prometheus.
 """
 
 from __future__ import annotations
@@ -39,51 +40,56 @@ from grafana_foundation_sdk.models.dashboard import (
 FILE = Path(__file__).with_name("dashboards") / "twolane.json"
 
 PROMETHEUS = DataSourceRef(type_val="prometheus", uid="prometheus")
-HEIGHT = 8  # of a panel in the grid, which is 24 wide
+#: Height of a panel in the grid, which is 24 wide.
+HEIGHT = 8
 
-#: A query, and what its lines are called.
+#: A query, and the legend of its lines.
 Line: TypeAlias = tuple[str, str]
 AnyPanel = TypeVar("AnyPanel", Stat, StateTimeline, TimeSeries)
 
 MODEL = 'model=~"$model"'
-PEOPLE = f'{MODEL},background="false"'
-OVER = "[$__rate_interval]"
+FOREGROUND = f'{MODEL},background="false"'
+INTERVAL = "[$__rate_interval]"
 
 
-def quantile(share: float, metric: str, of: str, by: str, over: str = OVER) -> str:
-    """A query for it, of a histogram."""
-    return f"histogram_quantile({share}, sum by ({by}) (rate({metric}_bucket{{{of}}}{over})))"
+def quantile(share: float, metric: str, labels: str, by: str, interval: str = INTERVAL) -> str:
+    """The query for a quantile of a histogram."""
+    return (
+        f"histogram_quantile({share}, sum by ({by}) (rate({metric}_bucket{{{labels}}}{interval})))"
+    )
 
 
 def quantiles(metric: str) -> list[Line]:
-    """The median and the 95th percentile, by lane."""
+    """The queries for the median and the 95th percentile, by lane."""
     return [
         (quantile(share, metric, MODEL, "le, lane"), f"{{{{lane}}}} {name}")
         for share, name in ((0.5, "p50"), (0.95, "p95"))
     ]
 
 
-def filled(panel: AnyPanel, title: str, about: str, lines: list[Line], width: int) -> AnyPanel:
-    """What every panel has."""
-    panel.title(title).description(about).datasource(PROMETHEUS).span(width)
+def fill(panel: AnyPanel, title: str, description: str, lines: list[Line], width: int) -> AnyPanel:
+    """Give a panel its title, description and queries."""
+    panel.title(title).description(description).datasource(PROMETHEUS).span(width)
     for number, (query, name) in enumerate(lines):
-        asked = Dataquery().expr(query).legend_format(name).ref_id(chr(ord("A") + number))
-        panel.with_target(asked.datasource(PROMETHEUS))
+        target = Dataquery().expr(query).legend_format(name).ref_id(chr(ord("A") + number))
+        panel.with_target(target.datasource(PROMETHEUS))
     return panel
 
 
-def stat(title: str, about: str, unit: str, *lines: Line, width: int = 4) -> Stat:
-    """A number as it is now, with its way there behind it."""
-    panel = filled(Stat(), title, about, list(lines), width).height(4).unit(unit).no_value("-")
+def stat(title: str, description: str, unit: str, *lines: Line, width: int = 4) -> Stat:
+    """A panel with the current number, and its history behind it."""
+    panel = fill(Stat(), title, description, list(lines), width).height(4).unit(unit).no_value("-")
     panel.graph_mode(BigValueGraphMode.AREA).text_mode(BigValueTextMode.VALUE_AND_NAME)
     return panel.reduce_options(ReduceDataOptions().calcs(["lastNotNull"]))
 
 
 def chart(
-    title: str, about: str, unit: str, *lines: Line, width: int = 8, stacked: bool = False
+    title: str, description: str, unit: str, *lines: Line, width: int = 8, stacked: bool = False
 ) -> TimeSeries:
-    """Lines over time, from zero."""
-    panel = filled(TimeSeries(), title, about, list(lines), width).height(HEIGHT).unit(unit).min(0)
+    """A panel with lines over time, from zero."""
+    panel = (
+        fill(TimeSeries(), title, description, list(lines), width).height(HEIGHT).unit(unit).min(0)
+    )
     panel.show_points(VisibilityMode.NEVER).fill_opacity(60 if stacked else 8).line_width(1)
     if stacked:
         panel.stacking(StackingConfig().mode(StackingMode.NORMAL).group("A"))
@@ -95,101 +101,106 @@ def chart(
     )
 
 
-def states(title: str, about: str, yes: str, *lines: Line, width: int = 8) -> StateTimeline:
-    """A bar for each line, coloured where it is 1."""
-    panel = filled(StateTimeline(), title, about, list(lines), width).height(HEIGHT)
-    named = {
+def states(title: str, description: str, yes: str, *lines: Line, width: int = 8) -> StateTimeline:
+    """A panel with a bar per line, coloured while its value is 1."""
+    panel = fill(StateTimeline(), title, description, list(lines), width).height(HEIGHT)
+    values = {
         "0": ValueMappingResult(text=" ", color="transparent"),
         "1": ValueMappingResult(text=yes, color="green"),
     }
-    return panel.mappings([ValueMap(options=named)]).show_value(VisibilityMode.NEVER)
+    return panel.mappings([ValueMap(options=values)]).show_value(VisibilityMode.NEVER)
 
 
 def rows() -> dict[str, list[Builder[Panel]]]:
-    """From what people feel, by what was decided and why, to what it took."""
+    """Table: the panels by row, from what users notice to what it cost."""
     # fmt: off
     return {
         "Now": [
             stat(
-                "People", "Foreground requests that run or wait.", "short",
+                "Demand", "Foreground requests, running or waiting.", "short",
                 (f"sum(twolane_demand{{{MODEL}}})", "requests"),
             ),
             stat(
-                "Of them wait", "For a slot, or for the GPU.", "short",
+                "Waiting", "Requests that wait for a slot or for the GPU.", "short",
                 (f"sum(twolane_num_requests_waiting{{{MODEL}}})", "waiting"),
             ),
             stat(
-                "First token", "Median TTFT of the last five minutes.", "s",
+                "TTFT", "Median time to first token over five minutes.", "s",
                 (quantile(0.5, "twolane_time_to_first_token_seconds", MODEL, "le", "[5m]"), "p50"),
             ),
             stat(
-                "Tokens", "Of answers, a second, background's too.", "short",
+                "Throughput", "Output tokens per second, background requests included.", "short",
                 (f"sum(rate(twolane_generation_tokens_total{{{MODEL}}}[1m]))", "tok/s"),
             ),
             stat(
-                "Power", "Of the cards, or as given in the settings.", "watt",
+                "Power", "Power draw of the cards, or the watts of the settings.", "watt",
                 ("twolane_power_watts", "W"),
             ),
             stat(
-                "A million tokens", "Electricity since the gateway's start, idle time included.",
+                "Cost of a million tokens",
+                "Electricity per million output tokens since the start, idle time included.",
                 "short",
                 ('twolane_cost_per_million_tokens{lane="all",of="electricity"}', "{{currency}}"),
             ),
         ],
-        "What people feel": [
+        "What users notice": [
             chart(
-                "Time to first token", "Streams in the foreground, by the lane that answered.", "s",
+                "Time to first token", "TTFT of streams, by the lane that answered.", "s",
                 *quantiles("twolane_time_to_first_token_seconds"),
             ),
             chart(
-                "Time per output token", "(last - first) / (tokens - 1) of streams.", "s",
+                "Time per output token", "TPOT of streams: (last - first) / (tokens - 1).", "s",
                 *quantiles("twolane_time_per_output_token_seconds"),
             ),
             chart(
-                "Whole answers", "From the request to the end of its answer.", "s",
+                "E2E latency", "From the request to the end of its answer.", "s",
                 *quantiles("twolane_e2e_request_latency_seconds"),
             ),
             chart(
-                "Requests at work", "That have a slot, by lane; and who waits for one.", "short",
+                "Concurrency",
+                "Requests that have a slot, by lane, and requests that wait for one.", "short",
                 (f"sum by (lane) (twolane_num_requests_running{{{MODEL}}})", "{{lane}}"),
                 (f"sum(twolane_num_requests_waiting{{{MODEL}}})", "waiting"),
                 stacked=True,
             ),
             chart(
-                "Tokens a second", "Of answers.", "short",
-                (f"sum by (lane) (rate(twolane_generation_tokens_total{{{MODEL}}}{OVER}))",
+                "Throughput", "Output tokens per second, by lane.", "short",
+                (f"sum by (lane) (rate(twolane_generation_tokens_total{{{MODEL}}}{INTERVAL}))",
                  "{{lane}}"),
                 stacked=True,
             ),
             chart(
-                "How requests ended", "Chats, a minute; `cancelled` is who hung up.", "short",
-                (f"60 * sum by (outcome) (rate(twolane_requests_total{{{PEOPLE}}}{OVER}))",
+                "Outcomes",
+                "Foreground requests per minute; cancelled: the client hung up.", "short",
+                (f"60 * sum by (outcome) (rate(twolane_requests_total{{{FOREGROUND}}}{INTERVAL}))",
                  "{{outcome}}"),
                 stacked=True,
             ),
         ],
-        "What was decided, and why": [
+        "Decisions and their reasons": [
             states(
-                "Lane, and who has the GPU",
-                "Where the policy sends a model's requests, and whom the cards belong to.", "here",
+                "Chosen lane and GPU holder",
+                "The lane that the policy chooses for a model, and the engine that holds the GPU.",
+                "chosen",
                 (f"twolane_lane_chosen{{{MODEL}}}", "{{model}}: {{lane}}"),
                 ('twolane_gpu_holder{engine!="none"}', "GPU: {{engine}}"),
             ),
             chart(
-                "Regret and price",
-                "Request-seconds that staying loses, and the price at which it moves.",
+                "Regret and switch cost",
+                "Request-seconds lost by staying, and the cost at which the policy moves.",
                 "short",
                 (f"twolane_regret_request_seconds{{{MODEL}}}", "{{model}}: regret"),
-                (f"twolane_move_price_request_seconds{{{MODEL}}}", "{{model}}: price"),
+                (f"twolane_move_price_request_seconds{{{MODEL}}}", "{{model}}: switch cost"),
             ),
             chart(
-                "Why a lane answered", "Requests a minute, by reason.", "short",
-                (f"60 * sum by (lane, reason) (rate(twolane_requests_total{{{MODEL}}}{OVER}))",
+                "Reasons", "Requests per minute, by lane and reason.", "short",
+                (f"60 * sum by (lane, reason) (rate(twolane_requests_total{{{MODEL}}}{INTERVAL}))",
                  "{{lane}}: {{reason}}"),
                 stacked=True,
             ),
             chart(
-                "Hand-overs", "Of the last five minutes: how long they took, what people waited.",
+                "Hand-overs",
+                "Seconds of hand-overs in five minutes, and the waiting that they caused.",
                 "s",
                 ("sum by (source,target,outcome) (increase(twolane_gpu_handover_seconds_sum[5m]))",
                  "{{source}} to {{target}}, {{outcome}}"),
@@ -198,7 +209,8 @@ def rows() -> dict[str, list[Builder[Panel]]]:
                 width=12,
             ),
             chart(
-                "Queue", "From a request to its slot; chats and their titles.", "s",
+                "Queue time",
+                "From a request to its slot; background: titles, tags and the like.", "s",
                 (quantile(0.95, "twolane_request_queue_time_seconds", MODEL, "le, background"),
                  "p95, background {{background}}"),
                 width=12,
@@ -206,48 +218,53 @@ def rows() -> dict[str, list[Builder[Panel]]]:
         ],
         "Engines and cards": [
             states(
-                "Servers", "Which may be given work.", "up",
+                "Replicas", "Replicas that accept requests.", "up",
                 (f"twolane_replica_up{{{MODEL}}}", "{{model}}: {{lane}} {{replica}}"),
             ),
             chart(
-                "Slots", "Taken, and usable now.", "short",
-                (f"sum by (lane) (twolane_num_requests_running{{{MODEL}}})", "{{lane}} taken"),
+                "Slots", "Slots in use, and slots that can be used now.", "short",
+                (f"sum by (lane) (twolane_num_requests_running{{{MODEL}}})", "{{lane}} in use"),
                 (f"sum by (lane) (twolane_slots_usable{{{MODEL}}})", "{{lane}} usable"),
             ),
             chart(
-                "In GPU memory", "How much of Ollama's model; how full vLLM's KV cache is.",
+                "Model and KV cache",
+                "Share of Ollama's model in GPU memory; share of vLLM's KV cache in use.",
                 "percentunit",
                 (f"twolane_engine_model_on_gpu_ratio{{{MODEL}}}", "{{model}} on {{lane}}"),
                 ("vllm:kv_cache_usage_perc", "vLLM's KV cache"),
             ),
             chart(
-                "GPU memory", "Of each card.", "bytes",
+                "GPU memory", "Memory in use and in total, by card.", "bytes",
                 ("twolane_gpu_memory_used_bytes", "card {{gpu}}"),
-                ("twolane_gpu_memory_total_bytes", "card {{gpu}}, all"),
+                ("twolane_gpu_memory_total_bytes", "card {{gpu}}, total"),
             ),
             chart(
-                "Power", "Of each card, and what it may draw.", "watt",
+                "Power by card", "Power draw and power limit of each card.", "watt",
                 ("twolane_gpu_power_watts", "card {{gpu}}"),
                 ("twolane_gpu_power_limit_watts", "card {{gpu}}, limit"),
             ),
             chart(
-                "Temperature and load", "Of each card: °C, and % of the time.", "short",
+                "Temperature and utilization",
+                "Degrees Celsius, and percent of the time, by card.", "short",
                 ("twolane_gpu_temperature_celsius", "card {{gpu}}, °C"),
                 ("100 * twolane_gpu_utilization_ratio", "card {{gpu}}, %"),
             ),
         ],
-        "What it took": [
+        "Energy and cost": [
             chart(
-                "Energy by who ran", "Watts, on average; `idle` while nobody did.", "watt",
-                (f"sum by (lane) (rate(twolane_energy_joules_total{OVER}))", "{{lane}}"),
+                "Power by lane",
+                "Mean watts, by the lane that worked; idle: no request ran.", "watt",
+                (f"sum by (lane) (rate(twolane_energy_joules_total{INTERVAL}))", "{{lane}}"),
                 stacked=True,
             ),
             chart(
-                "Tokens a joule", "Since the gateway's start, idle energy included.", "short",
+                "Tokens per joule",
+                "Output tokens per joule since the gateway started, idle energy included.", "short",
                 ("twolane_tokens_per_joule", "{{lane}}"),
             ),
             chart(
-                "A million tokens", "By lane: its electricity, a rented machine, somebody's API.",
+                "Cost of a million tokens",
+                "By lane: its electricity, a rented machine, an external API.",
                 "short",
                 ("twolane_cost_per_million_tokens", "{{lane}}: {{of}}, {{currency}}"),
             ),
@@ -257,11 +274,11 @@ def rows() -> dict[str, list[Builder[Panel]]]:
 
 
 def dashboard() -> Dashboard:
-    """All of it."""
-    made = (
+    """The whole dashboard."""
+    whole = (
         Dashboard("twolane")
         .uid("twolane")
-        .description("Ollama and vLLM behind one gateway: who waits, who answers, and why.")
+        .description("Ollama and vLLM behind one gateway: what waits, which lane answers, and why.")
         .tags(["twolane", "llm"])
         .time("now-1h", "now")
         .refresh("10s")
@@ -280,14 +297,14 @@ def dashboard() -> Dashboard:
         )
     )
     for title, panels in rows().items():
-        made.with_row(Row(title))
+        whole.with_row(Row(title))
         for panel in panels:
-            made.with_panel(panel)
-    return made
+            whole.with_panel(panel)
+    return whole
 
 
 def text() -> str:
-    """The file's."""
+    """The text of the file."""
     return JSONEncoder(sort_keys=True, indent=2).encode(dashboard().build()) + "\n"
 
 

@@ -46,13 +46,13 @@ async def _calibrate(args: argparse.Namespace, console: Console) -> None:
         folder = Path(scratch)
         async with http.Client() as client:
             read, name, model = await configured_model(args, client)
-            lanes = LaneEntrants(read, model, client, folder)
-            entrants = {entrant.label: entrant for entrant in lanes.entrants()}
-            visits = [Visit(label, 1, plan.levels) for label in entrants]
-            with ProgressBar(console, plan, visits) as view:
-                async with Session(folder, plan, entrants, view) as session:
-                    await measure(session, plan.levels, args.minutes)
-                    subjects = session.subjects
+            async with LaneEntrants(read, model, client, folder) as lanes:
+                entrants = {entrant.label: entrant for entrant in lanes.entrants()}
+                visits = [Visit(label, 1, plan.levels) for label in entrants]
+                with ProgressBar(console, plan, visits) as view:
+                    async with Session(folder, plan, entrants, view) as session:
+                        await measure(session, plan.levels, args.minutes)
+                        subjects = session.subjects
         cells = rows.closed_cells(samples.read(folder / experiment.RAW))
     measured = _profile(plan, subjects, cells)
     out = args.out or model.profile or Path(f"profile-{name}.json")
@@ -76,14 +76,14 @@ def _profile(plan: Plan, subjects: Mapping[str, Subject], cells: rows.Cells) -> 
             level: [sum(seconds) / len(seconds) for seconds in by_repetition[level]]
             for level in sorted(by_repetition)
         }
-        lanes[label] = profile.Lane(
+        lanes[label] = profile.LaneProfile(
             tuple(means),
             tuple(sum(of_level) / len(of_level) for of_level in means.values()),
             tuple(min(of_level) for of_level in means.values()),
             tuple(max(of_level) for of_level in means.values()),
             tuple(row.ttft.median if row.ttft else 0.0 for row in lane_rows),
             tuple(row.tokens_per_s.value for row in lane_rows),
-            profile.Measured(
+            profile.MeasuredSetup(
                 subject.engine, subject.model, subject.version, subject.weights, subject.slots,
                 subject.context, subject.command, subject.digest,
             ),

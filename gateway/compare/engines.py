@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import msgspec
 
@@ -19,7 +20,7 @@ from backends.processes.supervised import Supervised
 from backends.reports import Identity
 from backends.transport import http
 from gateway import settings
-from gateway.gpu.handover import Occupant
+from gateway.gpu.engine import GpuEngine
 from gateway.settings import Settings
 from loadtests.measure.experiment import Subject
 from loadtests.measure.generator import VisitFailed
@@ -29,7 +30,7 @@ from loadtests.measure.stopwatch import Target
 
 
 class LaneEntrants:
-    """The lanes of one model in a configuration, as entrants of a comparison.
+    """The lanes of one model in a configuration, as entrants while the context is open.
 
     Args:
         read: The settings.
@@ -45,7 +46,15 @@ class LaneEntrants:
         self._model = model
         self._client = client
         self._folder = folder
-        self._running: list[Occupant] = []  # started by others, so never stopped here
+        self._running: list[GpuEngine] = []  # started by others, so never stopped here
+        self._engines: list[Engine] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for engine in self._engines:
+            await engine.close()
 
     def entrants(self, ollama_slots: Sequence[int | None] = (None,)) -> list[Entrant]:
         """Every lane; Ollama once for each number of slots, where it is started here."""
@@ -62,6 +71,7 @@ class LaneEntrants:
         url = (lane.urls or configured.urls)[0]
         key = configured.api_key.get_secret_value() if configured.api_key else None
         engine = KINDS[kind].engine(url, self._client, api_key=key)
+        self._engines.append(engine)
         process = None
         if configured.command:
             environment = dict(configured.environment)
@@ -69,9 +79,9 @@ class LaneEntrants:
                 environment[KINDS[kind].slots_variable] = str(slots)
             log = configured.log or self._folder / f"{kind}.log"
             process = Supervised(configured.command, log, environment)
-        occupant = Occupant(engine, [lane.model], process=process)
+        own = GpuEngine(engine, [lane.model], process=process)
         if process is None:
-            self._running.append(occupant)
+            self._running.append(own)
         subject = Subject(
             label=kind if slots in (None, 1) else f"{kind}-{slots}",
             url=url,
@@ -82,32 +92,32 @@ class LaneEntrants:
             command=shlex.join(shareable_command(configured.command)),
         )
         target = Target(subject.label, url, lane.model, key)
-        return Entrant(subject, target, partial(self._serving, occupant, subject))
+        return Entrant(subject, target, partial(self._serving, own, subject))
 
     @asynccontextmanager
-    async def _serving(self, occupant: Occupant, subject: Subject) -> AsyncIterator[Subject]:
+    async def _serving(self, own: GpuEngine, subject: Subject) -> AsyncIterator[Subject]:
         """Bring the engine up; in an exclusive placement the others give up the GPU first."""
         try:
             async with asyncio.timeout(self._read.gpu.load_s):
                 if self._model.placement == "exclusive":
                     for other in self._running:
-                        if other is not occupant:
-                            await other.give()
-                await occupant.take()
-            described = await describe(occupant.engine, subject)
+                        if other is not own:
+                            await other.release()
+                await own.acquire()
+            described = await describe(own.engine, subject)
         except TimeoutError:
-            await occupant.stop()
+            await own.stop()
             raise VisitFailed(
                 f"{subject.label} was not ready after {self._read.gpu.load_s:g} s; if it loads so "
                 "slowly, raise gpu.load_s in the settings"
             ) from None
         except BackendError as exc:
-            await occupant.stop()
+            await own.stop()
             raise VisitFailed(f"{subject.label} did not become ready: {exc}") from exc
         try:
             yield described
         finally:
-            await occupant.stop()
+            await own.stop()
 
 
 async def describe(engine: Engine, subject: Subject) -> Subject:

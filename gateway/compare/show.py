@@ -35,7 +35,7 @@ def show_profile(args: argparse.Namespace) -> None:
 
 def print_profile(found: profile.Profile, console: Console) -> None:
     """Print a profile: one row a level and lane, with a bar as long as its seconds."""
-    console.print(f"[bold]{found.told(time.time())}[/] {found.machine}")
+    console.print(f"[bold]{found.summary(time.time())}[/] {found.machine}")
     lanes = list(found.lanes)
     levels = sorted({level for lane in found.lanes.values() for level in lane.at_once})
     longest = max(lane.at(level) for lane in found.lanes.values() for level in levels)
@@ -71,7 +71,7 @@ def print_profile(found: profile.Profile, console: Console) -> None:
             console.print(f"{label}: {', '.join(fact for fact in facts if fact)}")
 
 
-def _spread(lane: profile.Lane, index: int | None) -> str:
+def _spread(lane: profile.LaneProfile, index: int | None) -> str:
     if index is None or not lane.low_s or lane.low_s[index] == lane.high_s[index]:
         return ""
     return f"{lane.low_s[index]:.2f}-{lane.high_s[index]:.2f}"

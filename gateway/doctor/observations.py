@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from backends.kinds import Kind
 from backends.reports import Identity, Loaded
+from gateway.gpu.cards import Driver
 from gateway.gpu.lease import Owner
-from gateway.gpu.memory import Driver
 from gateway.routing.profile import Profile
 from gateway.settings import EngineSettings, LaneSettings, Settings
 

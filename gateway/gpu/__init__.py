@@ -1,1 +1,1 @@
-"""Who owns the GPU: the hand-over, its memory, its lease."""
+"""Who owns the GPU: its state, the hand-over, its memory, its lease."""

@@ -1,4 +1,4 @@
-"""Who has the GPU, and how it passes from one engine to the other.
+"""The hand-over: how the GPU passes from one layout to the other.
 
     free ──────────────────────────────► loading ─► probing ─► held
     held ─► draining ─► unloading ─► freeing ─► loading ─► probing ─► held by the other
@@ -7,11 +7,11 @@
             held, as before      back: loading ─► probing ─► held, as before
                                                    │ fails, too
                                                    ▼
-                                  down: each engine is tried in turn until one holds
+                                  down: each layout is tried in turn until one holds
 
-One task does all of it, one hand-over at a time, and every step has a deadline. Nothing
-is taken for done because an engine said so: what unloads is seen gone, memory is seen
-free, and what was loaded has to answer a token before anybody is sent there.
+One task does all of it, one hand-over at a time, and every step has a deadline. No step
+counts as done because an engine says so: what unloads is seen gone, memory is seen free,
+and what was loaded has to answer a token before any request is sent there.
 """
 
 from __future__ import annotations
@@ -22,327 +22,108 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Protocol
 
-import msgspec
-
-from backends.base import Engine
-from backends.calls import CHAT, Call
-from backends.errors import BackendError, Broken, Refused, Unreachable, Unsupported
-from backends.kinds import KINDS, Kind
-from backends.processes.supervised import Supervised
-from backends.reports import Readiness
-from gateway.gpu.memory import Memory, MemoryUnknown
-from gateway.routing.policy import Policy
+from backends.errors import BackendError
+from gateway.gpu.engine import FreeMemoryWait, GpuEngine
+from gateway.gpu.memory import Memory
+from gateway.gpu.record import Deadlines, HandoverRecord, StepFailed
+from gateway.gpu.state import GpuState, GpuStateRef, Move, Step
+from gateway.gpu.transitions import GpuTransitions
+from gateway.routing.policy_exclusive import ExclusivePolicy
+from gateway.settings import Timings
 
 log = logging.getLogger("gateway.handover")
 
-#: How often an engine, or the memory, is looked at while a step waits for it.
-LOOK_S = 0.1
-#: How long the engines of a gateway that was killed may take to end.
-LEFTOVER_S = 15.0
-#: Pauses between attempts while no engine can be made to hold.
-FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 30.0
-#: Grace between SIGTERM and SIGKILL.
-STOP_S = 15.0
-
-
-class Step(StrEnum):
-    """Where the GPU is on its way."""
-
-    FREE = "free"
-    HELD = "held"
-    DRAINING = "draining"
-    UNLOADING = "unloading"
-    FREEING = "freeing"
-    LOADING = "loading"
-    PROBING = "probing"
-    DOWN = "down"
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """The longest each step may take, seconds."""
-
-    drain_s: float = 60.0
-    unload_s: float = 120.0
-    free_s: float = 30.0
-    load_s: float = 900.0
-    probe_s: float = 60.0
-
-    def of(self, step: Step) -> float:
-        """The deadline of one step."""
-        return {
-            Step.DRAINING: self.drain_s,
-            Step.UNLOADING: self.unload_s,
-            Step.FREEING: self.free_s,
-            Step.LOADING: self.load_s,
-            Step.PROBING: self.probe_s,
-        }[step]
-
-
-class StepFailed(Exception):
-    """A step did not come to its end; the text is for people."""
-
-    def __init__(self, step: Step, kind: str, why: str) -> None:
-        super().__init__(f"{step} {kind}: {why}")
-        self.step = step
-
-
-class Tenant(Protocol):
-    """One model's way into its lanes, as the GPU sees it."""
-
-    @property
-    def demand(self) -> int:
-        """Foreground requests that run or wait."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests in the queue, background calls included."""
-
-    @property
-    def active_at(self) -> float:
-        """When a request last came or went, seconds on the monotonic clock."""
-
-    def running(self, lane: str) -> int:
-        """Requests that run on a lane."""
-
-    def hold(self, lane: str | None, *, barred: str = "") -> None:
-        """The GPU is this lane's from now on.
-
-        None: nothing may start. `barred`: nothing will for a while, so say so to who asks.
-        """
-
-
-class Occupant:
-    """One engine that can take the GPU and give it back.
-
-    Args:
-        engine: The engine.
-        models: Its own names of the models it serves, the first to be loaded first.
-        process: The engine's process, where it is ours to start and stop.
-        needs: Bytes that must be free before it loads, if that is known.
-        away_s: How long it may be away where it is not ours to start, as when its container
-            restarts.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        models: Sequence[str],
-        *,
-        process: Supervised | None = None,
-        needs: int | None = None,
-        away_s: float = 30.0,
-    ) -> None:
-        self.engine = engine
-        self.models = tuple(models)
-        self.process = process
-        self.needs = needs
-        self.away_s = away_s
-        # To choose which engine to start when the holder has died; the last start replaces it.
-        self.cold_s = KINDS[engine.kind].cold_start_s
-
-    @property
-    def kind(self) -> Kind:
-        return self.engine.kind
-
-    async def resident(self) -> bool:
-        """Whether it has any of the GPU's memory now, as far as it can be asked."""
-        try:
-            return bool(await self.engine.resident())
-        except BackendError:
-            return False
-
-    async def leftover_gone(self) -> None:
-        """Return when what a gateway before us has started is gone: its keepers are ending it.
-
-        Somebody else's server at our address is not waited for longer than that can take.
-        """
-        if self.process is None:
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LEFTOVER_S):
-                while await self.engine.ready(self.models[0]) is not Readiness.DOWN:  # noqa: ASYNC110
-                    await asyncio.sleep(LOOK_S)
-
-    async def take(self) -> None:
-        """Return when its first model is in memory; raises `BackendError`."""
-        cold = self.process is not None and not (self.process.wanted and self.process.running)
-        began = time.monotonic()
-        if cold:
-            assert self.process is not None  # noqa: S101 - it is what makes it cold
-            await self.process.start()
-        await self._there()
-        await self.engine.load(self.models[0])
-        if cold:
-            self.cold_s = time.monotonic() - began
-        part = await self.engine.on_gpu(self.models[0])
-        if part is not None and 0 < part < 1:  # none of it: there is no GPU
-            told = "only %.0f %% of %s are on the GPU, the rest on the CPU, which is slow"
-            log.warning(told, part * 100, self.models[0])
-
-    async def _there(self) -> None:
-        """Return when it can be spoken to."""
-        began = time.monotonic()
-        while True:
-            readiness = await self.engine.ready(self.models[0])
-            if readiness in (Readiness.READY, Readiness.ASLEEP):
-                return
-            if readiness is Readiness.ABSENT:
-                raise Unsupported(f"{self.engine} does not have the model {self.models[0]}")
-            if self.process is not None and not self.process.running:
-                raise Unreachable(f"{self.engine} ended: {self.process.exit_report()}")
-            if self.process is None and time.monotonic() - began > self.away_s:
-                raise Unreachable(f"{self.engine} cannot be reached")
-            await asyncio.sleep(LOOK_S)
-
-    async def give(self) -> None:
-        """Return when its models have left the memory; raises `BackendError`."""
-        try:
-            for model in await self.engine.resident():
-                await self.engine.unload(model)
-        except (Unreachable, Broken):
-            # Whoever is gone has nothing; the memory is looked at next.
-            if await self.engine.ready(self.models[0]) is not Readiness.DOWN:
-                raise
-        except Unsupported:
-            if self.process is None:
-                raise
-            await self.stop()
-
-    async def probe(self) -> None:
-        """Return when it has generated a token; raises `BackendError`."""
-        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
-        raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in body.items()}
-        with contextlib.suppress(Refused):  # it answers, only not to this
-            await self.engine.fetch_answer(Call(CHAT, raw), self.models[0])
-
-    async def stop(self) -> None:
-        """End its process, where it is ours."""
-        if self.process is not None:
-            await self.process.stop(STOP_S)
-
-
-@dataclass(slots=True)
-class Passage:
-    """One hand-over: what it took, step by step, and how it ended."""
-
-    at: float  # seconds since the epoch
-    source: str | None
-    target: str
-    why: str
-    steps: dict[str, float] = field(default_factory=dict)  # seconds
-    outcome: str = "under way"
-    waited: float = 0.0  # request-seconds
+#: Asked when the memory of the layout before does not become free.
+FREEING_HINT = "does vLLM run with --enable-sleep-mode, and is nobody else at the GPU?"
 
 
 class Gpu:
-    """The one owner of a GPU on which only one engine fits.
+    """The one owner of a GPU on which only one layout fits.
 
-    `run()` is its task. All else is plain: it changes what is wanted, and the task sees to it.
+    `run()` is its task. All else is plain: it changes what is wanted, and the task does it.
 
     Args:
         policy: Where the GPU should be.
-        occupants: The engines, by kind.
+        layouts: The engine of each layout, by the layout's name.
         deadlines: Of each step.
-        memory: What is free, where that can be told.
+        memory: What is free, where that can be seen.
+        ref: Where everybody reads the state that is made here.
         idle_release_s: Without demand for so long, the memory is given back. 0: never.
+        timings: How often is looked, and how long is paused between attempts.
+
+    Attributes:
+        states: Makes the states; the models on this GPU join it.
+        records: The last hand-overs.
+        on_record: Called with each at its end.
     """
 
     def __init__(
         self,
-        policy: Policy,
-        occupants: Mapping[str, Occupant],
+        policy: ExclusivePolicy,
+        layouts: Mapping[str, GpuEngine],
         deadlines: Deadlines,
         memory: Memory,
+        ref: GpuStateRef,
         *,
         idle_release_s: float = 0.0,
+        timings: Timings | None = None,
     ) -> None:
         self.policy = policy
-        self.occupants = occupants
+        self.layouts = layouts
         self.deadlines = deadlines
         self.memory = memory
-        self.holder: str | None = None
-        self.step = Step.FREE
-        self.toward = policy.lane  # who has it, or is to have it next; nobody: ""
-        self.trouble = ""  # why no engine can be made to hold it
-        self.released = False  # by the operator
-        self.held_once = False
-        self.passages: deque[Passage] = deque(maxlen=50)
-        self.on_passage: Callable[[Passage], None] = lambda _: None  # is told of each that is over
+        self.ref = ref
+        self.records: deque[HandoverRecord] = deque(maxlen=50)
+        self.on_record: Callable[[HandoverRecord], None] = lambda _: None
+        self._timings = timings or Timings()
         self._idle_release_s = idle_release_s
-        self._tenants: list[Tenant] = []
         self._unloading: asyncio.Future[bool] | None = None
-        self._since = time.monotonic()
-        self._moving_s = 0.0
         self._wake = asyncio.Event()
-        policy.freed(self._since)
-        for occupant in occupants.values():
-            if occupant.process is not None:
-                occupant.process.on_end = self._wake.set
+        self.states = GpuTransitions(ref, policy)
+        for engine in layouts.values():
+            if engine.process is not None:
+                engine.process.on_end = self._wake.set
 
-    def join(self, tenant: Tenant) -> None:
-        """One more model lives on this GPU."""
-        self._tenants.append(tenant)
-        self._tell()
+    def __repr__(self) -> str:
+        return f"<Gpu {self.state}>"
 
     @property
-    def moving(self) -> bool:
-        """Whether people wait for the GPU now, rather than for a slot."""
-        return self.step not in (Step.HELD, Step.FREE, Step.DOWN) and not self.trouble
-
-    @property
-    def movement(self) -> str:
-        """Where the GPU is on its way, for people; empty where it is not."""
-        if not self.moving:
-            return ""
-        way = f"goes to {self.toward}" if self.toward else "is given back"
-        return f"The GPU {way}: {self.step}"
-
-    def moving_s(self) -> float:
-        """Seconds in which nothing could start, in all; time in a queue does not count them."""
-        return self._moving_s + (time.monotonic() - self._since if self.moving else 0.0)
+    def state(self) -> GpuState:
+        """Where the GPU stands now."""
+        return self.ref.state
 
     # What is wanted
 
-    def wanted(self) -> None:
-        """The policy has moved, or somebody asks while nobody holds: see to it.
+    def request(self, move: Move | None) -> None:
+        """Carry out the policy's move, or load a layout for requests that wait while none holds.
 
-        From now on nothing starts on the lane that is left.
+        After a move nothing starts on the layout that is left.
         """
-        if self.step is Step.HELD and self.policy.lane != self.holder:
-            self.toward = self.policy.lane
-            self._enter(Step.DRAINING)
+        if move is not None:
+            self.states.enter(Step.DRAINING, target=move.target, move=move)
         self._wake.set()
 
-    def pin(self, lane: str | None) -> None:
-        """The operator wants the GPU at this lane, or (None) leaves it to the policy."""
-        self.policy.pin = lane
-        self.released = False
-        self._tell()
+    def pin(self, layout: str | None) -> None:
+        """The operator wants the GPU at this layout, or (None) leaves it to the policy."""
+        self.policy.pin = layout
+        self.states.set_released(released=False)
         self._wake.set()
 
     def release(self) -> None:
         """The operator wants the memory for something else, until `pin()` is called."""
-        self.released = True
-        if self.step is Step.HELD:
-            self._enter(Step.DRAINING)
-        self._tell()
+        self.states.set_released(released=True)
         self._wake.set()
 
     def unload(self) -> asyncio.Future[bool]:
-        """The operator wants the memory back until somebody asks for the GPU again.
+        """The operator wants the memory back until a request needs the GPU again.
 
-        Becomes true when it is, and false where who ran did not end in time and goes on.
+        Becomes true when it is, and false where running requests did not end in time.
         """
         wish = self._unloading
         if wish is None:
             wish = asyncio.get_running_loop().create_future()
-            if self.holder is None and not self.moving:
+            if self.state.layout is None and not self.state.moving:
                 wish.set_result(True)
             else:
                 self._unloading = wish
@@ -356,13 +137,13 @@ class Gpu:
         await self._adopt()
         while True:
             try:
-                await self._see_to_it()
+                await self._reconcile()
             except Exception:  # whatever it was, the GPU must not stay without an owner
                 log.exception("the hand-over failed, and that is our own fault")
-                self.holder = None
-                self._enter(Step.DOWN, "the gateway has failed")
+                self.states.drop()
+                self.states.enter(Step.DOWN, failure="the gateway has failed")
                 self._wake.set()
-                await asyncio.sleep(FIRST_PAUSE_S)
+                await asyncio.sleep(self._timings.gpu_retry_min_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._next_look_s()):
                     await self._wake.wait()
@@ -370,321 +151,250 @@ class Gpu:
 
     async def stop(self) -> None:
         """End the engines that are ours; `run()` is over."""
-        stops = (occupant.stop() for occupant in self.occupants.values())
-        for failed in await asyncio.gather(*stops, return_exceptions=True):
-            if failed is not None:
-                log.error("%s", failed)
+        stops = [engine.stop() for engine in self.layouts.values()]
+        for error in await asyncio.gather(*stops, return_exceptions=True):
+            if error is not None:
+                log.error("%s", error)
 
     def _next_look_s(self) -> float | None:
-        if self._unloading is not None and self.step is Step.HELD:
+        held = self.state.step is Step.HELD
+        if held and self._unloading is not None:
             return 0.0
-        if self._idle_release_s and self.step is Step.HELD:
-            return max(LOOK_S, min(5.0, self._idle_release_s / 4))
+        if held and self._idle_release_s:
+            return max(self._timings.gpu_poll_s, min(5.0, self._idle_release_s / 4))
         return None
 
     async def _adopt(self) -> None:
-        """Begin with what is loaded already, so that a restart costs nobody a load."""
-        await asyncio.gather(*(who.leftover_gone() for who in self.occupants.values()))
+        """Begin with what is loaded already, so that a restart costs no load."""
+        await asyncio.gather(*(engine.wait_leftover_gone() for engine in self.layouts.values()))
         resident = [
-            kind
-            for kind, who in self.occupants.items()
-            if who.process is None and await who.resident()
+            layout
+            for layout, engine in self.layouts.items()
+            if engine.process is None and await engine.is_resident()
         ]
         if not resident:
             return
         keep = self.policy.lane if self.policy.lane in resident else resident[0]
         try:
-            for kind in resident:
-                if kind != keep:
-                    await self._do(Step.UNLOADING, kind, self.occupants[kind].give)
-            await self._do(Step.PROBING, keep, self.occupants[keep].probe)
+            for layout in resident:
+                if layout != keep:
+                    await self._do(Step.UNLOADING, layout, self.layouts[layout].release)
+            await self._do(Step.PROBING, keep, self.layouts[keep].probe)
         except StepFailed as exc:
             await self._recover(str(exc))
         else:
             log.info("%s has the GPU already", keep)
             self._open(keep)
 
-    async def _see_to_it(self) -> None:
-        """Whatever is to be done now."""
-        if self.released:
-            if self.holder is not None:
-                await self._give_up("released by the operator")
-        elif self.step is Step.DOWN:
-            await self._recover(self.trouble)
+    async def _reconcile(self) -> None:
+        """Do what the present state and wishes call for."""
+        state = self.state
+        if state.released:
+            if state.layout is not None:
+                await self._release(state.layout, "released by the operator")
+        elif state.step is Step.DOWN:
+            await self._recover(state.failure)
         elif self._unloading is not None:
             await self._unload(self._unloading)
-        elif self.holder is None:
-            if not self.held_once or any(tenant.waiting for tenant in self._tenants):
-                why = "somebody asks for it" if self.held_once else "to be there for the first"
-                await self._pass(None, self.policy.pin or self.policy.lane, why)
-        elif self._died(self.holder):
-            await self._recover(f"{self.holder} ended")
-        elif self.policy.lane != self.holder:
-            await self._pass(self.holder, self.policy.lane, self.policy.why)
-        elif self._idle_release_s and self._idle_s() > self._idle_release_s:
-            await self._give_up(f"nobody asked for {self._idle_release_s:g} s")
+        elif state.layout is None:
+            if not state.held_before or any(client.waiting for client in self.states.clients):
+                why = "requests wait for it" if state.held_before else "to be there for the first"
+                await self._hand_over(None, self.policy.next_layout, why)
+        else:
+            await self._reconcile_holder(state.layout)
 
-    def _idle_s(self) -> float:
-        """For how long nobody has asked, since the GPU came to its holder at the most."""
-        if any(tenant.demand or tenant.running(self.holder or "") for tenant in self._tenants):
+    async def _reconcile_holder(self, layout: str) -> None:
+        """Do what is called for while a layout holds the GPU."""
+        state = self.state
+        if self.layouts[layout].died:
+            await self._recover(f"{layout} ended")
+        elif state.move is not None:
+            await self._hand_over(layout, state.move.target, state.move.reason)
+        elif state.step is not Step.HELD:  # released and pinned before anything was done
+            self.states.enter(Step.HELD, target=layout)
+        elif self._idle_release_s and self._idle_s(state) > self._idle_release_s:
+            await self._release(layout, f"no request for {self._idle_release_s:g} s")
+
+    def _idle_s(self, state: GpuState) -> float:
+        """Seconds without a request, since the GPU came to its holder at the most."""
+        layout = state.layout or ""
+        if any(client.demand or client.running(layout) for client in self.states.clients):
             return 0.0
-        active_at = max((tenant.active_at for tenant in self._tenants), default=0.0)
-        return time.monotonic() - max(active_at, self._since)
+        active_at = max((client.active_at for client in self.states.clients), default=0.0)
+        return time.monotonic() - max(active_at, state.since)
 
-    def _died(self, kind: str) -> bool:
-        process = self.occupants[kind].process
-        return process is not None and process.wanted and not process.running
-
-    async def _pass(self, source: str | None, target: str, why: str) -> None:
+    async def _hand_over(self, source: str | None, target: str, why: str) -> None:
         """Hand the GPU over, or go back where a step fails."""
-        passage = Passage(time.time(), source, target, why)
-        self.passages.append(passage)
+        record = HandoverRecord(time.time(), source, target, why)
+        self.records.append(record)
         waited = self.policy.waited
-        log.info("hand-over from %s to %s: %s", source or "nobody", target, why)
+        log.info("hand-over from %s to %s: %s", source or "no layout", target, why)
         try:
             if source is not None:
-                await self._do(Step.DRAINING, source, lambda: self._drained(source), passage)
-                await self._do(Step.UNLOADING, source, self.occupants[source].give, passage)
-            await self._take(target, passage)
+                await self._do(Step.DRAINING, source, lambda: self._drained(source), record)
+                await self._do(Step.UNLOADING, source, self.layouts[source].release, record)
+            await self._acquire(target, record)
         except StepFailed as exc:
             log.warning("hand-over to %s failed: %s", target, exc)
-            passage.outcome = f"failed: {exc}"
+            record.outcome = f"failed: {exc}"
             if source is None:
                 await self._recover(str(exc))
             elif exc.step is Step.DRAINING:
                 self._open(source)
             else:
-                await self._back(source, target, str(exc))
+                await self._go_back(source, target, str(exc))
         else:
-            passage.outcome = "done"
+            record.outcome = "done"
             self._open(target)
-        passage.waited = self.policy.waited - waited
-        self.on_passage(passage)
+        record.waited = self.policy.waited - waited
+        self.on_record(record)
 
-    async def _take(self, kind: str, passage: Passage | None = None) -> None:
-        self.toward = kind
-        occupant = self.occupants[kind]
-        await self._do(Step.FREEING, kind, lambda: self._freed(occupant), passage)
-        await self._do(Step.LOADING, kind, occupant.take, passage)
-        await self._do(Step.PROBING, kind, occupant.probe, passage)
-
-    async def _back(self, source: str, target: str, why: str) -> None:
-        """The engine before has the GPU again."""
+    async def _acquire(self, layout: str, record: HandoverRecord | None = None) -> None:
+        """Load a layout and have it answer a token; raises `StepFailed`."""
+        self.states.set_target(layout)
+        engine = self.layouts[layout]
+        room = FreeMemoryWait(engine, self.memory, self._timings.gpu_poll_s)
         try:
-            await self._clear(target)
-            await self._take(source)
+            await self._do(Step.FREEING, layout, room.wait, record)
+        except StepFailed as exc:
+            why = "; ".join(filter(None, (exc.why, room.shortage, FREEING_HINT)))
+            raise StepFailed(Step.FREEING, layout, why) from exc
+        await self._do(Step.LOADING, layout, engine.acquire, record)
+        await self._do(Step.PROBING, layout, engine.probe, record)
+
+    async def _go_back(self, source: str, target: str, why: str) -> None:
+        """Let the layout before have the GPU again."""
+        try:
+            await self._force_release(target)
+            await self._acquire(source)
         except StepFailed as exc:
             await self._recover(f"{why}; and {exc}")
         else:
             self._open(source)
 
     async def _recover(self, why: str) -> None:
-        """No engine holds: try each, the quickest to start first, until one does.
+        """No layout holds: try each, the quickest to start first, until one does.
 
-        Who waits is let wait for the first attempt. After that everybody is refused, and
-        told to come again, until one holds.
+        Requests wait for the first attempt. After it all are refused, with a time to come
+        again, until a layout holds.
         """
-        if self.holder is not None:  # a hand-over to whoever it may be has failed
-            self.policy.settled(time.monotonic(), self.holder)
-            self.holder = None
-        self.policy.freed(time.monotonic())
-        pause = FIRST_PAUSE_S
-        while not self.released:
-            for kind in sorted(self.occupants, key=self._reluctance):
+        self.states.drop()
+        pause = self._timings.gpu_retry_min_s
+        while not self.state.released:
+            for layout in sorted(self.layouts, key=self._start_order):
                 try:
-                    for other in self.occupants:
-                        if other != kind:
-                            await self._clear(other)
-                    await self._take(kind)
+                    for other in self.layouts:
+                        if other != layout:
+                            await self._force_release(other)
+                    await self._acquire(layout)
                 except StepFailed as exc:
                     why = str(exc)
                 else:
-                    self._open(kind)
+                    self._open(layout)
                     return
-            self._enter(Step.DOWN, why)
+            self.states.enter(Step.DOWN, failure=why)
             log.error("no engine can be made to serve: %s; again in %g s", why, pause)
-            await self._rest(pause)
-            pause = min(LONGEST_PAUSE_S, pause * 2)
-        await self._empty(list(self.occupants))
+            await self._backoff(pause)
+            pause = min(self._timings.gpu_retry_max_s, pause * 2)
+        await self._release_until_free(list(self.layouts))
 
-    async def _rest(self, seconds: float) -> None:
+    async def _backoff(self, seconds: float) -> None:
         """Return after so long, or as soon as the operator wants something else."""
         self._wake.clear()  # that an engine has ended meanwhile is no news
-        if not self.released:
+        if not self.state.released:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self._wake.wait()
 
-    def _reluctance(self, kind: str) -> tuple[bool, float]:
-        return kind != self.policy.pin, self.occupants[kind].cold_s
+    def _start_order(self, layout: str) -> tuple[bool, float]:
+        return layout != self.policy.pin, self.layouts[layout].cold_s
 
-    async def _clear(self, kind: str) -> bool:
-        """Whatever it takes that this engine has none of the memory; by force where it is ours.
+    async def _force_release(self, layout: str) -> bool:
+        """Free this layout's memory, by force where its process is ours.
 
         False: it would not, and is not ours to end.
         """
-        occupant = self.occupants[kind]
+        engine = self.layouts[layout]
         try:
-            await self._do(Step.UNLOADING, kind, occupant.give)
+            await self._do(Step.UNLOADING, layout, engine.release)
         except StepFailed as exc:
             log.warning("%s", exc)
             try:
-                await occupant.stop()
+                await engine.stop()
             except BackendError as error:
                 log.warning("%s", error)  # if it matters, the memory will not be seen free
-            return occupant.process is not None
+            return engine.process is not None
         return True
 
     async def _unload(self, wish: asyncio.Future[bool]) -> None:
-        """Give the memory back as was asked, if who runs there ends in time."""
-        gone, source = False, self.holder
+        """Give the memory back as was asked, if the running requests end in time."""
+        gone, source, move = False, self.state.layout, self.state.move
         try:
             if source is not None:
-                self.toward = ""
+                self.states.set_target("")
                 await self._do(Step.DRAINING, source, lambda: self._drained(source))
-                await self._give_up("unloaded by the operator")
+                await self._release(source, "unloaded by the operator")
             gone = True
         except StepFailed as exc:
             log.warning("%s stays: %s", source, exc)
-            self.toward = source or ""
-            self._enter(Step.HELD)
-            self._wake.set()  # the policy may have moved meanwhile
+            step, target = (Step.DRAINING, move.target) if move else (Step.HELD, source or "")
+            self.states.enter(step, target=target)
+            self._wake.set()
         finally:
             self._unloading = None
             if not wish.done():
                 wish.set_result(gone)
 
-    async def _give_up(self, why: str) -> None:
+    async def _release(self, layout: str, why: str) -> None:
         """Give the memory back to whoever wants it."""
-        assert self.holder is not None  # noqa: S101 - seen by the caller
-        source, self.holder = self.holder, None
-        self.toward = ""
-        log.info("%s gives the GPU back: %s", source, why)
-        with contextlib.suppress(StepFailed):  # an engine that is ours ends with who still runs
-            await self._do(Step.DRAINING, source, lambda: self._drained(source))
-        await self._empty([source])
-        self.policy.freed(time.monotonic())
+        move = self.state.move
+        self.states.drop(preferred=move.target if move is not None else layout)
+        self.states.set_target("")
+        log.info("%s gives the GPU back: %s", layout, why)
+        with contextlib.suppress(StepFailed):  # an engine that is ours ends with what still runs
+            await self._do(Step.DRAINING, layout, lambda: self._drained(layout))
+        await self._release_until_free([layout])
 
-    async def _empty(self, kinds: Sequence[str]) -> None:
-        """Have these engines give the memory back, until they have or somebody asks again."""
-        for kind in kinds:
-            while not await self._clear(kind):
-                if any(tenant.waiting for tenant in self._tenants):
+    async def _release_until_free(self, layouts: Sequence[str]) -> None:
+        """Have these layouts give the memory back, until they have or a request needs it."""
+        for layout in layouts:
+            while not await self._force_release(layout):
+                if any(client.waiting for client in self.states.clients):
                     break
-                await asyncio.sleep(FIRST_PAUSE_S)
-        self._enter(Step.FREE, "")
+                await asyncio.sleep(self._timings.gpu_retry_min_s)
+        self.states.enter(Step.FREE, failure="")
 
     # Steps
 
     async def _do(
         self,
         step: Step,
-        kind: str,
+        layout: str,
         work: Callable[[], Awaitable[None]],
-        passage: Passage | None = None,
+        record: HandoverRecord | None = None,
     ) -> None:
         """One step within its deadline; raises `StepFailed`."""
-        self._enter(step)
+        self.states.enter(step)
         deadline_s = self.deadlines.of(step)
         began = time.monotonic()
-        log.info("%s %s (at most %g s)", step, kind, deadline_s)
+        log.info("%s %s (at most %g s)", step, layout, deadline_s)
         try:
             async with asyncio.timeout(deadline_s):
                 await work()
         except TimeoutError:
-            why = f"not done after {deadline_s:g} s"
-            if step is Step.FREEING:
-                why += "; does vLLM run with --enable-sleep-mode, and is nobody else at the GPU?"
-            raise StepFailed(step, kind, why) from None
+            raise StepFailed(step, layout, f"not done after {deadline_s:g} s") from None
         except BackendError as exc:
-            raise StepFailed(step, kind, str(exc)) from exc
+            raise StepFailed(step, layout, str(exc)) from exc
         finally:
-            if passage is not None:
-                passage.steps[step] = round(time.monotonic() - began, 3)
+            if record is not None:
+                record.steps[step] = round(time.monotonic() - began, 3)
 
-    async def _drained(self, kind: str) -> None:
-        while any(tenant.running(kind) for tenant in self._tenants):  # noqa: ASYNC110 - cheap
-            await asyncio.sleep(LOOK_S)
+    async def _drained(self, layout: str) -> None:
+        """Return when no request runs on a layout."""
+        while any(client.running(layout) for client in self.states.clients):  # noqa: ASYNC110 - cheap
+            await asyncio.sleep(self._timings.gpu_poll_s)
 
-    async def _freed(self, occupant: Occupant) -> None:
-        """Return when there is room for an engine, as far as anybody can tell."""
-        if occupant.needs is None:
-            return
-        if await occupant.resident():
-            return  # what it needs, it has
-        while True:
-            try:
-                free = await asyncio.to_thread(self.memory.free)
-            except MemoryUnknown as exc:
-                log.warning("cannot see the memory: %s", exc)
-                return
-            if free >= occupant.needs:
-                return
-            await asyncio.sleep(LOOK_S)
-
-    # Telling
-
-    def _enter(self, step: Step, trouble: str | None = None) -> None:
-        """The next step; what is the trouble stays the trouble until that is over."""
-        now = time.monotonic()
-        if self.moving:
-            self._moving_s += now - self._since
-        self.step, self._since = step, now
-        if trouble is not None:
-            self.trouble = trouble
-        self._tell()
-
-    def _open(self, kind: str) -> None:
-        """This engine has the GPU: everybody may start."""
-        self.holder = kind
-        self.held_once = True
-        self.policy.settled(time.monotonic(), kind)
-        log.info("%s has the GPU", kind)
-        self.toward = kind
-        self._enter(Step.HELD, "")
-
-    def _tell(self) -> None:
-        for tenant in self._tenants:  # what one does about it may change it for the next
-            holder = self.holder if self.step is Step.HELD and not self.released else None
-            tenant.hold(holder, barred=self._barred())
-
-    def _barred(self) -> str:
-        if self.released:
-            return "is not loaded: the operator has released the GPU"
-        if self.trouble:
-            return "could not be loaded; it is tried again"
-        return ""
-
-    def progress(self) -> dict[str, object]:
-        """Where it is on its way, as JSON."""
-        return {
-            "holder": self.holder,
-            "step": self.step.value,
-            "to": self.toward,
-            "since_s": round(time.monotonic() - self._since, 1),
-            "deadline_s": self.deadlines.of(self.step) if self.moving else None,
-            "trouble": self.trouble,
-        }
-
-    def status(self) -> dict[str, object]:
-        """How it stands, as JSON."""
-        return {
-            **self.progress(),
-            "pin": self.policy.pin,
-            "released": self.released,
-            "regret": round(self.policy.regret, 2),
-            "price": round(self.policy.price, 2),
-            "moves": self.policy.moves,
-            "passages": [
-                {
-                    "at": passage.at,
-                    "from": passage.source,
-                    "to": passage.target,
-                    "why": passage.why,
-                    "steps": passage.steps,
-                    "outcome": passage.outcome,
-                    "waited": round(passage.waited, 2),
-                }
-                for passage in self.passages
-            ],
-        }
+    def _open(self, layout: str) -> None:
+        """This layout holds the GPU: its requests may start."""
+        log.info("%s has the GPU", layout)
+        self.states.hold(layout)

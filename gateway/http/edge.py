@@ -25,7 +25,7 @@ from gateway.http.auth import Keys
 from gateway.http.request import parse, read_body
 from gateway.relay.exchange import Exchange, Lifeline, Message, Receive, Send
 from gateway.relay.relay import Relay
-from gateway.relay.reply import Reply, told
+from gateway.relay.reply import Reply, gateway_headers
 
 log = logging.getLogger("gateway")
 
@@ -147,7 +147,7 @@ class Edge:
     async def _page(self, scope: Message, receive: Receive, send: Send, exchange: Exchange) -> None:
         async def send_labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *told(exchange)]
+                message["headers"] = [*message.get("headers", ()), *gateway_headers(exchange)]
             await send(message)
 
         try:

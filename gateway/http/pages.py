@@ -24,9 +24,9 @@ from backends.kinds import KINDS
 from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
 from gateway.http import metrics_page
 from gateway.observe.status import GatewayStatus, ReadyReport
-from gateway.serving.admission import Residence
 from gateway.serving.catalogue import Catalogue, Model
 from gateway.serving.loading import Loader
+from gateway.serving.outlook import Residence
 
 #: A kind of engine, or `auto`; to the type checker a plain string.
 if TYPE_CHECKING:

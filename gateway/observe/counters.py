@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from backends import calls
 from gateway.errors import GatewayError
-from gateway.gpu.handover import Passage
+from gateway.gpu.record import HandoverRecord
 from gateway.relay.exchange import Exchange
 
 #: Upper bounds of the histograms' buckets, seconds.
@@ -175,7 +175,7 @@ class HandoverCounters:
                 self._seconds.labels(source, target, "done")
                 self._waited.labels(source, target, "done")
 
-    def count(self, handover: Passage) -> None:
+    def count(self, handover: HandoverRecord) -> None:
         """Count a hand-over that is over."""
         outcome = handover.outcome.partition(":")[0]
         labels = (handover.source or NONE, handover.target, outcome)

@@ -18,8 +18,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from gateway.gpu.cards import Nvml, Reading, total_watts
 from gateway.gpu.handover import Gpu
-from gateway.gpu.memory import MemoryUnknown, Nvml, Reading, drawn
+from gateway.gpu.memory import MemoryUnknown
 from gateway.observe.cost import Meter
 from gateway.observe.counters import NONE, HandoverCounters, LatencyHistograms, RequestCounters
 from gateway.observe.samples import (
@@ -61,7 +62,7 @@ class Metrics(Collector):
         self._cards: Sequence[Reading] = ()
         self._cards_at = -math.inf
         self._registry = CollectorRegistry()
-        # Otherwise each counter has a second series, `_created`, that nobody reads.
+        # Otherwise each counter has a second series, `_created`, that has no use.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -72,8 +73,8 @@ class Metrics(Collector):
     def follow(self, gpu: Gpu) -> None:
         """Expose the GPU's state, and count its hand-overs."""
         self.gpu = gpu
-        gpu.on_passage = self._handovers.count
-        self._handovers.expect(gpu.occupants)
+        gpu.on_record = self._handovers.count
+        self._handovers.expect(gpu.layouts)
 
     def write(self, exchange: Exchange) -> None:
         """Count an exchange that is over; for `edge.ExchangeLog`."""
@@ -114,7 +115,9 @@ class Metrics(Collector):
         for model in self._models.values():
             for name, lane in model.admission.scheduler.lanes.items():
                 running[name] = running.get(name, 0) + lane.running
-        self.meter.sample(now, self._prices.watts or drawn(self._valid_readings(now)), running)
+        self.meter.sample(
+            now, self._prices.watts or total_watts(self._valid_readings(now)), running
+        )
 
     def _valid_readings(self, now: float) -> Sequence[Reading]:
         """The GPUs' readings, none where they are too old."""

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import TypeAlias
 
-from gateway.gpu.handover import Gpu, Step
-from gateway.gpu.memory import Reading
+from gateway.gpu.cards import Reading
+from gateway.gpu.handover import Gpu
+from gateway.gpu.state import Step
 from gateway.observe.cost import Meter, bill
 from gateway.observe.counters import NONE
 from gateway.observe.status import Bill
 from gateway.routing.breaker import ReplicaState
-from gateway.routing.scheduler import Lane
+from gateway.routing.lanes import Lane
 from gateway.serving.catalogue import Model
 from gateway.settings import Prices
 
@@ -129,16 +130,17 @@ def model_samples(model: Model) -> Iterator[Sample]:
         yield "twolane_lane_chosen", labels, lane.name == policy.lane
         yield "twolane_num_requests_running", labels, lane.running
         yield "twolane_slots", labels, lane.slots
-        yield "twolane_slots_usable", labels, 0 if lane.barred else lane.room
+        yield "twolane_slots_usable", labels, 0 if scheduler.blocked_reason else lane.capacity
         yield from _replica_samples(model, lane)
 
 
 def _replica_samples(model: Model, lane: Lane) -> Iterator[Sample]:
     """The state of a lane's replicas, and what their engines report."""
+    blocked = model.admission.scheduler.blocked_reason
     for number, replica in enumerate(lane.replicas):
         labels = (model.name, lane.name, str(number))
         server = model.admission.servers[replica]
-        yield "twolane_replica_up", labels, replica.room > 0 and not lane.barred
+        yield "twolane_replica_up", labels, replica.capacity > 0 and not blocked
         if server.breaker.state is ReplicaState.READY:  # otherwise its last report is out of date
             report = server.activity
             yield "twolane_engine_num_requests_running", labels, report.running
@@ -149,12 +151,13 @@ def _replica_samples(model: Model, lane: Lane) -> Iterator[Sample]:
 
 def gpu_samples(gpu: Gpu) -> Iterator[Sample]:
     """Which engine holds the GPU, and the state that the GPU is in."""
-    holder = gpu.holder if gpu.step is Step.HELD and gpu.holder else NONE
-    for name in (*gpu.occupants, NONE):
+    state = gpu.state
+    holder = state.holder or NONE
+    for name in (*gpu.layouts, NONE):
         yield "twolane_gpu_holder", (name,), name == holder
     for step in Step:
-        yield "twolane_gpu_state", (step.value,), step is gpu.step
-    yield "twolane_gpu_released", (), gpu.released
+        yield "twolane_gpu_state", (step.value,), step is state.step
+    yield "twolane_gpu_released", (), state.released
 
 
 def card_samples(card: Reading) -> Iterator[Sample]:

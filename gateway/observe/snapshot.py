@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
-
-import msgspec
 
 from gateway.gpu.handover import Gpu
 from gateway.observe.status import (
     DecisionStatus,
     GpuProgress,
     GpuStatus,
+    HandoverStatus,
     LaneStatus,
     ModelStatus,
     ProfileStatus,
@@ -18,7 +18,7 @@ from gateway.observe.status import (
     RefinementStatus,
     ReplicaStatus,
 )
-from gateway.routing.scheduler import Lane
+from gateway.routing.lanes import Lane
 from gateway.serving.catalogue import Catalogue, Model
 
 
@@ -26,31 +26,69 @@ def ready_report(catalogue: Catalogue, gpu: Gpu | None, *, draining: bool) -> Re
     """Whether any model can be answered now, and what the others wait for."""
     models = catalogue.models
     waiting = {
-        name: {lane.name: trouble for lane in _lanes(model) if (trouble := _lane_trouble(lane))}
+        name: {
+            lane.name: reason
+            for lane in _lanes(model)
+            if (reason := _unavailable_reason(model, lane))
+        }
         for name, model in models.items()
     }
     usable = [
         name
         for name, model in models.items()
-        if any(lane.room and not lane.barred for lane in _lanes(model))
+        if not model.admission.scheduler.blocked_reason
+        and any(lane.capacity for lane in _lanes(model))
     ]
     starting = (
         gpu is not None
-        and not gpu.held_once
+        and not gpu.state.held_before
         and all(model.admission.scheduler.exclusive for model in models.values())
     )
     return ReadyReport(
         ready=bool(usable) and not draining and not starting,
         draining=draining,
         models=usable,
-        waiting_for={name: troubles for name, troubles in waiting.items() if troubles},
-        gpu=None if gpu is None else msgspec.convert(gpu.progress(), GpuProgress),
+        waiting_for={name: reasons for name, reasons in waiting.items() if reasons},
+        gpu=None if gpu is None else gpu_progress(gpu),
     )
 
 
 def gpu_status(gpu: Gpu) -> GpuStatus:
     """The GPU's state, and its last hand-overs."""
-    return msgspec.convert(gpu.status(), GpuStatus)
+    progress, policy = gpu_progress(gpu), gpu.policy
+    return GpuStatus(
+        holder=progress.holder,
+        step=progress.step,
+        to=progress.to,
+        since_s=progress.since_s,
+        deadline_s=progress.deadline_s,
+        trouble=progress.trouble,
+        pin=policy.pin,
+        released=gpu.state.released,
+        regret=round(policy.regret, 2),
+        price=round(policy.price, 2),
+        moves=policy.moves,
+        passages=[
+            HandoverStatus(
+                record.at, record.source, record.target, record.why, dict(record.steps),
+                record.outcome, round(record.waited, 2),
+            )
+            for record in gpu.records
+        ],
+    )  # fmt: skip
+
+
+def gpu_progress(gpu: Gpu) -> GpuProgress:
+    """Where the GPU is on its way."""
+    state = gpu.state
+    return GpuProgress(
+        holder=state.layout,
+        step=state.step.value,
+        to=state.target,
+        since_s=round(time.monotonic() - state.since, 1),
+        deadline_s=gpu.deadlines.of(state.step) if state.moving else None,
+        trouble=state.failure,
+    )
 
 
 def model_statuses(models: Mapping[str, Model], now: float) -> dict[str, ModelStatus]:
@@ -62,11 +100,12 @@ def _lanes(model: Model) -> Iterable[Lane]:
     return model.admission.scheduler.lanes.values()
 
 
-def _lane_trouble(lane: Lane) -> str:
-    """Why a lane accepts nothing now; empty where it does."""
-    if lane.barred:
-        return lane.barred
-    return "" if lane.room else next((r.trouble for r in lane.replicas if r.trouble), "is full")
+def _unavailable_reason(model: Model, lane: Lane) -> str:
+    """Why a lane accepts no request now; empty where it does."""
+    if blocked := model.admission.scheduler.blocked_reason:
+        return blocked
+    reasons = (r.unavailable_reason for r in lane.replicas if r.unavailable_reason)
+    return "" if lane.capacity else next(reasons, "is full")
 
 
 def _model_status(model: Model, now: float) -> ModelStatus:
@@ -100,7 +139,7 @@ def _profile_status(model: Model, now: float) -> ProfileStatus:
         refinement = RefinementStatus(refined.requests, factors)
     return ProfileStatus(
         source=known.source,
-        told=known.told(now),
+        told=known.summary(now),
         measured_at=known.measured_at or None,
         age_s=None if age_s is None else round(age_s),
         machine=known.machine,
@@ -117,10 +156,10 @@ def _lane_status(model: Model, lane: Lane) -> LaneStatus:
             ReplicaStatus(
                 running=replica.running,
                 slots=replica.slots,
-                room=replica.room,
-                state=replica.trouble or "ready",
+                room=replica.capacity,
+                state=replica.unavailable_reason or "ready",
                 engine_running=activity.running,
                 engine_waiting=activity.waiting,
             )
         )
-    return LaneStatus(lane.running, lane.room, round(lane.service_s, 3), replicas)
+    return LaneStatus(lane.running, lane.capacity, round(lane.service_s, 3), replicas)

@@ -18,7 +18,7 @@ import msgspec
 from rich.console import Console
 
 from gateway.errors import UsageError
-from gateway.gpu.memory import Nvml
+from gateway.gpu.cards import Nvml
 from gateway.plan.machine import detect_cards, machine_ram_gib
 from gateway.plan.tables import render
 from gateway.plan.text import assumptions

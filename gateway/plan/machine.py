@@ -6,7 +6,8 @@ import math
 import os
 
 from gateway.errors import UsageError
-from gateway.gpu.memory import MemoryUnknown, Nvml
+from gateway.gpu.cards import Nvml
+from gateway.gpu.memory import MemoryUnknown
 from gateway.sizing.cards import DATA_SHEETS, Cards, make_cards
 from gateway.sizing.shapes import GIB
 

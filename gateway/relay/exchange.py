@@ -10,9 +10,7 @@ from typing import Any, Self, TypeAlias
 
 from backends.calls import Call
 from backends.transport import sse
-from gateway.errors import (
-    ClientGone,
-)
+from gateway.errors import ClientGone
 from gateway.routing.needs import Needs
 
 Message: TypeAlias = MutableMapping[str, Any]

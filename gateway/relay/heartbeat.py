@@ -8,37 +8,42 @@ from collections.abc import Callable
 
 from gateway.relay.reply import Reply
 
-HEARTBEAT = b": ping\n\n"
-#: A timer may be as early.
-EARLY_S = 0.001
+#: A comment event, which clients ignore.
+COMMENT = b": ping\n\n"
+#: A timer may fire so much early, seconds.
+TIMER_SLACK_S = 0.001
 
 
-class Heart:
-    """Keeps a waiting stream alive: sends what `beat` says whenever nothing was sent for a while.
+class Heartbeat:
+    """Sends `message` whenever a stream was silent for a while, as long as the context is open.
 
-    An empty beat is none.
+    Args:
+        reply: The stream.
+        period_s: The longest silence, seconds.
+        message: What to send now; empty: nothing.
     """
 
-    def __init__(self, reply: Reply, period_s: float, beat: Callable[[], bytes]) -> None:
+    def __init__(self, reply: Reply, period_s: float, message: Callable[[], bytes]) -> None:
         self._reply = reply
         self._period_s = period_s
-        self._beat = beat
-        self._beating: asyncio.Task[None] | None = None
+        self._message = message
+        self._sending: asyncio.Task[None] | None = None
 
     def __enter__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._reply.last = time.monotonic()
-        self._timer = self._loop.call_later(self._period_s, self._due)
+        self._timer = self._loop.call_later(self._period_s, self._tick)
 
     def __exit__(self, *exc: object) -> None:
         self._timer.cancel()
-        if self._beating is not None:
-            self._beating.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
 
-    def _due(self) -> None:
+    def _tick(self) -> None:
         left = self._reply.last + self._period_s - time.monotonic()
-        if left <= EARLY_S:
-            if (self._beating is None or self._beating.done()) and (beat := self._beat()):
-                self._beating = self._loop.create_task(self._reply.events(beat))
+        if left <= TIMER_SLACK_S:
+            idle = self._sending is None or self._sending.done()
+            if idle and (message := self._message()):
+                self._sending = self._loop.create_task(self._reply.events(message))
             left = self._period_s
-        self._timer = self._loop.call_later(left, self._due)
+        self._timer = self._loop.call_later(left, self._tick)

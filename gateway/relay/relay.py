@@ -1,8 +1,8 @@
 """One exchange, from the request as read to its last byte.
 
-A request gets a slot, its replica an attempt, the client the bytes as they come. The
-type of an engine's error says whether another may be asked; nobody looks at flags. Once
-the first byte is out, a failure becomes an event in the stream and never a clean end.
+A request gets a slot, its replica an attempt, the client the bytes as they come. The type
+of an engine's error says whether another may be asked; no flags do. Once the first byte is
+out, a failure becomes an event in the stream and never a clean end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 
 import msgspec
 
-from backends import base, errors
+from backends import errors
 from backends.errors import BackendError, Busy, NoAnswer, Refused, Unreachable
 from gateway.errors import (
     EngineBusy,
@@ -25,35 +25,39 @@ from gateway.errors import (
     NoLane,
 )
 from gateway.relay.exchange import Exchange, Request
-from gateway.relay.heartbeat import EARLY_S, HEARTBEAT, Heart
+from gateway.relay.heartbeat import COMMENT, TIMER_SLACK_S, Heartbeat
 from gateway.relay.reply import Reply
 from gateway.relay.retry import RetryBudget
-from gateway.routing.scheduler import Replica, Ticket
+from gateway.routing.lanes import Ticket
+from gateway.serving.admission import Grant
 from gateway.serving.catalogue import Catalogue, Model
-
-#: How soon, and how often at most, people read what they wait for.
-STATUS_S = 1.0
-#: A chat page asks for the title of a chat just before it asks for the answer. Nobody waits for
-#: the title, so it is held back for as long: where there is one slot, the answer has it first.
-BACKGROUND_S = 0.5
+from gateway.settings import Timings
 
 
 class Relay:
-    """Serves requests from the models of a catalogue.
+    """Relays requests to the models of a catalogue, and their answers back.
 
     Args:
         catalogue: The models.
-        heartbeat_s: Silence before a waiting stream is sent a comment.
-        status_events: Whether one that waits for the GPU is told so in Open WebUI's way.
+        heartbeat_s: Silence after which a waiting stream receives a comment, seconds.
+        status_events: Whether a stream that waits for the GPU receives Open WebUI's status events.
+        timings: How soon it does, and for how long a background call is held back.
     """
 
     def __init__(
-        self, catalogue: Catalogue, *, heartbeat_s: float, status_events: bool = False
+        self,
+        catalogue: Catalogue,
+        *,
+        heartbeat_s: float,
+        status_events: bool = False,
+        timings: Timings | None = None,
     ) -> None:
         self._catalogue = catalogue
+        self._timings = timings or Timings()
         self._heartbeat_s = heartbeat_s
-        # Who reads what it waits for should not wait for that.
-        self._look_s = min(heartbeat_s, STATUS_S) if status_events else heartbeat_s
+        # A status event should not wait for the heartbeat.
+        status_s = min(heartbeat_s, self._timings.status_event_s)
+        self._tick_s = status_s if status_events else heartbeat_s
         self._status_events = status_events
         self._budget = RetryBudget()
 
@@ -75,39 +79,39 @@ class Relay:
         exchange.model = model.name
         exchange.stream = request.call.stream
         exchange.background = request.background
-        ticket, stripped = self._ticket(model, request, named or pin, exchange.key)
-        self._budget.earn(model.admission.scheduler.largest)
+        ticket, stripped = _make_ticket(model, request, named or pin, exchange.key)
+        self._budget.earn(model.most_slots)
         with contextlib.ExitStack() as stack:
             if request.call.stream:
-                beat = partial(self._beat, model, ticket, exchange, reply)
-                stack.enter_context(Heart(reply, self._look_s, beat))
+                message = partial(self._heartbeat, model, ticket, exchange, reply)
+                stack.enter_context(Heartbeat(reply, self._tick_s, message))
             if request.background:
-                await asyncio.sleep(BACKGROUND_S)
+                await asyncio.sleep(self._timings.background_hold_s)
             await self._attempts(model, ticket, stripped, request, exchange, reply)
 
-    def _beat(self, model: Model, ticket: Ticket, exchange: Exchange, reply: Reply) -> bytes:
-        """What keeps a stream alive now; nothing while it may still be refused.
+    def _heartbeat(self, model: Model, ticket: Ticket, exchange: Exchange, reply: Reply) -> bytes:
+        """What keeps a stream alive now; empty while it may still be refused.
 
-        In the queue it may still be told 429 or 503; only a hand-over is worth its silence.
-        And a comment names the lane, after which no other is asked: it is sent no sooner
-        than it must be.
+        In the queue it may still receive 429 or 503; only a hand-over is worth its silence.
+        The first heartbeat sends the headers, and they name the lane: after it no other
+        lane is asked, so it goes out no sooner than it must.
         """
         silent_s = time.monotonic() - reply.last
-        beat = HEARTBEAT if silent_s > self._heartbeat_s - EARLY_S else b""
-        if ticket.lane is not None:
-            if beat and not reply.begun:  # it may have its slot, and not have been told yet
-                exchange.lane, exchange.reason = ticket.lane.name, ticket.reason
-            return beat
-        movement = model.admission.movement
-        if not movement:
+        message = COMMENT if silent_s > self._heartbeat_s - TIMER_SLACK_S else b""
+        outlook = model.admission.outlook(ticket)
+        if outlook.granted:
+            if message and not reply.begun:  # granted, but `_attempts` has not run since
+                exchange.lane, exchange.reason = outlook.lane, outlook.reason
+            return message
+        if not outlook.reason:
             return b""
-        if self._status_events and not (reply.begun and movement == exchange.reason):
-            beat = _status_event(movement, done=False)
-        if beat:
-            exchange.reason = movement
+        if self._status_events and not (reply.begun and outlook.reason == exchange.reason):
+            message = _status_event(outlook.reason, done=False)
+        if message:
+            exchange.reason = outlook.reason
             if not reply.begun:
-                exchange.lane = model.admission.heading(ticket)
-        return beat
+                exchange.lane = outlook.lane
+        return message
 
     async def _attempts(
         self,
@@ -122,89 +126,54 @@ class Relay:
         failure: GatewayError | None = None
         while True:
             try:
-                async with model.admission.slot(ticket, again=failure is not None) as replica:
+                async with model.admission.slot(ticket) as grant:
                     exchange.attempts += 1
-                    assert ticket.lane is not None  # noqa: S101 - admitted
-                    exchange.lane = ticket.lane.name
-                    exchange.cause = ticket.cause
-                    exchange.reason = ticket.reason
+                    exchange.lane = grant.lane
+                    exchange.cause = grant.cause
+                    exchange.reason = grant.reason
                     exchange.dropped = stripped
                     exchange.sent = time.monotonic()
                     if reply.begun and self._status_events and failure is None:
                         await reply.events(_status_event("The GPU is there.", done=True))
-                    await self._attempt(model, replica, request, exchange, reply)
-                    if exchange.usage is not None and not request.needs.multiple_choices:
-                        model.admission.served(ticket, exchange.usage.completion_tokens)
+                    await self._attempt(grant, request, exchange, reply)
                     return
             except NoLane:
                 if failure is not None:
-                    raise failure from None  # there was no other: tell what went wrong here
+                    raise failure from None  # no other lane: what went wrong here is the reason
                 raise
             except BackendError as exc:
-                failed = _translated(exc)
+                translated = _translate(exc)
                 again = exc.retryable and not reply.begun and failure is None
                 if not again or not self._budget.spend():
-                    raise failed from exc
-                failure = failed
-                ticket.without.add(replica)
-
-    def _ticket(
-        self, model: Model, request: Request, pin: str | None, key: str
-    ) -> tuple[Ticket, tuple[str, ...]]:
-        """The request's place in the queue, and the fields that no lane can take."""
-        needs = request.needs
-        stripped: tuple[str, ...] = ()
-        if needs.tools and not needs.forced_tools and model.offers("tools") is False:
-            # A chat page sends its tools with every hello: better an answer without them.
-            stripped = tuple(
-                name
-                for name in ("tools", "tool_choice", "parallel_tool_calls")
-                if request.call.body.pop(name, None) is not None
-            )
-            needs.tools = False
-        if pin is not None and pin not in model.lanes:
-            pin = None
-        able, why = model.eligible_lanes(needs)
-        return Ticket(key, request.background, pin, able, why), stripped
+                    raise translated from exc
+                failure = translated
 
     async def _attempt(
-        self, model: Model, replica: Replica, request: Request, exchange: Exchange, reply: Reply
+        self, grant: Grant, request: Request, exchange: Exchange, reply: Reply
     ) -> None:
         """Ask one replica; raises `BackendError`."""
-        server = model.admission.servers[replica]
         try:
             if request.call.stream:
-                await self._stream(server.engine, server.model, request, exchange, reply)
+                await self._stream(grant, request, exchange, reply)
             else:
-                await self._ask(server.engine, server.model, request, exchange, reply)
+                await self._ask(grant, request, exchange, reply)
         except BackendError as exc:
-            model.admission.failed(replica, exc)
+            grant.failed(exc)
             raise
-        model.admission.answered(replica)
+        usage = None if request.needs.multiple_choices else exchange.usage
+        grant.answered(usage.completion_tokens if usage is not None else None)
 
-    async def _ask(
-        self,
-        engine: base.Engine,
-        name: str,
-        request: Request,
-        exchange: Exchange,
-        reply: Reply,
-    ) -> None:
-        whole = await engine.fetch_answer(request.call, name)
+    async def _ask(self, grant: Grant, request: Request, exchange: Exchange, reply: Reply) -> None:
+        answer = await grant.engine.fetch_answer(request.call, grant.model)
         exchange.first = time.monotonic()
-        exchange.usage = whole.usage
-        exchange.dropped += whole.dropped
-        await reply.whole(200, whole.body)
+        exchange.usage = answer.usage
+        exchange.dropped += answer.dropped
+        await reply.whole(200, answer.body)
 
     async def _stream(
-        self,
-        engine: base.Engine,
-        name: str,
-        request: Request,
-        exchange: Exchange,
-        reply: Reply,
+        self, grant: Grant, request: Request, exchange: Exchange, reply: Reply
     ) -> None:
-        answer = await engine.open_stream(request.call, name)
+        answer = await grant.engine.open_stream(request.call, grant.model)
         try:
             exchange.dropped += answer.dropped
             while data := await answer.read():
@@ -217,13 +186,33 @@ class Relay:
         await reply.end()
 
 
+def _make_ticket(
+    model: Model, request: Request, pin: str | None, key: str
+) -> tuple[Ticket, tuple[str, ...]]:
+    """The request's place in the queue, and the fields that no lane can take."""
+    needs = request.needs
+    stripped: tuple[str, ...] = ()
+    if needs.tools and not needs.forced_tools and model.offers("tools") is False:
+        # A chat page sends its tools with every hello: better an answer without them.
+        stripped = tuple(
+            name
+            for name in ("tools", "tool_choice", "parallel_tool_calls")
+            if request.call.body.pop(name, None) is not None
+        )
+        needs.tools = False
+    if pin is not None and pin not in model.lanes:
+        pin = None
+    eligible, exclusion_reason = model.eligible_lanes(needs)
+    return Ticket(key, request.background, pin, eligible, exclusion_reason), stripped
+
+
 def _status_event(text: str, *, done: bool) -> bytes:
     """What Open WebUI shows over an answer; not OpenAI's, so only where it was asked for."""
     status = {"type": "status", "data": {"description": text, "done": done}}
     return b"data: " + msgspec.json.encode({"event": status}) + b"\n\n"
 
 
-def _translated(error: BackendError) -> GatewayError:
+def _translate(error: BackendError) -> GatewayError:
     """An engine's failure in public words: no address, no text of the engine but a refusal's."""
     match error:
         case Refused():

@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 
 from backends.transport import sse
-from gateway.errors import (
-    GatewayError,
-)
+from gateway.errors import GatewayError
 from gateway.relay.exchange import Exchange, Headers, Send
 
 
@@ -27,7 +25,7 @@ class Reply:
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            *self._told(),
+            *gateway_headers(self._exchange),
             *(extra or ()),
         ]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
@@ -42,7 +40,7 @@ class Reply:
                 (b"content-type", b"text/event-stream; charset=utf-8"),
                 (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no"),
-                *self._told(),
+                *gateway_headers(self._exchange),
             ]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         self.last = time.monotonic()
@@ -60,11 +58,8 @@ class Reply:
         await self.events(b"data: " + error.envelope() + b"\n\n" + sse.DONE)
         await self.end()
 
-    def _told(self) -> Headers:
-        return told(self._exchange)
 
-
-def told(exchange: Exchange) -> Headers:
+def gateway_headers(exchange: Exchange) -> Headers:
     """The headers that every answer carries: its id, its lane and why."""
     headers = [
         (b"x-request-id", exchange.id.encode()),

@@ -3,7 +3,7 @@
 A profile is what the policy decides by. Until one is measured on this machine
 (`twolane calibrate`) the built-in one is used, and everything that shows it says `assumed`.
 The file is the `Profile` below as JSON; only `version`, `source` and, of each lane, `at_once` and
-`seconds` must be there. What the requests then take in fact corrects it (`Refined`).
+`seconds` must be there. What the requests then take in fact corrects it (`ProfileRefiner`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ProfileError(Exception):
     """A profile file cannot be used; the text says why and what to do."""
 
 
-class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class MeasuredSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a lane was measured on; where that changes, so may its figures.
 
     Attributes:
@@ -45,7 +45,7 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     digest: str = ""
 
 
-class Lane(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class LaneProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Mean seconds a request, by requests at once: `seconds[i]` at `at_once[i]`.
 
     Attributes:
@@ -62,7 +62,7 @@ class Lane(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     high_s: tuple[float, ...] = ()
     ttft_s: tuple[float, ...] = ()
     tokens_per_s: tuple[float, ...] = ()
-    on: Measured | None = None
+    on: MeasuredSetup | None = None
 
     def __post_init__(self) -> None:
         if not self.at_once or len(self.at_once) != len(self.seconds):
@@ -124,7 +124,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     version: int
     source: str
-    lanes: Mapping[str, Lane]
+    lanes: Mapping[str, LaneProfile]
     machine: str = ""
     measured_at: str = ""
     tokens_in: int | None = None
@@ -144,12 +144,12 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         except ValueError:
             return None
 
-    def told(self, now: float) -> str:
+    def summary(self, now: float) -> str:
         """In a few words: whether it was measured, and how long ago."""
         age_s = self.age_s(now) if self.source == "measured" else None
         return self.source if age_s is None else f"{self.source} {_ago(age_s)}"
 
-    def changed(self, lane: str, now: Measured) -> list[str]:
+    def changed(self, lane: str, now: MeasuredSetup) -> list[str]:
         """What is otherwise than when this lane was measured; what one does not tell, is not.
 
         Command lines are compared without their folders, which differ by who started it where.
@@ -233,8 +233,8 @@ ASSUMED = Profile(
     source="assumed",
     machine="two CPU cores, SmolLM2-135M",
     lanes={
-        "ollama": Lane((1, 4, 8, 16, 32), (1.2, 4.1, 7.0, 15.0, 32.8)),
-        "llamacpp": Lane((1, 4, 8, 16, 32), (1.4, 2.9, 5.9, 10.3, 19.2)),
-        "vllm": Lane((1, 4, 8, 16, 32), (3.0, 4.1, 5.7, 7.5, 12.3)),
+        "ollama": LaneProfile((1, 4, 8, 16, 32), (1.2, 4.1, 7.0, 15.0, 32.8)),
+        "llamacpp": LaneProfile((1, 4, 8, 16, 32), (1.4, 2.9, 5.9, 10.3, 19.2)),
+        "vllm": LaneProfile((1, 4, 8, 16, 32), (3.0, 4.1, 5.7, 7.5, 12.3)),
     },
 )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from gateway.routing.profile import Lane, Profile, _along
+from gateway.routing.profile import LaneProfile, Profile, _along
 
 #: How far from the profile an answer's time is believed, and so a correction: twice, or half.
 MOST = math.log(2)
@@ -26,7 +26,7 @@ WORTH = math.log(1.02)
 LONGEST = 10**7
 
 
-class _Seen:
+class _Deviation:
     """How far answers at one level were from the profile: logarithms of what they took more."""
 
     __slots__ = ("mean", "rounds", "variance")
@@ -61,10 +61,10 @@ class _Curve:
     and the engine is as busy as it is with all slots taken.
     """
 
-    def __init__(self, lane: Lane, slots: int, tokens_out: int) -> None:
+    def __init__(self, lane: LaneProfile, slots: int, tokens_out: int) -> None:
         self.levels = sorted({min(level, slots) for level in lane.at_once})
         self._place = [self.levels.index(min(level, slots)) for level in lane.at_once]
-        self._seen = [_Seen() for _ in self.levels]
+        self._deviations = [_Deviation() for _ in self.levels]
         self._first = [_along(lane.at_once, lane.ttft_s, n) for n in self.levels]
         # By Little's law, since an answer may have ended before its limit.
         rates = lane.tokens_per_s or (math.inf,) * len(lane.at_once)
@@ -90,26 +90,29 @@ class _Curve:
         rounds = min(tokens / length, length / tokens) / n
         right = bisect_left(levels, n)
         if right == 0 or levels[right] == n:
-            self._seen[right].learn(off, rounds)
+            self._deviations[right].learn(off, rounds)
             return
         near = (n - levels[right - 1]) / (levels[right] - levels[right - 1])
-        for seen, share in ((self._seen[right - 1], 1 - near), (self._seen[right], near)):
+        for seen, share in (
+            (self._deviations[right - 1], 1 - near),
+            (self._deviations[right], near),
+        ):
             if share > 0:
                 seen.learn(off, rounds * share)
 
     def totals(self) -> tuple[float, float]:
         """What all of it was off, times the rounds it took, and these."""
         return (
-            math.fsum(seen.mean * seen.rounds for seen in self._seen),
-            math.fsum(seen.rounds for seen in self._seen),
+            math.fsum(deviation.mean * deviation.rounds for deviation in self._deviations),
+            math.fsum(deviation.rounds for deviation in self._deviations),
         )
 
     def own(self, common: float) -> list[float]:
         """By the profile's levels, what is this lane's own."""
-        return [self._seen[place].beyond(common) for place in self._place]
+        return [self._deviations[place].beyond(common) for place in self._place]
 
 
-class Refined:
+class ProfileRefiner:
     """A measured profile, corrected by the answers that are given.
 
     Each answer is compared with what the profile says of one of its length, beside as many. What
@@ -133,7 +136,9 @@ class Refined:
         self.profile = profile
         self.requests = 0
         self._measured = profile
-        self._told = {name: [0.0] * len(lane.at_once) for name, lane in profile.lanes.items()}
+        self._corrections = {
+            name: [0.0] * len(lane.at_once) for name, lane in profile.lanes.items()
+        }
         tokens_out = profile.tokens_out or 0
         self._curves = {
             name: _Curve(lane, slots[name], tokens_out)
@@ -142,7 +147,7 @@ class Refined:
         }
 
     def __repr__(self) -> str:
-        return f"<Refined by {self.requests} requests: {self.factors}>"
+        return f"<ProfileRefiner by {self.requests} requests: {self.factors}>"
 
     def learn(self, lane: str, at_once: float, seconds: float, tokens: int) -> None:
         """A request was answered.
@@ -162,11 +167,14 @@ class Refined:
     def factors(self) -> dict[str, dict[int, float]]:
         """By lane and level, what the measured seconds are multiplied with in `profile`."""
         return {
-            name: {n: math.exp(off) for n, off in zip(lane.at_once, self._told[name], strict=True)}
+            name: {
+                n: math.exp(off)
+                for n, off in zip(lane.at_once, self._corrections[name], strict=True)
+            }
             for name, lane in self._measured.lanes.items()
         }
 
-    def told(self) -> Profile | None:
+    def corrected(self) -> Profile | None:
         """The profile as it has become; None where it is hardly another than was told before."""
         totals = [curve.totals() for curve in self._curves.values()]
         rounds = math.fsum(rounds for _, rounds in totals)
@@ -180,10 +188,10 @@ class Refined:
         if not any(
             abs(now - was) > WORTH
             for name, offs in found.items()
-            for now, was in zip(offs, self._told[name], strict=True)
+            for now, was in zip(offs, self._corrections[name], strict=True)
         ):
             return None
-        self._told = found
+        self._corrections = found
         lanes = {}
         for name, lane in self._measured.lanes.items():
             pairs = zip(lane.seconds, found[name], strict=True)

@@ -1,137 +1,36 @@
-"""Who is served next, and by which replica of which lane.
+"""Which request is served next, and by which replica of which lane.
 
 The whole decision for one model lives here and nothing else does: no clock, no sockets,
 no tasks. Each method takes one event and returns the actions it calls for. No method is
 a coroutine, so none can be interrupted halfway and no lock is needed.
 
-What waits is not bound to a lane until it starts: when the policy moves, or an engine
+A waiting request is not bound to a lane until it starts: when the policy moves, or an engine
 goes away, the whole queue goes with it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from gateway.errors import GatewayError, NoLane, QueueFull
-from gateway.routing.policy import Demand, Policy
-from gateway.routing.refine import Refined
+from gateway.gpu.state import GpuStateRef, Move
+from gateway.routing.fair_queue import FairQueue
+from gateway.routing.lanes import Cause, Lane, Ticket
+from gateway.routing.policy_exclusive import ExclusivePolicy
+from gateway.routing.policy_shared import SharedPolicy
+from gateway.routing.refine import ProfileRefiner
+from gateway.routing.regret import NO_LANES, ModelDemand
 
-#: How much the newest of the measured service times counts.
-NEWEST = 0.1
-#: How often what was learned of the service times is made known to the policy, seconds.
-REFINE_S = 30.0
-#: A request's time tells of a number at once if that number was steady, and another lane
-#: of the model had hardly anything to do: relative standard deviation, and share.
+#: The weight of the newest service time in the mean.
+NEWEST_SERVICE = 0.1
+#: How often the policy receives a refined profile, seconds.
+REFINE_INTERVAL_S = 30.0
+#: A request's time counts for a concurrency if that was steady (relative standard deviation)
+#: and the model's other lanes had hardly anything to do (share of the requests).
 STEADY = 0.25
 ALONE = 0.05
-
-
-class Cause(StrEnum):
-    """Why a request went where it went, in a word that can be counted by."""
-
-    POLICY = "policy"
-    ONLY_LANE = "only_lane"
-    PIN = "pin"  # the operator's
-    REQUEST_PIN = "request_pin"
-    CAPABILITY = "capability"  # the policy's lane cannot take it
-    HEALTH = "health"  # that lane is not usable now
-    FAILOVER = "failover"  # that lane has failed this request
-
-
-@dataclass(eq=False, slots=True)
-class Replica:
-    """One server of a lane.
-
-    `room` is how many requests it may be given now: its slots when all is well, fewer
-    while it comes back, none while it is out. `trouble` says why, in public words, and
-    `back_s` in how many seconds another attempt makes sense.
-    """
-
-    url: str
-    slots: int
-    room: int = 0
-    running: int = 0
-    trouble: str = "has not been probed yet"
-    back_s: float = 5.0
-
-
-@dataclass(eq=False, slots=True)
-class Lane:
-    """One model on one engine.
-
-    `waiting` bounds the queue in front of it. `service_s` is the mean time a request
-    holds a slot, as seen here. `holds`: its engine has the GPU; always so where both fit.
-    `barred` says why it will not have it for a while, in public words. `ran` and `ran2` are
-    the requests that ran here and their squares, summed over time.
-    """
-
-    name: str
-    replicas: list[Replica]
-    waiting: int
-    service_s: float = 0.0
-    holds: bool = True
-    barred: str = ""
-    ran: float = 0.0
-    ran2: float = 0.0
-
-    @property
-    def running(self) -> int:
-        return sum(replica.running for replica in self.replicas)
-
-    @property
-    def slots(self) -> int:
-        """Requests it answers at once when all is well."""
-        return sum(replica.slots for replica in self.replicas)
-
-    @property
-    def room(self) -> int:
-        """Slots that may be used now, taken ones included."""
-        return sum(replica.room for replica in self.replicas)
-
-    def free(self, without: set[Replica]) -> Replica | None:
-        """The replica with the least in flight that has a slot free, or None."""
-        if not self.holds:
-            return None
-        able = [r for r in self.replicas if r.running < r.room and r not in without]
-        return min(able, key=lambda r: r.running, default=None)
-
-    def usable(self, without: set[Replica]) -> bool:
-        """Whether any replica would take a request: now, when a slot is free, or the GPU its."""
-        if self.barred:
-            return False
-        for replica in self.replicas:  # noqa: SIM110 - `any` of a generator costs five times as much
-            if replica.room > 0 and replica not in without:
-                return True
-        return False
-
-
-@dataclass(eq=False, slots=True)
-class Ticket:
-    """One request on its way through a model's queue.
-
-    `pin` is a lane that somebody named, `able` the lanes that can take the request
-    (all when empty), each with the words that explain it in `why`. `without` are the
-    replicas that have failed it already. `key` is whose turn it is. `before` is what had
-    run when it started: on its lane, that squared, and on all.
-    """
-
-    key: str = ""
-    background: bool = False
-    pin: str | None = None
-    able: frozenset[str] = frozenset()
-    why: str = ""
-    without: set[Replica] = field(default_factory=set)
-    arrived: float = 0.0
-    started: float = 0.0
-    lane: Lane | None = None
-    replica: Replica | None = None
-    cause: Cause = Cause.POLICY
-    reason: str = ""
-    before: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +42,20 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Tell this waiting request that it will not be served."""
+    """This waiting request will not be served."""
 
     ticket: Ticket
     error: GatewayError
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """See to it that the GPU comes to the policy's lane; nothing starts before it is there."""
+class RequestGpu:
+    """Requests need the GPU: hand it over as decided, or (None) load a layout, as none holds."""
+
+    move: Move | None = None
 
 
-Action: TypeAlias = Start | Refuse | Move
-
-
-_NONE: Mapping[str, int] = {}
+Action: TypeAlias = Start | Refuse | RequestGpu
 
 
 class Scheduler:
@@ -167,41 +65,56 @@ class Scheduler:
         lanes: Its lanes.
         policy: Where its requests should go; in an exclusive placement that of all models.
         model: Its name, to the policy.
-        exclusive: Its lanes do not fit together: only the one that holds the GPU may start any.
+        gpu: In an exclusive placement, the state of the GPU: only lanes of the layout that
+            holds it may start requests. None: the lanes are resident together.
         refined: Learns what its requests take, and the policy from that.
     """
 
     def __init__(
         self,
         lanes: list[Lane],
-        policy: Policy,
+        policy: SharedPolicy | ExclusivePolicy,
         *,
         model: str = "",
-        exclusive: bool = False,
-        refined: Refined | None = None,
+        gpu: GpuStateRef | None = None,
+        refined: ProfileRefiner | None = None,
     ) -> None:
         self.lanes: Mapping[str, Lane] = {lane.name: lane for lane in lanes}
         #: Slots of the server that has the most.
         self.largest = max((r.slots for lane in lanes for r in lane.replicas), default=0)
         self.policy = policy
         self.model = model
-        self.exclusive = exclusive
         self.refined = refined
         self.demand = 0
-        self.held = False  # in an exclusive placement: whether any engine has the GPU
-        self._foreground: OrderedDict[str, deque[Ticket]] = OrderedDict()
-        self._background: deque[Ticket] = deque()
-        self._counted_at = 0.0  # who runs, up to here
+        self._gpu = gpu
+        self._queue = FairQueue()
+        self._counted_at = 0.0  # concurrency is summed up to here
         self._refined_at = 0.0
 
     def __repr__(self) -> str:
-        lanes = ", ".join(f"{lane.name} {lane.running}/{lane.room}" for lane in self.lanes.values())
+        lanes = ", ".join(
+            f"{lane.name} {lane.running}/{lane.capacity}" for lane in self.lanes.values()
+        )
         return f"<Scheduler {lanes}, {self.waiting} waiting, demand {self.demand}>"
 
     @property
     def waiting(self) -> int:
         """Requests in the queue, background calls included."""
-        return sum(map(len, self._foreground.values())) + len(self._background)
+        return len(self._queue)
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether its lanes share a GPU on which only one layout fits."""
+        return self._gpu is not None
+
+    @property
+    def blocked_reason(self) -> str:
+        """Why no lane can start a request for a while, in public words; empty where one will."""
+        return self._gpu.state.blocked_reason if self._gpu is not None else ""
+
+    def is_resident(self, lane: Lane) -> bool:
+        """Whether a lane may start requests: it has the GPU, or needs to share none."""
+        return self._gpu is None or self._gpu.state.serves(lane.name)
 
     # Events
 
@@ -210,11 +123,13 @@ class Scheduler:
         if self._choose(ticket) is None:
             return [Refuse(ticket, self._no_lane(ticket))]
         ticket.arrived = now
-        self._enter(ticket, front=again)
+        if not ticket.background:
+            self.demand += 1
+        self._queue.enter(ticket, front=again)
         actions = self._assign(now)
         # The policy may just have moved the queue: only what is left now can be too much.
         if not again and ticket.lane is None and (error := self._too_many(ticket)):
-            self._leave(ticket)
+            self._leave_queue(ticket)
             actions.append(Refuse(ticket, error))
         return actions
 
@@ -222,100 +137,94 @@ class Scheduler:
         """A request is over, however it ended, or has left the queue."""
         lane = ticket.lane
         if lane is None:
-            return self._assign(now) if self._leave(ticket) else []
+            return self._assign(now) if self._leave_queue(ticket) else []
         assert ticket.replica is not None  # noqa: S101 - set together with the lane
         if self.refined is not None:
-            self._count(now)
+            self._sum_concurrency(now)
         ticket.replica.running -= 1
         ticket.replica = ticket.lane = None
-        held = now - ticket.started
-        lane.service_s += (held - lane.service_s) * (NEWEST if lane.service_s else 1.0)
+        held_s = now - ticket.started
+        lane.service_s += (held_s - lane.service_s) * (NEWEST_SERVICE if lane.service_s else 1.0)
         if not ticket.background:
             self.demand -= 1
         return self._assign(now)
 
     def served(self, ticket: Ticket, tokens: int, now: float) -> None:
-        """A request that still has its slot was answered to the end, with so many tokens."""
+        """A request was answered to its end with so many tokens; without a slot it is ignored."""
         lane, refined = ticket.lane, self.refined
         seconds = now - ticket.started
         if refined is None or lane is None or ticket.background or seconds <= 0:
             return
-        self._count(now)
-        ran, ran2, all_ran = self._ran(lane)
-        mine = ran - ticket.before[0]
-        others = all_ran - ticket.before[2] - mine
-        at_once = mine / seconds
-        variance = (ran2 - ticket.before[1]) / seconds - at_once**2
-        if others > ALONE * mine or variance > (STEADY * at_once) ** 2:
+        self._sum_concurrency(now)
+        own, own2, total = self._usage(lane)
+        mine = own - ticket.usage_at_start[0]
+        others = total - ticket.usage_at_start[2] - mine
+        concurrency = mine / seconds
+        variance = (own2 - ticket.usage_at_start[1]) / seconds - concurrency**2
+        if others > ALONE * mine or variance > (STEADY * concurrency) ** 2:
             return
-        refined.learn(lane.name, at_once, seconds, tokens)
-        if now - self._refined_at >= REFINE_S:
+        refined.learn(lane.name, concurrency, seconds, tokens)
+        if now - self._refined_at >= REFINE_INTERVAL_S:
             self._refined_at = now
-            if (profile := refined.told()) is not None:
+            if (profile := refined.corrected()) is not None:
                 self.policy.refine(now, self.model, profile)
 
     def passed(self, now: float) -> list[Action]:
-        """Time has passed: the policy may have made up its mind."""
+        """Time has passed: the policy may decide now."""
         return self._assign(now)
 
     def changed(self, now: float) -> list[Action]:
-        """The room of a replica or the operator's pin has changed."""
+        """A replica's capacity, the operator's pin or the GPU's state has changed."""
         actions: list[Action] = []
-        for ticket in self._in_turn():
+        for ticket in self._queue.in_turn():
             if self._choose(ticket) is None:
-                self._leave(ticket)
+                self._leave_queue(ticket)
                 actions.append(Refuse(ticket, self._no_lane(ticket)))
         return actions + self._assign(now)
-
-    def hold(self, name: str | None, barred: str = "") -> None:
-        """The GPU is with the engine of this name, which may be none of ours, or with nobody."""
-        self.held = name is not None
-        for lane in self.lanes.values():
-            lane.holds, lane.barred = lane.name == name, barred
 
     # What it decides
 
     def lane_for(self, ticket: Ticket) -> str | None:
-        """The name of the lane a request would take now, or None."""
+        """The name of the lane that a request would take now, or None."""
         lane = self._choose(ticket)
         return None if lane is None else lane.name
 
     def wait_s(self, lane: Lane) -> float:
         """Seconds until a place in the queue comes free, by the measured service time."""
-        return lane.service_s / max(1, lane.room)
+        return lane.service_s / max(1, lane.capacity)
 
     def _choose(self, ticket: Ticket) -> Lane | None:
         """The lane for this request now.
 
-        In order: operator's pin, request's pin, what the lane can take, health, policy.
+        In order: operator's pin, request's pin, what the lane can serve, health, policy.
         """
+        if self.blocked_reason:
+            return None
         if pin := self._pin(ticket):
             pinned = self.lanes.get(pin)
-            return pinned if pinned is not None and pinned.usable(ticket.without) else None
-        if ticket.without and self._failed_by_holder(ticket):
+            return pinned if pinned is not None and pinned.is_up(ticket.excluded) else None
+        if ticket.excluded and self._failed_by_holder(ticket):
             return None
         chosen = self.lanes.get(self.policy.lane)
-        if chosen is not None and self._takes(chosen, ticket) and chosen.usable(ticket.without):
+        if chosen is not None and ticket.fits(chosen.name) and chosen.is_up(ticket.excluded):
             return chosen
         for lane in self.lanes.values():
-            if lane is not chosen and self._takes(lane, ticket) and lane.usable(ticket.without):
+            if lane is not chosen and ticket.fits(lane.name) and lane.is_up(ticket.excluded):
                 return lane
         return None
 
     def _failed_by_holder(self, ticket: Ticket) -> bool:
         """Whether the engine that has the GPU has failed it, and is well: no reason to move."""
         return self.exclusive and any(
-            lane.holds and replica.room > 0 and replica in ticket.without
+            replica.capacity > 0 and replica in ticket.excluded
             for lane in self.lanes.values()
+            if self.is_resident(lane)
             for replica in lane.replicas
         )
 
     def _pin(self, ticket: Ticket) -> str | None:
-        """The lane that somebody has named, the operator before the request."""
-        pin = self.policy.pin
-        if pin in self.lanes and self.held and self.policy.lane in self.lanes:
-            return self.policy.lane  # the GPU could not be brought to the pin: serve where it is
-        return pin or ticket.pin
+        """The lane that a pin names, the operator's before the request's."""
+        return self.policy.pinned_lane(self.lanes) or ticket.pin
 
     def _why(self, ticket: Ticket, lane: Lane) -> tuple[Cause, str]:
         """The reason for this choice, in a word and for people."""
@@ -338,43 +247,46 @@ class Scheduler:
 
     def _why_not(self, chosen: Lane, ticket: Ticket) -> tuple[Cause, str]:
         """Why the policy's own lane was passed over."""
-        if not self._takes(chosen, ticket):
-            return Cause.CAPABILITY, ticket.why
-        failed = any(replica in ticket.without for replica in chosen.replicas)
+        if not ticket.fits(chosen.name):
+            return Cause.CAPABILITY, ticket.exclusion_reason
+        failed = any(replica in ticket.excluded for replica in chosen.replicas)
         cause = Cause.FAILOVER if failed else Cause.HEALTH
-        return cause, f"{chosen.name} {self._trouble(chosen, ticket)}"
+        return cause, f"{chosen.name} {self._unavailable_reason(chosen, ticket)}"
 
-    def _takes(self, lane: Lane, ticket: Ticket) -> bool:
-        return not ticket.able or lane.name in ticket.able
-
-    def _trouble(self, lane: Lane, ticket: Ticket) -> str:
-        if any(replica in ticket.without for replica in lane.replicas):
+    def _unavailable_reason(self, lane: Lane, ticket: Ticket) -> str:
+        if any(replica in ticket.excluded for replica in lane.replicas):
             return "failed this request"
-        if lane.barred:
-            return lane.barred
-        return next((r.trouble for r in lane.replicas if r.trouble), "is not usable")
+        if self.blocked_reason:
+            return self.blocked_reason
+        reasons = (r.unavailable_reason for r in lane.replicas if r.unavailable_reason)
+        return next(reasons, "is not usable")
 
     def _no_lane(self, ticket: Ticket) -> NoLane:
         pin = self._pin(ticket)
         if pin and pin not in self.lanes:
             message = f"The operator keeps the GPU at {pin}, which does not have this model."
             return NoLane(message, retry_after=60)
-        names = [pin] if pin else [lane for lane in self.lanes if lane in ticket.able] or self.lanes
-        troubles = "; ".join(f"{name} {self._trouble(self.lanes[name], ticket)}" for name in names)
-        back_s = min(replica.back_s for name in names for replica in self.lanes[name].replicas)
-        message = f"No engine can answer for this model now: {troubles}."
-        return NoLane(message, retry_after=back_s)
+        eligible = [lane for lane in self.lanes if lane in ticket.eligible]
+        names = [pin] if pin else eligible or self.lanes
+        reasons = "; ".join(
+            f"{name} {self._unavailable_reason(self.lanes[name], ticket)}" for name in names
+        )
+        retry_after = min(
+            replica.retry_after_s for name in names for replica in self.lanes[name].replicas
+        )
+        message = f"No engine can answer for this model now: {reasons}."
+        return NoLane(message, retry_after=retry_after)
 
     def _too_many(self, ticket: Ticket) -> QueueFull | None:
-        """Why a ticket that waits may not; None where it may."""
+        """Why a waiting ticket may not wait; None where it may."""
         lane = self._choose(ticket)
-        if lane is None or self.waiting <= lane.waiting:
+        if lane is None or self.waiting <= lane.queue_limit:
             return None
-        before = sum(
+        waiting = sum(
             other.background == ticket.background and self._choose(other) is lane
-            for other in self._in_turn()
+            for other in self._queue.in_turn()
         )
-        if before <= lane.waiting:
+        if waiting <= lane.queue_limit:
             return None
         return QueueFull(
             "Too many requests wait for this model already. Try again later.",
@@ -382,33 +294,34 @@ class Scheduler:
         )
 
     def _assign(self, now: float) -> list[Action]:
-        """Start whoever can start now, in turn."""
+        """Start every request that can start now, in turn."""
+        if (request := self._decide(now)) is not None:
+            return [request]  # nothing starts before the GPU has come
         actions: list[Action] = []
-        if self._decide(now):
-            self.hold(None)
-            actions.append(Move())
-        if not self._foreground and not self._background:
+        if not self._queue:
             return actions
         free = sum(
-            max(0, replica.room - replica.running)
+            max(0, replica.capacity - replica.running)
             for lane in self.lanes.values()
-            if lane.holds
+            if self.is_resident(lane)
             for replica in lane.replicas
         )
         if not free:
             return actions
         if self.refined is not None:
-            self._count(now)
-        for ticket in self._in_turn():
+            self._sum_concurrency(now)
+        for ticket in self._queue.in_turn():
             chosen = self._choose(ticket)
-            replica = chosen.free(ticket.without) if chosen else None
-            if chosen is None or replica is None:
+            if chosen is None or not self.is_resident(chosen):
                 continue
-            self._dequeue(ticket)
+            replica = chosen.free_replica(ticket.excluded)
+            if replica is None:
+                continue
+            self._queue.serve(ticket)
             ticket.lane, ticket.replica, ticket.started = chosen, replica, now
             ticket.cause, ticket.reason = self._why(ticket, chosen)
             if self.refined is not None:
-                ticket.before = self._ran(chosen)
+                ticket.usage_at_start = self._usage(chosen)
             replica.running += 1
             actions.append(Start(ticket))
             free -= 1
@@ -416,85 +329,46 @@ class Scheduler:
                 break
         return actions
 
-    def _count(self, now: float) -> None:
-        """Add up who ran until now; what runs changes next."""
+    def _leave_queue(self, ticket: Ticket) -> bool:
+        left = self._queue.leave(ticket)
+        if left and not ticket.background:
+            self.demand -= 1
+        return left
+
+    def _sum_concurrency(self, now: float) -> None:
+        """Sum up the running requests until now; what runs changes next."""
         passed = now - self._counted_at
         self._counted_at = now
         for lane in self.lanes.values():
             if running := lane.running:
-                lane.ran += running * passed
-                lane.ran2 += running * running * passed
+                lane.concurrency_s += running * passed
+                lane.concurrency2_s += running * running * passed
 
-    def _ran(self, lane: Lane) -> tuple[float, float, float]:
-        return lane.ran, lane.ran2, sum(one.ran for one in self.lanes.values())
+    def _usage(self, lane: Lane) -> tuple[float, float, float]:
+        total = sum(other.concurrency_s for other in self.lanes.values())
+        return lane.concurrency_s, lane.concurrency2_s, total
 
-    def _decide(self, now: float) -> bool:
-        """Tell the policy how things stand; True where the GPU has to be handed over first."""
+    def _decide(self, now: float) -> RequestGpu | None:
+        """Give the policy the present demand; what it needs of the GPU, if anything."""
         running = {name: lane.running for name, lane in self.lanes.items()}
-        if not self.exclusive:
-            self.policy.observe(now, self.model, Demand(self.demand, running, _NONE))
-            return False
-        # Where nobody holds, everybody waits for the GPU, and none for a lane in particular.
-        stranded = self._stranded() if self.held else _NONE
-        decided = self.policy.observe(now, self.model, Demand(self.demand, running, stranded))
-        nobody = not self.held and not self.policy.moving
-        return decided or (nobody and self.waiting > 0)
+        if self._gpu is None:
+            self.policy.observe(now, self.model, ModelDemand(self.demand, running, NO_LANES))
+            return None
+        # While no layout holds, all wait for the GPU, and none for a lane in particular.
+        held = self._gpu.state.holder is not None
+        stranded = self._stranded() if held else NO_LANES
+        demand = ModelDemand(self.demand, running, stranded)
+        move = self.policy.observe(now, self.model, demand)
+        if isinstance(move, Move):
+            return RequestGpu(move)
+        idle = not held and self._gpu.state.move is None
+        return RequestGpu() if idle and self._queue else None
 
     def _stranded(self) -> dict[str, int]:
         """Foreground requests that wait for a lane without the GPU, which no other can serve."""
         stranded: dict[str, int] = {}
-        for line in self._foreground.values():
-            for ticket in line:
-                chosen = self._choose(ticket)
-                if chosen is not None and not chosen.holds:
-                    stranded[chosen.name] = stranded.get(chosen.name, 0) + 1
+        for ticket in self._queue.foreground():
+            chosen = self._choose(ticket)
+            if chosen is not None and not self.is_resident(chosen):
+                stranded[chosen.name] = stranded.get(chosen.name, 0) + 1
         return stranded
-
-    # The queue: one line a key, the keys in turn, background calls behind everyone
-
-    def _in_turn(self) -> Iterator[Ticket]:
-        lines = [list(line) for line in self._foreground.values()]
-        for rank in range(max(map(len, lines), default=0)):
-            yield from (line[rank] for line in lines if rank < len(line))
-        yield from list(self._background)
-
-    def _enter(self, ticket: Ticket, *, front: bool) -> None:
-        if ticket.background:
-            line = self._background
-        else:
-            self.demand += 1
-            line = self._foreground.setdefault(ticket.key, deque())
-        if front:
-            line.appendleft(ticket)
-            if not ticket.background:
-                self._foreground.move_to_end(ticket.key, last=False)
-        else:
-            line.append(ticket)
-
-    def _dequeue(self, ticket: Ticket) -> None:
-        """Take out of the queue; a key that was served goes behind the others."""
-        if ticket.background:
-            self._background.remove(ticket)
-            return
-        line = self._foreground[ticket.key]
-        line.remove(ticket)
-        if line:
-            self._foreground.move_to_end(ticket.key)
-        else:
-            del self._foreground[ticket.key]
-
-    def _leave(self, ticket: Ticket) -> bool:
-        """Leave the queue without having been served; False where it was not in it."""
-        if ticket.background:
-            if ticket not in self._background:
-                return False
-            self._background.remove(ticket)
-            return True
-        line = self._foreground.get(ticket.key)
-        if line is None or ticket not in line:
-            return False
-        line.remove(ticket)
-        if not line:
-            del self._foreground[ticket.key]
-        self.demand -= 1
-        return True

@@ -41,6 +41,11 @@ class Model:
         return self.admission.scheduler.lanes
 
     @property
+    def most_slots(self) -> int:
+        """Slots of the server that has the most."""
+        return self.admission.scheduler.largest
+
+    @property
     def context(self) -> int | None:
         """The longest known context of any lane, tokens."""
         return max((c.context for c in self.can.values() if c.context), default=None)

@@ -13,11 +13,14 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TypeAlias
 
+from backends.base import Engine
 from backends.errors import BackendError
 from gateway.errors import BadRequest, EngineFailed, InUse
-from gateway.routing.scheduler import Ticket
-from gateway.serving.admission import Admission, Residence, Server
+from gateway.routing.lanes import Ticket
+from gateway.serving.admission import Admission
 from gateway.serving.catalogue import Catalogue, Model
+from gateway.serving.outlook import Residence
+from gateway.serving.replica_server import ReplicaServer
 from gateway.settings import Timings
 
 log = logging.getLogger("gateway.loading")
@@ -110,14 +113,13 @@ def _on_done(under_way: Tasks, key: tuple[str, str | None], task: asyncio.Task[N
 
 async def _load(model: Model, pin: str | None) -> None:
     admission = model.admission
-    async with admission.slot(Ticket(pin=pin)) as replica:
-        server = admission.servers[replica]
+    async with admission.slot(Ticket(pin=pin)) as grant:
         try:
-            await server.engine.load(server.model)
+            await grant.engine.load(grant.model)
         except BackendError as exc:
-            admission.failed(replica, exc)
-            raise _failed(server, exc) from exc
-        server.loaded = True
+            grant.failed(exc)
+            raise _failed(grant.engine, exc) from exc
+        grant.loaded()
 
 
 async def _unload(model: Model, pin: str | None, deadline_s: float) -> None:
@@ -146,12 +148,12 @@ async def _unload(model: Model, pin: str | None, deadline_s: float) -> None:
                 "The model is in use and stays in memory. Try again when its requests are over."
             ) from None
         except BackendError as exc:
-            raise _failed(server, exc) from exc
+            raise _failed(server.engine, exc) from exc
         server.loaded = False
         server.prober.probe_now()  # the result of the probe under way may be out of date
 
 
-def _unloading_servers(admission: Admission, pin: str | None) -> list[Server]:
+def _unloading_servers(admission: Admission, pin: str | None) -> list[ReplicaServer]:
     """The servers that can unload the model while their engine runs on."""
     return [
         admission.servers[replica]
@@ -162,6 +164,6 @@ def _unloading_servers(admission: Admission, pin: str | None) -> list[Server]:
     ]
 
 
-def _failed(server: Server, error: BackendError) -> EngineFailed:
+def _failed(engine: Engine, error: BackendError) -> EngineFailed:
     log.warning("%s", error)
-    return EngineFailed(f"{server.engine.kind} failed to do it; the gateway's log has the reason.")
+    return EngineFailed(f"{engine.kind} failed to do it; the gateway's log has the reason.")

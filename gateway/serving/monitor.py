@@ -1,4 +1,4 @@
-"""One replica, watched: what its probes show is passed on to those who decide by it.
+"""One replica, monitored: the results of its probes reach admission, catalogue and log.
 
 Each probe updates the breaker and what the engine reports of itself. When a replica becomes
 ready, its capabilities are read. Then, and every ten minutes, it is compared with the engine
@@ -21,7 +21,7 @@ from backends.errors import BackendError
 from backends.kinds import KINDS, Kind
 from backends.reports import Capabilities, Readiness
 from gateway.routing import profile
-from gateway.routing.scheduler import Replica
+from gateway.routing.lanes import Replica
 from gateway.serving.catalogue import Model
 from gateway.settings import EngineSettings, LaneSettings, Timings
 
@@ -77,7 +77,7 @@ class ReplicaMonitor:
             self._identified_at = -math.inf
             await self._read_capabilities()
         self._last = readiness
-        self._model.admission.reported(self._replica, readiness)
+        self._model.admission.on_probe(self._replica, readiness)
         self.first_result.set()
         server.loaded = server.loaded and ready
         if not ready:
@@ -114,7 +114,7 @@ class ReplicaMonitor:
         except BackendError as exc:
             log.info("%s did not report its identity: %s", kind, exc)
             return
-        present = profile.Measured(
+        present = profile.MeasuredSetup(
             kind,
             lane.model,
             identity.version,

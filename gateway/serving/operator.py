@@ -30,7 +30,7 @@ class Operator:
         models = self._catalogue.models.values()
         if lane is not None and not any(lane in model.lanes for model in models):
             raise BadRequest(f"No model is served by {lane}.", param="lane")
-        if self.gpu is not None and (lane is None or lane in self.gpu.occupants):
+        if self.gpu is not None and (lane is None or lane in self.gpu.layouts):
             self.gpu.pin(lane)
         for model in models:
             if not model.admission.scheduler.exclusive:

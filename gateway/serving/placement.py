@@ -3,86 +3,119 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from backends.errors import BackendError
-from backends.kinds import Kind
-from gateway.gpu.handover import Deadlines, Gpu, Occupant
+from backends.kinds import KINDS, Kind
+from gateway.gpu.budget import Budget
+from gateway.gpu.engine import GpuEngine
+from gateway.gpu.handover import Gpu
 from gateway.gpu.lease import Lease, LeaseError, usual_lease
-from gateway.gpu.memory import Budget, Memory, MemoryUnknown
-from gateway.routing.policy import HandOver, Policy, Served
+from gateway.gpu.memory import Memory, MemoryNeed, MemoryUnknown
+from gateway.gpu.record import Deadlines
+from gateway.gpu.state import GpuStateRef
+from gateway.routing.policy_exclusive import ExclusivePolicy
+from gateway.routing.regret import RoutedModel
+from gateway.routing.switch_cost import HandoverCost
 from gateway.serving.engines import EnginePool
 from gateway.serving.publisher import model_profile
-from gateway.settings import ModelSettings, Settings, SettingsError
+from gateway.settings import ModelSettings, Settings, SettingsError, Timings
 
 GIB = 2**30
 
 
-def acquire_lease(read: Settings) -> Lease:
+def acquire_lease(settings: Settings) -> Lease:
     """Lock the GPU for this gateway; raises SettingsError where another gateway has it."""
     try:
-        lease = Lease(read.gpu.lease or usual_lease())
-        lease.acquire(f"{read.host}:{read.port}")
+        lease = Lease(settings.gpu.lease or usual_lease())
+        lease.acquire(f"{settings.host}:{settings.port}")
     except LeaseError as exc:
         raise SettingsError(str(exc)) from exc
     return lease
 
 
 async def make_gpu(
-    read: Settings, models: Mapping[str, ModelSettings], pool: EnginePool, memory: Memory
+    settings: Settings,
+    models: Mapping[str, ModelSettings],
+    pool: EnginePool,
+    memory: Memory,
+    timings: Timings,
 ) -> Gpu:
     """The GPU that these models share.
 
     Args:
-        read: The settings.
+        settings: The gateway's configuration.
         models: The models in exclusive placement, by public name.
         pool: Their engines.
         memory: Where the GPU's memory is read from, unless a budget stands for it.
+        timings: How often the hand-over looks, and how long it pauses.
 
     Raises:
         SettingsError: An engine cannot release the GPU, a model does not fit, or a profile
             cannot be used.
     """
-    own = read.gpu
+    own = settings.gpu
     kinds = list(dict.fromkeys(kind for model in models.values() for kind in model.lanes))
-    occupants = {kind: await _occupant(kind, read, models, pool) for kind in kinds}
-    policy = Policy(
+    layouts = {kind: await _gpu_engine(kind, settings, models, pool, timings) for kind in kinds}
+    ref = GpuStateRef()
+    policy = ExclusivePolicy(
         kinds,
-        {name: Served(tuple(model.lanes), model_profile(model)) for name, model in models.items()},
-        HandOver(own.handover_s, own.moves_per_hour, own.patience_s),
+        {
+            name: RoutedModel(tuple(model.lanes), model_profile(model))
+            for name, model in models.items()
+        },
+        HandoverCost(own.handover_s, own.moves_per_hour, own.patience_s),
+        ref,
+        pin=next((model.pin for model in models.values() if model.pin), None),
     )
-    policy.pin = next((model.pin for model in models.values() if model.pin), None)
     deadlines = Deadlines(own.drain_s, own.unload_s, own.free_s, own.load_s, own.probe_s)
-    ours = [o.process for o in occupants.values() if o.process is not None]
+    ours = [e.process for e in layouts.values() if e.process is not None]
     if own.budget_gib is not None:
         size = int(own.budget_gib * GIB)
         memory = Budget(size, lambda: [p.pid for p in ours if p.pid is not None])
     _check_memory(models, memory)
-    return Gpu(policy, occupants, deadlines, memory, idle_release_s=own.idle_release_s)
+    return Gpu(
+        policy, layouts, deadlines, memory, ref,
+        idle_release_s=own.idle_release_s, timings=timings,
+    )  # fmt: skip
 
 
-async def _occupant(
-    kind: Kind, read: Settings, models: Mapping[str, ModelSettings], pool: EnginePool
-) -> Occupant:
+async def _gpu_engine(
+    kind: Kind,
+    settings: Settings,
+    models: Mapping[str, ModelSettings],
+    pool: EnginePool,
+    timings: Timings,
+) -> GpuEngine:
     """One engine of the GPU; raises SettingsError where it cannot release the memory."""
     lanes = [model.lanes[kind] for model in models.values() if kind in model.lanes]
     process = pool.process(kind)
     engine = pool.engine(kind, pool.urls[kind][0])
     if process is None:
-        with contextlib.suppress(BackendError):  # one that is down cannot be asked yet
+        with contextlib.suppress(BackendError):  # unknown while the engine is down
             if obstacle := await engine.release_obstacle():
                 raise SettingsError(
                     f"{engine.url} cannot give its GPU memory back. {obstacle}, or let the "
                     f"gateway start and stop it: engines.{kind}.command"
                 )
+    configured = settings.engines.get(kind)
     needs = max((lane.memory_gib for lane in lanes if lane.memory_gib), default=None)
-    return Occupant(
+    return GpuEngine(
         engine,
         [lane.model for lane in lanes],
         process=process,
-        needs=int(needs * GIB) if needs else None,
-        away_s=read.gpu.away_s,
+        needs=_memory_need(kind, needs, configured.command if configured is not None else ()),
+        away_s=settings.gpu.away_s,
+        timings=timings,
     )
+
+
+def _memory_need(kind: Kind, gib: float | None, command: Sequence[str]) -> MemoryNeed | None:
+    """What must be free before an engine of this kind loads, if that is known."""
+    if gib is None:
+        return None
+    options = KINDS[kind].parallel_options
+    return MemoryNeed(int(gib * GIB), KINDS[kind].cards(command), even=bool(options))
 
 
 def _check_memory(models: Mapping[str, ModelSettings], memory: Memory) -> None:

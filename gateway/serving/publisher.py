@@ -10,14 +10,17 @@ from backends.reports import Capabilities
 from gateway.gpu.handover import Gpu
 from gateway.routing import profile
 from gateway.routing.breaker import Breaker
-from gateway.routing.policy import Overlap, Policy, Served
-from gateway.routing.refine import Refined
-from gateway.routing.scheduler import Lane, Replica, Scheduler
-from gateway.serving.admission import Admission, Server
+from gateway.routing.lanes import Lane, Replica
+from gateway.routing.policy_shared import SharedPolicy
+from gateway.routing.refine import ProfileRefiner
+from gateway.routing.regret import RoutedModel
+from gateway.routing.scheduler import Scheduler
+from gateway.serving.admission import Admission
 from gateway.serving.catalogue import Catalogue, Model
 from gateway.serving.engines import EnginePool
 from gateway.serving.monitor import ReplicaMonitor, stated_capabilities
 from gateway.serving.prober import Prober
+from gateway.serving.replica_server import ReplicaServer
 from gateway.settings import ModelSettings, Settings, SettingsError, Timings
 
 
@@ -25,7 +28,7 @@ class Publisher:
     """Publishes models in the catalogue, and watches their replicas until they are withdrawn.
 
     Args:
-        read: The settings.
+        settings: The gateway's configuration.
         pool: The engines.
         catalogue: Where the models are listed.
         timings: How often replicas are probed.
@@ -35,10 +38,10 @@ class Publisher:
     """
 
     def __init__(
-        self, read: Settings, pool: EnginePool, catalogue: Catalogue, timings: Timings
+        self, settings: Settings, pool: EnginePool, catalogue: Catalogue, timings: Timings
     ) -> None:
         self.gpu: Gpu | None = None
-        self._settings = read
+        self._settings = settings
         self._pool = pool
         self._catalogue = catalogue
         self._timings = timings
@@ -90,24 +93,25 @@ class Publisher:
     def _model(self, name: str, configured: ModelSettings) -> Model:
         """A model and all that serves it."""
         lanes: list[Lane] = []
-        servers: dict[Replica, Server] = {}
+        servers: dict[Replica, ReplicaServer] = {}
         for kind, lane in configured.lanes.items():
             replicas = []
             for url in lane.urls or self._pool.urls[kind]:
                 engine = self._pool.engine(kind, url)
                 replica = Replica(url, lane.slots or KINDS[kind].slots)
                 prober = Prober(engine, lane.model, self._timings)
-                servers[replica] = Server(engine, lane.model, Breaker(replica.slots), prober)
+                servers[replica] = ReplicaServer(engine, lane.model, Breaker(replica.slots), prober)
                 replicas.append(replica)
             lanes.append(Lane(kind, replicas, lane.queue))
         gpu = self.gpu if configured.placement == "exclusive" else None
         known = model_profile(configured)
         refined = None
         if configured.refine and known.source == "measured":
-            refined = Refined(known, {lane.name: lane.slots for lane in lanes})
+            refined = ProfileRefiner(known, {lane.name: lane.slots for lane in lanes})
+        ref = gpu.ref if gpu is not None else None
         policy = gpu.policy if gpu is not None else _shared_policy(name, configured, known)
         admission = Admission(
-            Scheduler(lanes, policy, model=name, exclusive=gpu is not None, refined=refined),
+            Scheduler(lanes, policy, model=name, gpu=ref, refined=refined),
             servers,
             max_wait_s=self._settings.limits.max_wait_s,
             gpu=gpu,
@@ -130,9 +134,7 @@ def model_profile(configured: ModelSettings) -> profile.Profile:
         raise SettingsError(str(exc)) from exc
 
 
-def _shared_policy(name: str, configured: ModelSettings, known: profile.Profile) -> Policy:
+def _shared_policy(name: str, configured: ModelSettings, known: profile.Profile) -> SharedPolicy:
     """The policy of one model whose lanes are in memory together."""
     lanes = tuple(configured.lanes)
-    policy = Policy(lanes, {name: Served(lanes, known)}, Overlap())
-    policy.pin = configured.pin
-    return policy
+    return SharedPolicy(lanes, {name: RoutedModel(lanes, known)}, pin=configured.pin)

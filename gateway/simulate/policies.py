@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from gateway.routing.policy import Demand, HandOver, Policy, Served
+from gateway.gpu.state import GpuState, GpuStateRef, Step
+from gateway.routing.policy_exclusive import ExclusivePolicy
 from gateway.routing.profile import Profile
+from gateway.routing.regret import ModelDemand, RoutedModel
+from gateway.routing.switch_cost import HandoverCost
 from gateway.simulate.choices import ALWAYS, OURS
 from gateway.simulate.simulator import SimulatedPolicy
 
@@ -33,8 +36,10 @@ class GatewayPolicy:
     """The gateway's policy itself, for a single model."""
 
     def __init__(self, lanes: Sequence[str], profile: Profile, handover_s: float) -> None:
-        price = HandOver(assumed_s=handover_s)
-        self.policy = Policy(lanes, {MODEL: Served(tuple(lanes), profile)}, price)
+        self._gpu = GpuStateRef(GpuState(Step.HELD, lanes[0], lanes[0]))
+        models = {MODEL: RoutedModel(tuple(lanes), profile)}
+        cost = HandoverCost(assumed_s=handover_s)
+        self.policy = ExclusivePolicy(lanes, models, cost, self._gpu)
 
     @property
     def lane(self) -> str:
@@ -43,11 +48,18 @@ class GatewayPolicy:
 
     def observe(self, now: float, demand: int, running: Mapping[str, int]) -> bool:
         """See `SimulatedPolicy.observe`."""
-        return self.policy.observe(now, MODEL, Demand(demand, running, {}))
+        move = self.policy.observe(now, MODEL, ModelDemand(demand, running, {}))
+        if move is None:
+            return False
+        self._gpu.state = GpuState(Step.DRAINING, move.source, move.target, move)
+        return True
 
     def settled(self, now: float, lane: str) -> None:
         """See `SimulatedPolicy.settled`."""
-        self.policy.settled(now, lane)
+        move = self._gpu.state.move
+        self.policy.advance(now)
+        self._gpu.state = GpuState(Step.HELD, lane, lane)
+        self.policy.on_settled(now, move)
 
     def due(self) -> float:
         """See `SimulatedPolicy.due`."""

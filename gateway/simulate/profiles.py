@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from backends.kinds import KINDS
-from gateway.routing.profile import ASSUMED, VERSION, Lane, Profile
+from gateway.routing.profile import ASSUMED, VERSION, LaneProfile, Profile
 from gateway.simulate.traces import equilibrium
 
 #: Mean time that people read and think, in answers of the faster lane to one request alone:
@@ -21,8 +21,8 @@ BUILT_IN: Mapping[str, Profile] = {
     "measured": Profile(
         VERSION, "measured",
         {
-            "ollama": Lane((1, 2, 4, 8, 16, 24), (0.73, 1.43, 2.59, 4.86, 9.11, 11.86)),
-            "vllm": Lane((1, 2, 4, 8, 16, 24), (1.37, 1.44, 1.43, 1.97, 2.67, 3.33)),
+            "ollama": LaneProfile((1, 2, 4, 8, 16, 24), (0.73, 1.43, 2.59, 4.86, 9.11, 11.86)),
+            "vllm": LaneProfile((1, 2, 4, 8, 16, 24), (1.37, 1.44, 1.43, 1.97, 2.67, 3.33)),
         },
         machine="two CPU cores, SmolLM2-135M, Ollama 0.24 with one slot, vLLM 0.32",
     ),
@@ -30,16 +30,16 @@ BUILT_IN: Mapping[str, Profile] = {
     "70b": Profile(
         VERSION, "assumed",
         {
-            "ollama": Lane((1, 2, 4, 8, 16, 32), (13.7, 27.4, 54.8, 109.6, 219.2, 438.4)),
-            "vllm": Lane((1, 4, 8, 16, 32), (7.7, 8.4, 9.0, 10.2, 13.6)),
+            "ollama": LaneProfile((1, 2, 4, 8, 16, 32), (13.7, 27.4, 54.8, 109.6, 219.2, 438.4)),
+            "vllm": LaneProfile((1, 4, 8, 16, 32), (7.7, 8.4, 9.0, 10.2, 13.6)),
         },
         machine="two RTX 4090 by their bandwidth, 70B in 4 bit, 500 tokens in, 250 out",
     ),
     "close": Profile(
         VERSION, "assumed",
         {
-            "ollama": Lane((1, 2, 4, 8, 16, 32), (1.0, 1.4, 2.3, 4.2, 8.0, 15.6)),
-            "vllm": Lane((1, 2, 4, 8, 16, 32), (1.15, 1.5, 2.3, 4.0, 7.3, 13.8)),
+            "ollama": LaneProfile((1, 2, 4, 8, 16, 32), (1.0, 1.4, 2.3, 4.2, 8.0, 15.6)),
+            "vllm": LaneProfile((1, 2, 4, 8, 16, 32), (1.15, 1.5, 2.3, 4.0, 7.3, 13.8)),
         },
         machine="invented",
     ),

@@ -9,13 +9,14 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from backends.processes.supervised import ProcessTimings, StartFailed, StopFailed, Supervised
+from tests.support.waiting import until
 
 #: Prints that it runs, and stays.
 PLAIN = "import time; print('ready', flush=True); time.sleep(600)"
@@ -139,13 +140,6 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     bench = Bench(tmp_path / "engine.log")
     yield bench
     await bench.close()
-
-
-async def until(condition: Callable[[], object], within_s: float = 30.0) -> None:
-    """Return when the condition holds."""
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 def kill(victims: Iterable[int]) -> None:

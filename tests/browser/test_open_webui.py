@@ -13,7 +13,7 @@ from playwright.async_api import expect
 
 from backends.fake import FakeEngine, Reset, Serve
 from gateway.app import Gateway
-from gateway.gpu.handover import Step
+from gateway.gpu.state import Step
 from tests.browser.conftest import KEY, OpenPage, StartGateway, smollm2
 from tests.engines import rig
 from tests.support.exclusive import Box, Served

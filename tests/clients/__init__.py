@@ -7,13 +7,17 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import openai
+from pydantic import SecretStr
 
 from tests.support.plain_http import NO_TLS
 from tests.support.requirements import unavailable
+
+if TYPE_CHECKING:
+    from langchain_openai import ChatOpenAI
 
 HERE = Path(__file__).parent
 
@@ -29,6 +33,13 @@ async def sdk(
         base_url=f"{url}/v1", api_key=api_key, max_retries=max_retries, http_client=transport
     ) as client:
         yield client
+
+
+def langchain(url: str) -> ChatOpenAI:
+    """LangChain's chat model for `m`; it tries only once."""
+    from langchain_openai import ChatOpenAI  # noqa: PLC0415 - 2 s that one test needs
+
+    return ChatOpenAI(model="m", base_url=f"{url}/v1", api_key=SecretStr("x"), max_retries=0)
 
 
 async def node(url: str, request: dict[str, Any], **options: Any) -> dict[str, Any]:

@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,19 +225,6 @@ def box(folder: Path) -> Box:
             "MACHINE_WATTS": "120",
         },
     )
-
-
-def until(condition: Callable[[], object], within_s: float, told: Callable[[], object]) -> None:
-    """Return when it is so.
-
-    Raises:
-        TimeoutError: It is not, with what is told then.
-    """
-    ends = time.monotonic() + within_s
-    while not condition():
-        if time.monotonic() > ends:
-            raise TimeoutError(f"not within {within_s:g} s: {told()}")
-        time.sleep(0.2)
 
 
 def docker(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ import pytest
 
 from tests import compose
 from tests.support.requirements import unavailable
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +66,10 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
             if said.returncode:
                 pytest.fail(f"{said.stdout}{said.stderr}\n{box.logs()}")
             watching.result()
-            compose.until(
-                lambda: box.get("/ready")["ready"], 120, lambda: (box.get("/ready"), box.logs())
+            wait_until(
+                lambda: box.get("/ready")["ready"],
+                120,
+                describe=lambda: (box.get("/ready"), box.logs()),
             )
             yield came
         finally:
@@ -82,10 +85,12 @@ def _set_up(box: compose.Box, log: Path) -> str:
             command, env=box.environment(), stdout=output, stderr=subprocess.STDOUT
         )
         try:
-            compose.until(
-                lambda: running.poll() is not None or log.read_text().count("there: done") == 2,
+            wait_until(
+                lambda: (
+                    running.poll() is not None or log.read_text().count("downloaded: done") == 2
+                ),
                 180,
-                log.read_text,
+                describe=log.read_text,
             )
         finally:
             ended = running.poll()

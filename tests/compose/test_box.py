@@ -17,6 +17,7 @@ from backends.fake import DONE
 from tests import compose
 from tests.compose import KEY, Box
 from tests.compose.conftest import Up
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -45,7 +46,7 @@ def holds(box: Box, engine: str) -> None:
         gpu = box.get("/status")["gpu"]
         return (gpu["step"], gpu["holder"]) == ("held", engine)
 
-    compose.until(held, 120, lambda: (box.get("/status")["gpu"], box.logs()))
+    wait_until(held, 120, describe=lambda: (box.get("/status")["gpu"], box.logs()))
 
 
 def well(box: Box, engine: str) -> bool:
@@ -61,7 +62,7 @@ def back(box: Box, engine: str) -> None:
         answer = box.chat(f"smollm2@{engine}")
         return answer.status_code == 200 and bool(text(answer)) and lane(answer) == engine
 
-    compose.until(answers, 240, box.logs)
+    wait_until(answers, 240, describe=box.logs)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def shared(up: Up) -> Box:
     """The same box after `PLACEMENT=shared`: both engines at once."""
     up.box.compose("up", "--detach", "--wait", "--no-deps", "gateway", PLACEMENT="shared")
     for engine in ENGINES:
-        compose.until(lambda: well(up.box, engine), 60, up.box.logs)  # noqa: B023 - waited for
+        wait_until(lambda: well(up.box, engine), 60, describe=up.box.logs)  # noqa: B023 - waited for
     return up.box
 
 
@@ -79,13 +80,13 @@ def shared(up: Up) -> Box:
 def test_the_setup_gets_both_models_and_says_how_far_it_is(up: Up) -> None:
     for puller in ("pull-ollama", "pull-vllm"):
         said = re.findall(rf"^{puller}-1 +\| (.*)$", up.setup, re.MULTILINE)
-        assert " there | " in said[0]
-        assert re.fullmatch(r"\d+M there: done", said[-1])
+        assert " downloaded | " in said[0]
+        assert re.fullmatch(r"\d+M downloaded: done", said[-1])
 
 
 def test_no_engine_starts_before_its_model_is_there(up: Up) -> None:
     lines = up.setup.splitlines()
-    done = next(i for i, line in enumerate(lines) if re.search("pull-vllm.*there: done", line))
+    done = next(i for i, line in enumerate(lines) if re.search("pull-vllm.*downloaded: done", line))
 
     assert not any(line.startswith("vllm-1") for line in lines[:done])
 
@@ -239,7 +240,7 @@ def test_prometheus_reaches_the_gateway_and_vllm(prometheus: httpx.Client) -> No
         targets = asked(prometheus, "targets")["activeTargets"]
         return {target["labels"]["job"]: target["health"] for target in targets}
 
-    compose.until(lambda: health() == {"twolane": "up", "vllm": "up"}, 30, health)
+    wait_until(lambda: health() == {"twolane": "up", "vllm": "up"}, 30, describe=health)
 
 
 def test_prometheus_has_loaded_the_alerts_and_none_of_them_fires(prometheus: httpx.Client) -> None:
@@ -247,7 +248,7 @@ def test_prometheus_has_loaded_the_alerts_and_none_of_them_fires(prometheus: htt
         [group] = asked(prometheus, "rules")["groups"]
         return [(rule["name"], rule["health"]) for rule in group["rules"]]
 
-    compose.until(lambda: {health for _, health in rules()} == {"ok"}, 30, rules)
+    wait_until(lambda: {health for _, health in rules()} == {"ok"}, 30, describe=rules)
 
     assert [name for name, _ in rules()] == [
         "TwolaneServesNobody",
@@ -273,7 +274,7 @@ def test_every_panel_of_the_dashboard_has_something_to_show(
             if not asked(prometheus, "query_range", query=filled(query), **span)["result"]
         }
 
-    compose.until(lambda: not empty(), 60, empty)
+    wait_until(lambda: not empty(), 60, describe=empty)
     assert len(queries) > len(ours), "the cards', of which there are none here"
 
 
@@ -320,7 +321,7 @@ def test_an_engine_that_was_killed_by_hand_is_done_without_until_it_is_started(
 def test_stopped_amid_an_answer_it_first_gives_the_answer(shared: Box) -> None:
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(shared.chat, "smollm2@ollama", max_tokens=200, min_tokens=100)
-        compose.until(lambda: shared.get("/status")["in_flight"] == 1, 20, shared.logs)
+        wait_until(lambda: shared.get("/status")["in_flight"] == 1, 20, describe=shared.logs)
         shared.compose("stop", "gateway")
         answer = asked.result(60)
     ended = shared.container("gateway")["State"]

@@ -1,4 +1,4 @@
-"""What Prometheus and Grafana are given: checked with Prometheus' own tool and Grafana's types."""
+"""The files for Prometheus and Grafana, checked by promtool and by Grafana's types."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.support.requirements import unavailable
@@ -20,7 +21,7 @@ DASHBOARD = GRAFANA / "dashboards" / "twolane.json"
 
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """What it says; skipped where it is not installed."""
+    """A run of promtool; skips the test where it is not installed."""
     program = shutil.which("promtool")
     if program is None:
         unavailable("no promtool: apt-get install prometheus")
@@ -28,27 +29,30 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def panels() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
-    return found
+    entries: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
+    return entries
 
 
+@pytest.mark.integration
 def test_prometheus_reads_its_configuration_and_the_alerts_in_it() -> None:
-    said = promtool("check", "config", PROMETHEUS / "prometheus.yml")
+    result = promtool("check", "config", PROMETHEUS / "prometheus.yml")
 
-    assert said.returncode == 0, said.stdout + said.stderr
-    assert "3 rules found" in said.stdout
-
-
-def test_alerts_speak_when_they_should_and_not_before() -> None:
-    said = promtool("test", "rules", Path(__file__).with_name("alerts.yaml"))
-
-    assert said.returncode == 0, said.stdout + said.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 rules found" in result.stdout
 
 
-def test_an_alert_that_speaks_too_early_would_be_seen(tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_alerts_fire_when_they_should_and_not_before() -> None:
+    result = promtool("test", "rules", Path(__file__).with_name("alerts.yaml"))
+
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.integration
+def test_an_alert_that_fires_too_early_fails_the_rule_tests(tmp_path: Path) -> None:
     shutil.copy(Path(__file__).with_name("alerts.yaml"), tmp_path)
-    hasty = (PROMETHEUS / "alerts.yml").read_text().replace("for: 5m", "for: 1m")
-    (tmp_path / "alerts.yml").write_text(hasty)
+    early = (PROMETHEUS / "alerts.yml").read_text().replace("for: 5m", "for: 1m")
+    (tmp_path / "alerts.yml").write_text(early)
     tests = (tmp_path / "alerts.yaml").read_text()
     (tmp_path / "alerts.yaml").write_text(tests.replace("../../deploy/prometheus/", ""))
 
@@ -63,14 +67,14 @@ def test_every_alert_says_what_to_do() -> None:
         assert rule["labels"]["severity"] in ("critical", "warning")
 
 
-def test_the_dashboard_is_what_its_source_says() -> None:
-    made = runpy.run_path(str(GRAFANA / "dashboard.py"))
+def test_the_dashboard_file_is_what_its_source_builds() -> None:
+    source = runpy.run_path(str(GRAFANA / "dashboard.py"))
 
-    assert DASHBOARD.read_text() == made["text"](), "run deploy/grafana/dashboard.py"
+    assert DASHBOARD.read_text() == source["text"](), "run deploy/grafana/dashboard.py"
 
 
-def test_the_dashboards_panels_lie_beside_each_other_without_gaps() -> None:
-    taken = [
+def test_the_panels_of_the_dashboard_neither_overlap_nor_leave_gaps() -> None:
+    cells = [
         (x, y)
         for panel in panels()
         for place in [panel["gridPos"]]
@@ -78,17 +82,17 @@ def test_the_dashboards_panels_lie_beside_each_other_without_gaps() -> None:
         for y in range(place["y"], place["y"] + place["h"])
     ]
 
-    assert len(taken) == len(set(taken))
-    assert len(taken) == 24 * (1 + max(y for _, y in taken))
+    assert len(cells) == len(set(cells))
+    assert len(cells) == 24 * (1 + max(y for _, y in cells))
 
 
-def test_every_panel_has_a_sentence_and_asks_the_provisioned_prometheus() -> None:
-    read = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())
-    [source] = read["datasources"]
+def test_every_panel_has_a_description_and_queries_the_provisioned_prometheus() -> None:
+    provisioned = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())
+    [source] = provisioned["datasources"]
     charts = [panel for panel in panels() if panel["type"] != "row"]
 
     for panel in charts:
         assert panel["description"].endswith(".")
         assert panel["targets"]
-        for asked in (panel, *panel["targets"]):
-            assert asked["datasource"] == {"type": source["type"], "uid": source["uid"]}
+        for target in (panel, *panel["targets"]):
+            assert target["datasource"] == {"type": source["type"], "uid": source["uid"]}

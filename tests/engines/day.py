@@ -28,7 +28,7 @@ import httpx
 import msgspec
 from rich.console import Console
 
-from gateway.routing.profile import VERSION, Lane, Profile
+from gateway.routing.profile import VERSION, LaneProfile, Profile
 from loadtests.measure import day
 from loadtests.measure.stopwatch import Target
 from tests.engines import rig
@@ -87,7 +87,7 @@ async def measured(lanes: Sequence[Target], console: Console) -> Profile:
     return Profile(
         version=VERSION,
         source="measured",
-        lanes={label: Lane(LEVELS, tuple(seconds)) for label, seconds in times.items()},
+        lanes={label: LaneProfile(LEVELS, tuple(seconds)) for label, seconds in times.items()},
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

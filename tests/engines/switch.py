@@ -33,6 +33,7 @@ import psutil
 import yaml
 
 from tests.engines import rig
+from tests.support.waiting import until
 
 CROWD = 6
 #: Seconds a request at so many at once, as `make day` measured it on two CPU cores: so it
@@ -169,17 +170,17 @@ async def play(stage: Stage, record: Record, *, patient: bool = False) -> None:
         httpx.AsyncClient(base_url=stage.url, timeout=600, limits=limits) as client,
         watched(stage, client, record),
     ):
-        await until(client, lambda gpu: gpu["step"] == "held", within_s=120)
+        await until_gpu(client, lambda gpu: gpu["step"] == "held", within_s=120)
         for _ in range(3):
             await ask(stage, client, record, 0)
         async with asking(stage, client, record, CROWD):
-            await until(client, held_by("vllm"))
+            await until_gpu(client, held_by("vllm"))
             await asyncio.sleep(15)
         if patient:
             async with asking(stage, client, record, 1):
-                await until(client, held_by("ollama"))
+                await until_gpu(client, held_by("ollama"))
         else:
-            await until(client, lambda gpu: gpu["step"] == "free")
+            await until_gpu(client, lambda gpu: gpu["step"] == "free")
         for _ in range(3):
             await ask(stage, client, record, 0)
         record.passages = (await status(client))["gpu"]["passages"]
@@ -194,21 +195,21 @@ async def status(client: httpx.AsyncClient) -> dict[str, Any]:
     return said
 
 
-async def until(
+async def until_gpu(
     client: httpx.AsyncClient,
     happened: Callable[[dict[str, Any]], bool],
     within_s: float = PATIENCE_S,
 ) -> None:
-    """Return when this holds of the GPU; raises TimeoutError with what it was."""
-    said: dict[str, Any] = {}
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.TransportError):  # it is only starting
-            said = (await status(client))["gpu"]
-            if happened(said):
-                return
-        await asyncio.sleep(LOOK_S)
-    raise TimeoutError(f"not within {within_s:g} s: {said}")
+    """Return when this holds of the GPU; raises TimeoutError with its last state."""
+    gpu: dict[str, Any] = {}
+
+    async def holds() -> bool:
+        with contextlib.suppress(httpx.TransportError):  # the gateway is only starting
+            gpu.update((await status(client))["gpu"])
+            return happened(gpu)
+        return False
+
+    await until(holds, within_s, every_s=LOOK_S, describe=lambda: gpu)
 
 
 @contextlib.asynccontextmanager

@@ -66,12 +66,12 @@ async def test_of_two_ollamas_one_is_killed_under_load_and_comes_back(
         await people.more(PEOPLE)
         await people.until(lambda: dying.running == SLOTS, within_s=60)
         os.killpg(one.pid, signal.SIGKILL)
-        await running.until(lambda _: dying.room == 0)
+        await running.until(lambda _: dying.capacity == 0)
         alone = await people.more(2 * PEOPLE)
 
         again = rig.ollama(num_parallel=SLOTS, port=int(one.url.rpartition(":")[2]))
         await asyncio.to_thread(servers.enter_context, again)
-        await running.until(lambda _: dying.room == SLOTS, within_s=60)
+        await running.until(lambda _: dying.capacity == SLOTS, within_s=60)
         both = await people.more(SLOTS)
         await running.until(lambda _: dying.running and staying.running, within_s=60)
 

@@ -117,6 +117,6 @@ async def first_answer(stage: switch.Stage) -> str:
     """The lane of a request, once the GPU is held."""
     record = switch.Record()
     async with httpx.AsyncClient(base_url=stage.url, timeout=60) as client:
-        await switch.until(client, lambda gpu: gpu["step"] == "held", within_s=120)
+        await switch.until_gpu(client, lambda gpu: gpu["step"] == "held", within_s=120)
         await switch.ask(stage, client, record, 0)
     return record.requests[0].lane

@@ -1,4 +1,4 @@
-"""Cases 33-37: bodies that are no request, and fields that ask for too much."""
+"""Cases 33-37: malformed bodies, and fields that ask for too much."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LARGEST = 16 * 1024 * 1024  # limits.max_body_mb as installed
 
 
 def filled(before: bytes, item: bytes, after: bytes, times: int | None = None) -> bytes:
-    """A body with an item so many times, or as often as fits into the largest body."""
+    """A body that repeats an item `times` times, or as often as fits into the largest body."""
     fits = (LARGEST - len(before) - len(after)) // (len(item) + 1)
     return before + b",".join([item] * (fits if times is None else times)) + after
 
@@ -141,7 +141,7 @@ def refused(answer: httpx.Response, param: str | None = None) -> str:
 
 @dataclass(slots=True)
 class Engines:
-    """How many requests came to the engines before the ones of a test: probes."""
+    """Both engines, and the number of requests (probes) they had before a test."""
 
     ollama: FakeEngine
     vllm: FakeEngine
@@ -164,7 +164,7 @@ async def both(
 # 33: what is no request
 
 
-async def test_33_what_is_no_request_is_a_400_that_says_why_and_reaches_no_engine(
+async def test_33_a_malformed_body_is_a_400_with_its_reason_and_reaches_no_engine(
     both: tuple[Running, Engines],
 ) -> None:
     running, engines = both
@@ -214,7 +214,7 @@ FIELDS = some.sampled_from(
     some.sampled_from([calls.CHAT, calls.COMPLETIONS, calls.EMBEDDINGS]),
     some.dictionaries(FIELDS, JSON),
 )
-def test_33_any_values_in_known_fields_are_taken_or_refused(
+def test_33_any_values_in_known_fields_are_accepted_or_refused(
     path: str, fields: dict[str, Any]
 ) -> None:
     body = json.dumps(fields).encode()
@@ -227,7 +227,9 @@ def test_33_any_values_in_known_fields_are_taken_or_refused(
         assert json.loads(request.call.body["model"]) == fields["model"]
 
 
-async def test_33_a_large_bad_body_holds_up_nobody(both: tuple[Running, Engines]) -> None:
+async def test_33_a_large_bad_body_does_not_block_other_requests(
+    both: tuple[Running, Engines],
+) -> None:
     running, engines = both
     stalls: dict[str, float] = {}
     for name, (made, fault) in LARGE.items():
@@ -235,7 +237,7 @@ async def test_33_a_large_bad_body_holds_up_nobody(both: tuple[Running, Engines]
         assert 1_000_000 < len(body) <= LARGEST, name
         for _ in range(5):  # the best of five: what else this machine does is not ours
             async with ticking() as gaps:
-                answer = await asyncio.to_thread(sent_by_itself, running.url, body)
+                answer = await asyncio.to_thread(sent_from_a_thread, running.url, body)
             assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n"), name
             assert fault.encode() in answer, name
             stalls[name] = min(max(gaps), stalls.get(name, 1.0))
@@ -248,7 +250,7 @@ async def test_33_a_large_bad_body_holds_up_nobody(both: tuple[Running, Engines]
 
 @asynccontextmanager
 async def ticking() -> AsyncIterator[list[float]]:
-    """The pauses of this event loop, which is the gateway's, while the context is open."""
+    """The stalls of the gateway's event loop while the context is open, seconds."""
     gaps = [0.0]
 
     async def tick() -> None:
@@ -272,15 +274,15 @@ async def ticking() -> AsyncIterator[list[float]]:
 
 
 def without_cpu() -> float:
-    """Seconds for which this thread could have run, but other programs did."""
+    """Seconds in which this thread was ready to run and other programs ran."""
     try:
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):
         return 0.0  # a kernel that does not tell
 
 
-def sent_by_itself(url: str, body: bytes) -> bytes:
-    """The answer to a body sent from another thread: nothing here is done in the loop."""
+def sent_from_a_thread(url: str, body: bytes) -> bytes:
+    """The response to a body that is sent from another thread, outside of the loop."""
     port = int(url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(
@@ -294,7 +296,7 @@ def sent_by_itself(url: str, body: bytes) -> bytes:
     return got
 
 
-async def test_33_what_is_just_within_the_bounds_is_served(
+async def test_33_a_body_just_within_the_limits_is_served(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     vllm.context = 100_000
@@ -398,7 +400,7 @@ async def test_35_max_completion_tokens_bounds_the_answer_of_ollama(
     ],
     ids=["both", "null", "the old name"],
 )
-async def test_35_of_two_limits_ollama_gets_the_one_that_is_said(
+async def test_35_of_two_limits_ollama_receives_the_newer_field(
     ollama: FakeEngine, start_gateway: StartGateway, asked: dict[str, Any], sent: int
 ) -> None:
     async with start_gateway(**alone(ollama, "small:1b")) as running:
@@ -419,7 +421,7 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize("name", UNSAFE)
-async def test_36_what_reaches_into_template_or_code_is_a_400(
+async def test_36_a_field_that_reaches_into_template_or_code_is_a_400(
     both: tuple[Running, Engines], name: str
 ) -> None:
     running, engines = both
@@ -443,7 +445,7 @@ async def test_36_what_reaches_into_template_or_code_is_a_400(
         {"Enable_Thinking": False},
     ],
 )
-async def test_36_template_switches_that_are_not_known_are_a_400(
+async def test_36_unknown_template_switches_are_a_400(
     both: tuple[Running, Engines], switches: dict[str, Any]
 ) -> None:
     running, engines = both
@@ -471,7 +473,7 @@ async def test_36_known_template_switches_go_to_vllm_and_are_named_where_dropped
     assert on_ollama.headers["x-gateway-dropped"] == "chat_template_kwargs"
 
 
-async def test_36_null_is_nothing_and_does_no_harm(both: tuple[Running, Engines]) -> None:
+async def test_36_an_unsafe_field_that_is_null_is_accepted(both: tuple[Running, Engines]) -> None:
     running, _ = both
 
     answer = await running.http.post(CHAT, json=chat(**dict.fromkeys(UNSAFE)))
@@ -505,7 +507,7 @@ async def test_37_unknown_fields_go_to_vllm_as_they_are(both: tuple[Running, Eng
 
 
 @pytest.mark.parametrize("streams", [True, False], ids=["stream", "whole"])
-async def test_37_unknown_fields_are_kept_from_ollama_and_named(
+async def test_37_unknown_fields_are_dropped_for_ollama_and_named(
     both: tuple[Running, Engines], *, streams: bool
 ) -> None:
     running, engines = both
@@ -535,7 +537,7 @@ async def test_37_the_name_of_a_dropped_field_cannot_forge_a_header(
     assert len(named) == 512
 
 
-async def test_37_the_log_names_what_was_dropped(
+async def test_37_the_log_names_the_dropped_fields(
     ollama: FakeEngine, start_gateway: StartGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with start_gateway(**alone(ollama, "small:1b"), log="json") as running:

@@ -32,18 +32,18 @@ USUALLY_S = 0.05
 
 @dataclass(frozen=True)
 class Caller:
-    """A client of one request, on a socket of its own."""
+    """A client with one request on its own socket."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
     async def until(self, text: bytes) -> bytes:
-        """Read until this has come."""
+        """Read until this text has arrived."""
         async with asyncio.timeout(5):
             return await self.reader.readuntil(text)
 
     def hang_up(self, *, politely: bool = False) -> float:
-        """Close the connection, with a reset or with a FIN; the time at which it was done."""
+        """Close the connection, with a reset or a FIN; returns the time of it."""
         if politely:
             self.writer.close()
         else:
@@ -53,7 +53,7 @@ class Caller:
 
 @asynccontextmanager
 async def calling(running: Running, **fields: Any) -> AsyncIterator[Caller]:
-    """A client that has sent a chat with `m` and reads nothing by itself."""
+    """A client that has sent a chat with `m` and has read nothing yet."""
     body = json.dumps(chat(**fields)).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(running.url).port)
     writer.write(
@@ -66,39 +66,39 @@ async def calling(running: Running, **fields: Any) -> AsyncIterator[Caller]:
         writer.transport.abort()
 
 
-def asked(engine: FakeEngine) -> list[Received]:
-    """The chats it was sent by us; the gateway's own question for tools is none."""
+def chats(engine: FakeEngine) -> list[Received]:
+    """The chats that an engine has received, without the gateway's own probe for tools."""
     hello = chat()["messages"]
     return [r for r in engine.generations if r.body.get("messages") == hello]
 
 
 def scheduler(gateway: Gateway) -> Scheduler:
-    """The queue and the slots of `m`."""
+    """The scheduler of `m`."""
     return gateway.catalogue.models["m"].admission.scheduler
 
 
 def waiting(count: int) -> Callable[[Gateway], bool]:
-    """Whether so many wait."""
+    """Whether so many requests wait."""
     return lambda gateway: scheduler(gateway).waiting == count
 
 
 def idle(gateway: Gateway) -> bool:
-    """Whether nothing is held by anybody any more."""
+    """Whether no request holds a slot or a place in the queue."""
     of = scheduler(gateway)
     held = sum(lane.running for lane in of.lanes.values()) + of.waiting + of.demand
     return not held and not gateway.edge.in_flight
 
 
-async def served(running: Running, **fields: Any) -> float:
-    """Ask, be answered, and return the seconds it took."""
+async def answered(running: Running, **fields: Any) -> float:
+    """Send a chat, read its answer, and return the seconds that it took."""
     began = time.monotonic()
     answer = await running.http.post(CHAT, json=chat(**fields))
     assert answer.status_code == 200, answer.text
     return time.monotonic() - began
 
 
-def standing(running: Running) -> tuple[int, int]:
-    """What was held against the only replica of `m`: failures, and slots taken from it."""
+def replica_state(running: Running) -> tuple[int, int]:
+    """Failures of the only replica of `m`, and slots withheld from it."""
     [server] = running.gateway.catalogue.models["m"].admission.servers.values()
     return server.breaker.failures, server.breaker.slots - server.breaker.ramp
 
@@ -109,47 +109,47 @@ Case: TypeAlias = Callable[[Running, FakeEngine], Awaitable[float]]
 
 
 async def before_the_head(running: Running, engine: FakeEngine) -> float:
-    """Seconds until the engine is let go that has not said anything yet."""
+    """Seconds until an engine is free again that has not begun its answer."""
     engine.script(Silence())
     async with calling(running, stream=True) as caller:
         await engine.until(lambda engine: engine.running == 1)
-        return await let_go(engine, caller)
+        return await release_time(engine, caller)
 
 
 async def in_mid_stream(running: Running, engine: FakeEngine) -> float:
-    """… that streams."""
+    """Seconds until an engine is free again that streams."""
     engine.gap_s = 0.01
     async with calling(running, stream=True, max_tokens=1000) as caller:
         await caller.until(b"token3")
-        return await let_go(engine, caller)
+        return await release_time(engine, caller)
 
 
 async def between_two_tokens(running: Running, engine: FakeEngine) -> float:
-    """… that has streamed and says nothing for now."""
+    """Seconds until an engine is free again that is silent within a stream."""
     engine.script([Serve(tokens=3), Silence()])
     async with calling(running, stream=True) as caller:
         await caller.until(b"token2")
-        return await let_go(engine, caller)
+        return await release_time(engine, caller)
 
 
 async def without_a_stream(running: Running, engine: FakeEngine) -> float:
-    """… that works on a whole answer."""
+    """Seconds until an engine is free again that works on a whole answer."""
     engine.ttft_s = 60
     async with calling(running) as caller:
         await engine.until(lambda engine: engine.running == 1)
-        return await let_go(engine, caller)
+        return await release_time(engine, caller)
 
 
 async def half_way_through_a_whole_answer(running: Running, engine: FakeEngine) -> float:
-    """… that has sent half of a whole answer."""
+    """Seconds until an engine is free again that has sent half of a whole answer."""
     engine.script([Serve(tokens=3), Silence()])
     async with calling(running) as caller:
         await engine.until(lambda engine: engine.running == 1)
-        return await let_go(engine, caller)
+        return await release_time(engine, caller)
 
 
-async def let_go(engine: FakeEngine, caller: Caller, *, politely: bool = False) -> float:
-    """Hang up; the seconds until the engine's connection and slot were free."""
+async def release_time(engine: FakeEngine, caller: Caller, *, politely: bool = False) -> float:
+    """Hang up, and return the seconds until the engine's connection and slot are free."""
     before = len(engine.hang_ups)
     hung_up = caller.hang_up(politely=politely)
     await engine.until(lambda engine: len(engine.hang_ups) > before, within_s=AT_MOST_S)
@@ -170,7 +170,7 @@ cases = pytest.mark.parametrize(
 
 
 @cases
-async def test_26_27_a_hang_up_reaches_the_engine_at_once_and_costs_it_nothing(
+async def test_26_27_a_hang_up_reaches_the_engine_at_once_and_is_no_failure(
     vllm: FakeEngine,
     start_gateway: StartGateway,
     capsys: pytest.CaptureFixture[str],
@@ -181,9 +181,9 @@ async def test_26_27_a_hang_up_reaches_the_engine_at_once_and_costs_it_nothing(
         await running.until(idle)
         connections = vllm.connections
         lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-        blamed = standing(running)
+        blamed = replica_state(running)
         vllm.ttft_s = vllm.gap_s = 0
-        await served(running)  # in the one slot there is
+        await answered(running)  # in the one slot there is
 
     assert max(seconds) < AT_MOST_S
     assert statistics.median(seconds) < USUALLY_S
@@ -192,22 +192,20 @@ async def test_26_27_a_hang_up_reaches_the_engine_at_once_and_costs_it_nothing(
     assert connections <= 1  # at most one that a look has left
 
 
-async def test_26_a_client_that_closes_politely_is_gone_too(
-    vllm: FakeEngine, start_gateway: StartGateway
-) -> None:
+async def test_26_a_fin_is_a_hang_up_too(vllm: FakeEngine, start_gateway: StartGateway) -> None:
     vllm.gap_s = 0.01
     async with start_gateway(**alone(vllm)) as running:
         seconds = []
         for fields in ({"stream": True}, {"stream": False}) * 3:
             async with calling(running, max_tokens=1000, **fields) as caller:
                 await vllm.until(lambda engine: engine.running == 1)
-                seconds.append(await let_go(vllm, caller, politely=True))
+                seconds.append(await release_time(vllm, caller, politely=True))
 
     assert max(seconds) < AT_MOST_S
     assert statistics.median(seconds) < USUALLY_S
 
 
-async def test_26_a_client_that_had_stopped_reading_is_gone_too(
+async def test_26_a_hang_up_of_a_client_that_had_stopped_reading_is_noticed(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm, slots=1)) as running:
@@ -216,15 +214,15 @@ async def test_26_a_client_that_had_stopped_reading_is_gone_too(
         async with calling(running, stream=True) as caller:
             # Everything on the way is full, until the engine itself waits to be read.
             await blocked(vllm)
-            seconds = await let_go(vllm, caller)
+            seconds = await release_time(vllm, caller)
 
         assert seconds < AT_MOST_S
         await running.until(idle)
-        assert await served(running) < 1
+        assert await answered(running) < 1
 
 
 async def blocked(engine: FakeEngine) -> None:
-    """Return when the engine cannot send any more."""
+    """Return when the engine is blocked in sending."""
     async with asyncio.timeout(10):
         while not any(not c._writable.is_set() for c in engine._server.connections):
             await asyncio.sleep(0.005)
@@ -232,22 +230,22 @@ async def blocked(engine: FakeEngine) -> None:
         assert any(not c._writable.is_set() for c in engine._server.connections)
 
 
-async def test_26_the_slot_is_the_next_ones_at_once(
+async def test_26_the_next_request_has_the_slot_at_once(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm, slots=1)) as running:
         vllm.script([Serve(tokens=3), Silence()])
         async with calling(running, stream=True) as caller:
             await caller.until(b"token2")
-            next_one = asyncio.create_task(served(running))
+            next_one = asyncio.create_task(answered(running))
             await running.until(waiting(1))
             hung_up = caller.hang_up()
             await next_one
 
-    assert asked(vllm)[1].at - hung_up < USUALLY_S
+    assert chats(vllm)[1].at - hung_up < USUALLY_S
 
 
-async def test_26_it_is_no_failure_to_be_tried_elsewhere(
+async def test_26_a_hang_up_is_not_retried_on_another_lane(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -255,15 +253,15 @@ async def test_26_it_is_no_failure_to_be_tried_elsewhere(
             ollama.script(Silence())
             async with calling(running, stream=True) as caller:
                 await ollama.until(lambda engine: engine.running == 1)
-                await let_go(ollama, caller)
+                await release_time(ollama, caller)
         await running.until(idle)
         lanes = (await running.status("m"))["lanes"]
 
-    assert asked(vllm) == []
+    assert chats(vllm) == []
     assert lanes["ollama"]["replicas"][0]["state"] == "ready"
 
 
-async def test_26_a_hang_up_while_another_engine_is_asked_reaches_that_one(
+async def test_26_a_hang_up_during_a_second_attempt_reaches_that_engine(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm), limits={"first_token_s": 0.2}) as running:
@@ -271,14 +269,14 @@ async def test_26_a_hang_up_while_another_engine_is_asked_reaches_that_one(
         vllm.script([Serve(tokens=0), Silence()])
         async with calling(running, stream=True) as caller:
             await vllm.until(lambda engine: engine.running == 1)
-            seconds = await let_go(vllm, caller)
+            seconds = await release_time(vllm, caller)
         await running.until(idle)
 
     assert seconds < USUALLY_S
     assert (len(ollama.hang_ups), len(vllm.hang_ups)) == (1, 1)
 
 
-async def test_26_a_hang_up_while_the_engine_is_being_connected_to_sends_nothing(
+async def test_26_a_hang_up_during_the_connect_sends_nothing(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm, slots=1), limits={"connect_s": 5}) as running:
@@ -290,10 +288,10 @@ async def test_26_a_hang_up_while_the_engine_is_being_connected_to_sends_nothing
         seconds = time.monotonic() - began
 
     assert seconds < USUALLY_S + 0.01
-    assert asked(vllm) == []
+    assert chats(vllm) == []
 
 
-async def test_26_a_hang_up_in_the_middle_of_its_own_request_is_no_request(
+async def test_26_a_hang_up_within_the_body_is_no_request(
     vllm: FakeEngine, start_gateway: StartGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with start_gateway(**alone(vllm), log="json") as running:
@@ -302,17 +300,17 @@ async def test_26_a_hang_up_in_the_middle_of_its_own_request_is_no_request(
         writer.write(b'content-length: 1000\r\n\r\n{"model": "m"')
         await running.http.get("/health")  # by now it has been read
         writer.transport.abort()
-        await served(running)
+        await answered(running)
         lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
     assert sorted(line["outcome"] for line in lines) == ["cancelled", "ok"]
-    assert len(asked(vllm)) == 1
+    assert len(chats(vllm)) == 1
 
 
 # 25. In the queue
 
 
-async def test_25_whoever_hangs_up_in_the_queue_leaves_it_at_once_and_is_never_sent(
+async def test_25_a_request_hung_up_in_the_queue_leaves_it_and_is_never_sent(
     vllm: FakeEngine, start_gateway: StartGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seconds = []
@@ -327,20 +325,20 @@ async def test_25_whoever_hangs_up_in_the_queue_leaves_it_at_once_and_is_never_s
                     await running.until(waiting(0), within_s=AT_MOST_S)
                     seconds.append(time.monotonic() - began)
             demand = scheduler(running.gateway).demand
-            await let_go(vllm, first)  # the slot is free: now it could be sent
+            await release_time(vllm, first)  # the slot is free: now it could be sent
         await running.until(idle)
-        await served(running)
+        await answered(running)
         lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
     assert max(seconds) < AT_MOST_S
     assert statistics.median(seconds) < USUALLY_S
     assert demand == 1
-    assert len(asked(vllm)) == 2
+    assert len(chats(vllm)) == 2
     assert [line["outcome"] for line in lines] == ["cancelled"] * 11 + ["ok"]
     assert [line["attempts"] for line in lines] == [0] * 10 + [1, 1]
 
 
-async def test_25_those_behind_move_up_in_their_order(
+async def test_25_the_requests_behind_move_up_in_order(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm, slots=1)) as running:
@@ -351,17 +349,17 @@ async def test_25_those_behind_move_up_in_their_order(
             async with calling(running, max_tokens=1) as gone:
                 await running.until(waiting(1))
                 for number in (2, 3, 4):
-                    tasks.append(asyncio.create_task(served(running, max_tokens=number)))
+                    tasks.append(asyncio.create_task(answered(running, max_tokens=number)))
                     await running.until(waiting(number))
                 gone.hang_up()
                 await running.until(waiting(3))
             first.hang_up()
             await asyncio.gather(*tasks)
 
-    assert [request.body.get("max_tokens") for request in asked(vllm)] == [None, 2, 3, 4]
+    assert [request.body.get("max_tokens") for request in chats(vllm)] == [None, 2, 3, 4]
 
 
-async def test_25_a_hang_up_in_the_moment_in_which_its_slot_comes_free_gives_it_on(
+async def test_25_a_hang_up_as_its_slot_becomes_free_passes_it_on(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm, slots=1)) as running:
@@ -373,8 +371,8 @@ async def test_25_a_hang_up_in_the_moment_in_which_its_slot_comes_free_gives_it_
                 second.hang_up()
             await running.until(idle)
 
-        assert await served(running) < 1
-    assert all(request.ended in ("hung up", "done") for request in asked(vllm))
+        assert await answered(running) < 1
+    assert all(request.ended in ("hung up", "done") for request in chats(vllm))
 
 
 async def test_25_26_27_hang_ups_at_any_moment_leave_nothing_behind(
@@ -400,7 +398,7 @@ async def test_25_26_27_hang_ups_at_any_moment_leave_nothing_behind(
         for engine, kind in ((ollama, "ollama"), (vllm, "vllm")):
             assert engine.peak_running <= 2
             assert status["lanes"][kind]["replicas"][0]["room"] == 2
-            await served(running, model=f"m@{kind}")
+            await answered(running, model=f"m@{kind}")
         assert len(ollama.hang_ups) + len(vllm.hang_ups) > 0
 
 
@@ -408,7 +406,7 @@ async def test_25_26_27_hang_ups_at_any_moment_leave_nothing_behind(
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=["whole", "stream"])
-async def test_49_whoever_waits_too_long_is_told_so_and_is_never_sent(
+async def test_49_a_request_that_waits_too_long_receives_503_and_is_never_sent(
     vllm: FakeEngine, start_gateway: StartGateway, fields: dict[str, Any]
 ) -> None:
     async with start_gateway(**alone(vllm, slots=1), limits={"max_wait_s": 0.4}) as running:
@@ -419,9 +417,9 @@ async def test_49_whoever_waits_too_long_is_told_so_and_is_never_sent(
             answer = await running.http.post(CHAT, json=chat(max_tokens=7, **fields))
             seconds = time.monotonic() - began
             left = scheduler(running.gateway).waiting, scheduler(running.gateway).demand
-            await let_go(vllm, first)  # the slot is free: now it could be sent
+            await release_time(vllm, first)  # the slot is free: now it could be sent
         await running.until(idle)
-        await served(running)
+        await answered(running)
 
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (503, "waited_too_long")
@@ -435,35 +433,35 @@ async def test_49_whoever_waits_too_long_is_told_so_and_is_never_sent(
     )
     assert 0.39 < seconds < 0.7
     assert left == (0, 1)
-    assert [request.body.get("max_tokens") for request in asked(vllm)] == [None, None]
+    assert [request.body.get("max_tokens") for request in chats(vllm)] == [None, None]
 
 
-async def test_49_a_slot_that_comes_free_in_the_last_moment_is_used_or_given_on(
+async def test_49_a_slot_that_becomes_free_at_the_deadline_is_used_or_passed_on(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     answers = []
     async with start_gateway(**alone(vllm, slots=1), limits={"max_wait_s": 0.1}) as running:
         for late_s in (-0.004, -0.002, 0.0, 0.002, 0.004):
             vllm.script([Pause(0.1 + late_s), Serve()])
-            first = asyncio.create_task(served(running))
+            first = asyncio.create_task(answered(running))
             await vllm.until(lambda engine: engine.running == 1)
             answer = await running.http.post(CHAT, json=chat(max_tokens=7))
             answers.append(answer.status_code)
             await first
             await running.until(idle)
-        await served(running)
+        await answered(running)
 
     assert set(answers) <= {200, 503}
-    sent = [request for request in asked(vllm) if request.body.get("max_tokens") == 7]
+    sent = [request for request in chats(vllm) if request.body.get("max_tokens") == 7]
     assert len(sent) == answers.count(200)
 
 
-async def test_49_each_waits_for_as_long_as_is_its_own(
+async def test_49_each_request_has_its_own_deadline(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm, slots=1), limits={"max_wait_s": 0.3}) as running:
         vllm.script([Pause(0.45), Serve()])
-        first = asyncio.create_task(served(running))
+        first = asyncio.create_task(answered(running))
         await vllm.until(lambda engine: engine.running == 1)
         early = asyncio.create_task(running.http.post(CHAT, json=chat()))
         await asyncio.sleep(0.2)

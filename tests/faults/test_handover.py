@@ -11,17 +11,20 @@ import itertools
 import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from backends.fake import DONE, GIB, Answer, FakeEngine, Kill, Serve, Silence, status
 from backends.fake.gpu import Allocation
-from gateway.gpu.handover import Step
-from gateway.routing.policy import HandOver
+from gateway.gpu.state import Step
+from gateway.routing.switch_cost import HandoverCost
+from gateway.settings import Timings
+from tests.support import exclusive
 from tests.support.exclusive import (
     NEEDS_GIB,
     PING,
@@ -31,7 +34,6 @@ from tests.support.exclusive import (
     boxed,
     failed,
     gone,
-    serving,
     stream_of,
 )
 from tests.support.gateways import StartGateway
@@ -46,17 +48,21 @@ STRANGER = 1
 SOON_S = 20.0
 
 
-@pytest.fixture(autouse=True)
-def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two attempts there is not much time."""
-    monkeypatch.setattr("gateway.gpu.handover.FIRST_PAUSE_S", 0.1)
-    monkeypatch.setattr("gateway.gpu.handover.LONGEST_PAUSE_S", 0.2)
+#: Between two attempts there is not much time.
+HASTY = Timings(gpu_retry_min_s=0.1, gpu_retry_max_s=0.2)
+
+
+def serving(
+    start_gateway: StartGateway, box: Box, **settings: Any
+) -> AbstractAsyncContextManager[Served]:
+    """A gateway before the box that tries again soon."""
+    return exclusive.serving(start_gateway, box, timings=HASTY, **settings)
 
 
 @pytest.fixture
 def never_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """No hand-over is ever made for the sake of speed."""
-    monkeypatch.setattr(HandOver, "bar", lambda *_, **__: math.inf)
+    monkeypatch.setattr(HandoverCost, "threshold", lambda *_, **__: math.inf)
 
 
 @dataclass
@@ -277,7 +283,7 @@ async def test_an_engine_that_dies_while_it_unloads_has_given_its_memory(
             await people.served_at(source)
             await served.pin(target)
             await box.engine(source).until(lambda e: e.paused or box.asked(source, "/api/generate"))
-            while_unloading = served.owner.step
+            while_unloading = served.owner.state.step
             box.engine(source).kill()
             await served.until(target)
             await people.served_at(target)
@@ -318,7 +324,7 @@ async def nobody_serves(served: Served) -> AsyncIterator[None]:
     await served.until(Step.DOWN, within_s=SOON_S)
     refused = [await served.ask(f"refused {n}", stream=n % 2 == 0) for n in range(4)]
     # While the next attempt is made it is no other: nobody is kept waiting for it.
-    await served.until(lambda: served.owner.step is not Step.DOWN, within_s=SOON_S)
+    await served.until(lambda: served.owner.state.step is not Step.DOWN, within_s=SOON_S)
     refused += [await served.ask(f"refused {n}", stream=n % 2 == 0) for n in range(4, 8)]
     ready = await served.running.http.get("/ready")
     progress = ready.json()["gpu"]
@@ -375,13 +381,55 @@ async def test_a_stranger_at_the_gpu_is_waited_for(box: Box, start_gateway: Star
         await people.served_at("ollama")  # it is in nobody's way as long as nothing moves
         await served.pin("vllm")
         async with nobody_serves(served):
-            why = served.owner.passages[-1].outcome
+            why = served.owner.records[-1].outcome
             box.gpu.release(stranger)
         await served.until("vllm", within_s=SOON_S)
         await people.served_at("vllm")
 
     assert "freeing vllm: not done after 0.5 s" in why
     assert "is nobody else at the GPU?" in why
+
+
+@dataclass
+class TwoCards:
+    """Two cards of 80 GiB; a stranger has some of the second."""
+
+    taken: int
+
+    def total(self) -> int:
+        return 160 * GIB
+
+    def free(self) -> int:
+        return 160 * GIB - self.taken
+
+    def least(self) -> int:
+        return 80 * GIB - self.taken
+
+    def by_card(self) -> list[tuple[str, int, int]]:
+        return [("card 0", 80 * GIB, 80 * GIB), ("card 1", 80 * GIB, self.least())]
+
+    def who(self) -> list[tuple[int, int]]:
+        return [(STRANGER, self.taken)]
+
+
+async def test_a_card_that_is_half_full_is_waited_for_where_a_model_needs_its_share_on_each(
+    box: Box, start_gateway: StartGateway
+) -> None:
+    memory = TwoCards(taken=40 * GIB)
+    settings = {**box.settings(**SHORT, limits=LIMITS, timings=HASTY), "memory": memory}
+    async with start_gateway(**settings) as running:
+        served = Served.of(running, box)
+        await served.until("ollama")  # spread over the cards as there is room
+        await served.pin("vllm")
+        await served.until(lambda: served.outcomes[-1].startswith("failed"))
+        why = served.outcomes[-1]
+        woken = box.asked("vllm", "/wake_up")
+        memory.taken = 0
+        await served.until("vllm", within_s=SOON_S)
+
+    assert memory.free() > NEEDS_GIB * GIB, "there is room in all"
+    assert "card 1 has 40.0 GiB free of the 45.0 needed on each of 2 cards" in why
+    assert woken == []
 
 
 @pytest.mark.parametrize("returns", ["ollama", "vllm"])
@@ -447,8 +495,8 @@ async def test_released_with_an_answer_that_outlasts_the_drain_it_is_free_when_t
                 await anext(parts)
                 await served.release()
                 await served.until(Step.UNLOADING)
-                await served.until(lambda: served.owner.moving_s() > 1.5)
-                while_it_runs = (served.owner.step, engine.running, box.gpu.free())
+                await served.until(lambda: served.owner.states.moving_s() > 1.5)
+                while_it_runs = (served.owner.state.step, engine.running, box.gpu.free())
             await served.until(Step.FREE, within_s=SOON_S)
             free = box.gpu.free()
 
@@ -468,7 +516,7 @@ async def test_when_the_holder_dies_and_stays_away_the_other_has_the_gpu(
         box.ollama.kill()
         await served.until("vllm")
         await people.served_at("vllm")
-        moves = [(p.source, p.target, p.outcome) for p in served.owner.passages]
+        moves = [(p.source, p.target, p.outcome) for p in served.owner.records]
 
     assert moves == [(None, "ollama", "done"), ("ollama", "vllm", "done")]
 
@@ -518,7 +566,7 @@ async def test_after_each_failure_it_is_tried_again_and_later_each_time(
         box.vllm.script(*[status(500)] * 3, path="/wake_up")
         await served.pin("vllm")
         await served.until("vllm", within_s=SOON_S)
-        tries = [passage for passage in served.owner.passages if passage.target == "vllm"]
+        tries = [passage for passage in served.owner.records if passage.target == "vllm"]
 
     pauses = [later.at - each.at for each, later in itertools.pairwise(tries)]
     assert [try_.outcome.split(":")[0] for try_ in tries] == ["failed"] * 3 + ["done"]

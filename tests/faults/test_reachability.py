@@ -1,4 +1,4 @@
-"""Cases 1-12: engines that cannot be reached, are not ready, say no, or only seem well."""
+"""Cases 1-12: engines that are unreachable, not ready, refuse, or only seem healthy."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from gateway.routing.breaker import (
     Breaker,
     ReplicaState,
 )
-from gateway.routing.scheduler import Replica
-from gateway.serving.admission import failure_of
+from gateway.routing.lanes import Replica
+from gateway.serving.replica_server import failure_of
 from tests.support.gateways import Running, StartGateway
 from tests.support.models import alone, chat, pair
 
@@ -48,7 +48,7 @@ How: TypeAlias = dict[str, bool]
 
 @pytest.fixture(params=[{"stream": False}, {"stream": True}], ids=["whole", "stream"])
 def how(request: pytest.FixtureRequest) -> How:
-    """How the answer is asked for: what fails before it begins fails alike."""
+    """Streamed or not: a failure before the answer begins is the same for both."""
     asked_for: How = request.param
     return asked_for
 
@@ -59,7 +59,7 @@ async def ask(running: Running, **fields: Any) -> httpx.Response:
 
 
 async def served(running: Running, **fields: Any) -> str:
-    """Ask, be answered to the end, and return by which lane."""
+    """Send a chat, read its whole answer, and return the lane that gave it."""
     answer = await ask(running, **fields)
     assert answer.status_code == 200, answer.text
     if fields.get("stream"):
@@ -76,8 +76,8 @@ async def timed(answer: Awaitable[httpx.Response]) -> tuple[httpx.Response, floa
     return await answer, time.monotonic() - began
 
 
-def told(answer: httpx.Response, code: int, name: str) -> str:
-    """The message of a failure, which is told as all failures are."""
+def error_message(answer: httpx.Response, code: int, name: str) -> str:
+    """The message of an error response, whose form is checked."""
     said = answer.json()
     assert said.keys() == {"error"}
     assert said["error"].keys() == {"message", "type", "param", "code"}
@@ -92,22 +92,22 @@ def told(answer: httpx.Response, code: int, name: str) -> str:
     return message
 
 
-def told_to_come_back(answer: httpx.Response, code: int, name: str) -> int:
-    """The seconds after which a failure says that another attempt makes sense."""
-    told(answer, code, name)
+def retry_after(answer: httpx.Response, code: int, name: str) -> int:
+    """The Retry-After of an error response, seconds."""
+    error_message(answer, code, name)
     seconds = int(answer.headers["retry-after"])
     assert 1 <= seconds <= 120
     return seconds
 
 
-def asked(engine: FakeEngine) -> list[Received]:
-    """The chats it was sent by us; the gateway's own question for tools is none."""
+def chats(engine: FakeEngine) -> list[Received]:
+    """The chats that an engine has received, without the gateway's own probe for tools."""
     hello = chat()["messages"]
     return [r for r in engine.generations if r.body.get("messages") == hello]
 
 
-def looks(engine: FakeEngine) -> int:
-    """How often it was asked how it is."""
+def probe_count(engine: FakeEngine) -> int:
+    """The number of probes that an engine has received."""
     return sum(r.path in ("/health", "/api/tags") for r in engine.received)
 
 
@@ -118,20 +118,20 @@ def replica(gateway: Gateway, lane: str) -> Replica:
 
 
 def breaker(running: Running, lane: str) -> Breaker:
-    """The standing of the only replica of a lane of `m`."""
+    """The breaker of the only replica of a lane of `m`."""
     admission = running.gateway.catalogue.models["m"].admission
     return admission.servers[replica(running.gateway, lane)].breaker
 
 
 def usable(lane: str) -> Callable[[Gateway], bool]:
-    """Whether a lane of `m` may be given work."""
-    return lambda gateway: replica(gateway, lane).room > 0
+    """Whether a lane of `m` accepts requests."""
+    return lambda gateway: replica(gateway, lane).capacity > 0
 
 
 # 1. Connection refused
 
 
-async def test_01_connection_refused_is_tried_elsewhere_at_once(
+async def test_01_connection_refused_is_retried_elsewhere_at_once(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, how: How
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -155,16 +155,16 @@ async def test_01_connection_refused_by_all_is_a_503_in_under_a_second(
         for _ in range(2):
             answer, seconds = await timed(ask(running, **how))
 
-            told_to_come_back(answer, 503, "no_engine")
+            retry_after(answer, 503, "no_engine")
             assert seconds < 1
 
 
-async def test_01_an_engine_that_was_down_at_the_start_is_taken_in_when_it_comes(
+async def test_01_an_engine_that_was_down_at_the_start_serves_when_it_comes_up(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     vllm.down()
     async with start_gateway(**alone(vllm)) as running:
-        message = told(await ask(running), 503, "no_engine")
+        message = error_message(await ask(running), 503, "no_engine")
         await vllm.up()
         await running.until(usable("vllm"))
 
@@ -172,7 +172,7 @@ async def test_01_an_engine_that_was_down_at_the_start_is_taken_in_when_it_comes
         assert await served(running) == "vllm"
 
 
-async def test_01_an_engine_that_restarts_costs_no_request(
+async def test_01_a_restart_of_an_engine_fails_no_request(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -186,7 +186,7 @@ async def test_01_an_engine_that_restarts_costs_no_request(
 # 2. Packets dropped
 
 
-async def test_02_dropped_packets_are_waited_for_until_the_connect_timeout_then_elsewhere(
+async def test_02_dropped_packets_fail_over_after_the_connect_timeout(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, how: How
 ) -> None:
     async with start_gateway(**pair(ollama, vllm), limits={"connect_s": 0.3}) as running:
@@ -206,8 +206,8 @@ async def test_02_dropped_packets_everywhere_are_a_503_after_the_connect_timeout
         first, waited = await timed(ask(running))
         second, known = await timed(ask(running))
 
-        told_to_come_back(first, 503, "no_engine")
-        told_to_come_back(second, 503, "no_engine")
+        retry_after(first, 503, "no_engine")
+        retry_after(second, 503, "no_engine")
         assert 0.29 < waited < 1
         assert known < 0.29  # nobody waits for what the gateway knows
 
@@ -221,7 +221,7 @@ async def test_02_dropped_packets_everywhere_are_a_503_after_the_connect_timeout
 
 
 class Names:
-    """A resolver that knows these names; addresses need none."""
+    """A resolver that knows these names; addresses resolve to themselves."""
 
     def __init__(self, **known: str) -> None:
         self.known = known
@@ -235,7 +235,7 @@ class Names:
         return self.known[name]
 
 
-async def test_03_a_name_that_stops_resolving_fails_over_and_later_is_found_elsewhere(
+async def test_03_a_name_that_stops_resolving_fails_over_and_is_resolved_again(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     moved = FakeEngine("vllm", ["Small-1B"], own_port=vllm.port)
@@ -251,24 +251,24 @@ async def test_03_a_name_that_stops_resolving_fails_over_and_later_is_found_else
             answered = []
 
             await served(running)
-            answered.append([len(asked(engine)) for engine in (vllm, other, moved)])
+            answered.append([len(chats(engine)) for engine in (vllm, other, moved)])
 
             names.known.clear()
             vllm.down()  # nor is the old address of any use
             await served(running)
-            trouble = named.trouble
-            answered.append([len(asked(engine)) for engine in (vllm, other, moved)])
+            trouble = named.unavailable_reason
+            answered.append([len(chats(engine)) for engine in (vllm, other, moved)])
 
             names.known["gpu"] = "127.0.0.2"
-            await running.until(lambda _: named.room)
+            await running.until(lambda _: named.capacity)
             await served(running)
-            answered.append([len(asked(engine)) for engine in (vllm, other, moved)])
+            answered.append([len(chats(engine)) for engine in (vllm, other, moved)])
 
     assert answered == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     assert trouble == "cannot be reached"
 
 
-async def test_03_a_name_that_never_resolves_is_an_engine_that_cannot_be_reached(
+async def test_03_a_name_that_never_resolves_is_an_unreachable_engine(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     settings = alone(vllm)
@@ -278,7 +278,7 @@ async def test_03_a_name_that_never_resolves_is_an_engine_that_cannot_be_reached
         states = (await running.status("m"))["lanes"]["vllm"]["replicas"]
 
     assert [replica["state"] for replica in states] == ["cannot be reached", "ready"]
-    assert len(asked(vllm)) == 3
+    assert len(chats(vllm)) == 3
 
 
 # 4. Accepted, never answered
@@ -294,7 +294,7 @@ never = pytest.mark.parametrize(
 
 
 @never
-async def test_04_no_first_token_in_time_is_given_up_and_tried_elsewhere(
+async def test_04_no_first_token_in_time_is_retried_elsewhere(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, never: Answer
 ) -> None:
     async with start_gateway(**pair(ollama, vllm), limits={"first_token_s": 0.3}) as running:
@@ -306,11 +306,11 @@ async def test_04_no_first_token_in_time_is_given_up_and_tried_elsewhere(
     assert answer.headers["x-gateway-lane"] == "vllm"
     assert answer.text.endswith("data: [DONE]\n\n")
     assert 0.29 < seconds < 1
-    assert (len(asked(ollama)), len(asked(vllm))) == (1, 1)
+    assert (len(chats(ollama)), len(chats(vllm))) == (1, 1)
 
 
 @never
-async def test_04_no_first_token_in_time_from_anybody_is_a_504_after_one_failover(
+async def test_04_no_first_token_in_time_from_any_engine_is_a_504_after_one_failover(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, never: Answer
 ) -> None:
     async with start_gateway(**pair(ollama, vllm), limits={"first_token_s": 0.2}) as running:
@@ -320,14 +320,14 @@ async def test_04_no_first_token_in_time_from_anybody_is_a_504_after_one_failove
         for engine in (ollama, vllm):
             await engine.until(lambda engine: engine.hang_ups, within_s=1)
 
-    told(answer, 504, "engine_silent")
+    error_message(answer, 504, "engine_silent")
     assert answer.headers["x-should-retry"] == "false"
     assert 0.39 < seconds < 1
-    assert (len(asked(ollama)), len(asked(vllm))) == (1, 1)
+    assert (len(chats(ollama)), len(chats(vllm))) == (1, 1)
     assert (ollama.running, vllm.running) == (0, 0)
 
 
-async def test_04_a_whole_answer_that_does_not_come_is_a_504_and_the_engine_is_let_go(
+async def test_04_a_whole_answer_that_does_not_come_is_a_504_and_is_aborted(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm), limits={"answer_s": 0.3}) as running:
@@ -335,13 +335,13 @@ async def test_04_a_whole_answer_that_does_not_come_is_a_504_and_the_engine_is_l
         answer, seconds = await timed(ask(running))
         await vllm.until(lambda engine: engine.hang_ups, within_s=1)
 
-        told(answer, 504, "engine_silent")
+        error_message(answer, 504, "engine_silent")
         assert 0.29 < seconds < 1
-        assert len(asked(vllm)) == 1
+        assert len(chats(vllm)) == 1
         assert await served(running) == "vllm"
 
 
-async def test_04_once_the_client_was_sent_a_heartbeat_nobody_else_is_asked(
+async def test_04_no_other_engine_is_tried_after_a_heartbeat(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     limits = {"first_token_s": 0.4, "heartbeat_s": 0.1}
@@ -354,7 +354,7 @@ async def test_04_once_the_client_was_sent_a_heartbeat_nobody_else_is_asked(
     assert set(pings) == {": ping"}
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_silent"
     assert (done, end) == ("data: [DONE]", "")
-    assert asked(vllm) == []
+    assert chats(vllm) == []
 
 
 async def test_04_waiting_for_a_silent_engine_is_not_time_in_the_queue_of_the_next(
@@ -365,7 +365,7 @@ async def test_04_waiting_for_a_silent_engine_is_not_time_in_the_queue_of_the_ne
         ollama.script(Silence())
         vllm.script([Pause(0.8), Serve()])
         busy = asyncio.create_task(served(running, model="m@vllm"))
-        await vllm.until(asked)
+        await vllm.until(chats)
 
         # It comes to vLLM's queue after 0.6 s, more than the longest wait, and waits for 0.2 s.
         assert await served(running, stream=True) == "vllm"
@@ -383,7 +383,7 @@ SICK = [
 
 
 @pytest.mark.parametrize("sick", SICK)
-async def test_05_a_failure_before_the_stream_is_tried_once_on_another_engine(
+async def test_05_a_failure_before_the_stream_is_retried_once_on_another_engine(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, sick: Answer
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -391,11 +391,11 @@ async def test_05_a_failure_before_the_stream_is_tried_once_on_another_engine(
             ollama.script(sick)
 
             assert await served(running, stream=stream) == "vllm"
-            assert (len(asked(ollama)), len(asked(vllm))) == (count, count)
+            assert (len(chats(ollama)), len(chats(vllm))) == (count, count)
 
 
 @pytest.mark.parametrize("sick", SICK[:3])
-async def test_05_a_failure_of_both_is_a_502_and_a_third_is_not_asked(
+async def test_05_a_failure_of_both_is_a_502_and_a_third_is_not_tried(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, sick: Answer
 ) -> None:
     async with FakeEngine("vllm", ["Small-1B"]) as third:
@@ -406,8 +406,8 @@ async def test_05_a_failure_of_both_is_a_502_and_a_third_is_not_asked(
                 engine.script(then=sick)
             answer = await ask(running, stream=True)
 
-    told_to_come_back(answer, 502, "engine_failed")
-    assert sorted(len(asked(engine)) for engine in (ollama, vllm, third)) == [0, 1, 1]
+    retry_after(answer, 502, "engine_failed")
+    assert sorted(len(chats(engine)) for engine in (ollama, vllm, third)) == [0, 1, 1]
 
 
 async def test_05_a_replica_of_the_same_lane_is_another_engine(
@@ -420,17 +420,17 @@ async def test_05_a_replica_of_the_same_lane_is_another_engine(
             vllm.script(then=status(500))
 
             assert await served(running) == "vllm"
-            assert (len(asked(vllm)), len(asked(other))) == (1, 1)
+            assert (len(chats(vllm)), len(chats(other))) == (1, 1)
 
 
-async def test_05_without_another_engine_the_same_one_is_not_asked_again(
+async def test_05_without_another_engine_there_is_no_second_attempt(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
         vllm.script(status(500))
 
-        told_to_come_back(await ask(running), 502, "engine_failed")
-        assert len(asked(vllm)) == 1
+        retry_after(await ask(running), 502, "engine_failed")
+        assert len(chats(vllm)) == 1
 
 
 async def test_05_second_attempts_are_a_share_of_all_requests(
@@ -444,30 +444,30 @@ async def test_05_second_attempts_are_a_share_of_all_requests(
         answers = [await ask(running) for _ in range(requests)]
 
     refused = [answer for answer in answers if answer.status_code != 200]
-    attempts = len(asked(ollama)) + len(asked(vllm))
-    assert len(asked(ollama)) == requests
+    attempts = len(chats(ollama)) + len(chats(vllm))
+    assert len(chats(ollama)) == requests
     assert requests < attempts <= requests * (1 + RETRY_SHARE) + RETRY_SAVED
-    assert len(refused) == 2 * requests // 3 - len(asked(vllm)) > 0
+    assert len(refused) == 2 * requests // 3 - len(chats(vllm)) > 0
     for answer in refused:
-        told_to_come_back(answer, 502, "engine_failed")
+        retry_after(answer, 502, "engine_failed")
 
 
-async def test_05_of_many_kept_connections_that_break_one_is_made_anew_and_no_more(
+async def test_05_of_many_kept_connections_that_break_one_is_reopened(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
         vllm.ttft_s = 0.1
         await asyncio.gather(*(served(running) for _ in range(8)))
-        before = len(asked(vllm))
+        before = len(chats(vllm))
         vllm.script(then=Reset())
         answer = await ask(running)
 
-    told_to_come_back(answer, 502, "engine_failed")
-    assert len(asked(vllm)) - before == 2  # the first may have been closed while it was idle
+    retry_after(answer, 502, "engine_failed")
+    assert len(chats(vllm)) - before == 2  # the first may have been closed while it was idle
 
 
 @pytest.mark.parametrize("code", [302, 401, 403])
-async def test_05_what_stands_between_us_and_the_engine_is_not_the_clients_fault(
+async def test_05_an_error_of_a_proxy_in_between_is_not_the_clients_fault(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, code: int
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -475,7 +475,7 @@ async def test_05_what_stands_between_us_and_the_engine_is_not_the_clients_fault
         vllm.script(Serve(), then=status(code, "our key is wrong"))
 
         assert await served(running) == "vllm"
-        assert "key" not in told(await ask(running), 502, "engine_failed")
+        assert "key" not in error_message(await ask(running), 502, "engine_failed")
 
 
 # 6. Busy
@@ -488,7 +488,7 @@ BUSY = [
 
 
 @pytest.mark.parametrize("busy", BUSY)
-async def test_06_a_busy_engine_is_passed_over_as_long_as_it_says_and_not_taken_for_sick(
+async def test_06_a_busy_engine_is_skipped_for_its_retry_after_and_not_ejected(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, busy: Answer
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -503,11 +503,11 @@ async def test_06_a_busy_engine_is_passed_over_as_long_as_it_says_and_not_taken_
 
         await running.until(usable("ollama"))
         assert await served(running) == "ollama"
-        first, second = asked(ollama)
+        first, second = chats(ollama)
         assert second.at - first.at > 0.99
 
 
-async def test_06_a_client_is_told_busy_only_when_all_are(
+async def test_06_a_client_receives_busy_only_when_all_engines_are(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, how: How
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -516,10 +516,10 @@ async def test_06_a_client_is_told_busy_only_when_all_are(
         first = await ask(running, **how)
         second = await ask(running, **how)
 
-        assert told_to_come_back(first, 503, "engine_busy") == 5
-        assert told_to_come_back(second, 503, "no_engine") == 5
-        assert "says that it is busy" in told(second, 503, "no_engine")
-        assert (len(asked(ollama)), len(asked(vllm))) == (1, 1)
+        assert retry_after(first, 503, "engine_busy") == 5
+        assert retry_after(second, 503, "no_engine") == 5
+        assert "says that it is busy" in error_message(second, 503, "no_engine")
+        assert (len(chats(ollama)), len(chats(vllm))) == (1, 1)
 
 
 # 7. Refused
@@ -534,7 +534,7 @@ REFUSED: list[Any] = [
 
 
 @pytest.mark.parametrize(("code", "body"), REFUSED)
-async def test_07_a_refusal_is_passed_on_in_one_shape_and_never_retried(
+async def test_07_a_refusal_is_passed_on_in_one_form_and_never_retried(
     ollama: FakeEngine,
     vllm: FakeEngine,
     start_gateway: StartGateway,
@@ -561,8 +561,8 @@ async def test_07_a_refusal_is_passed_on_in_one_shape_and_never_retried(
         standing = breaker(running, "ollama")
 
         assert (standing.failures, standing.ramp) == (0, standing.slots)
-        assert len(asked(ollama)) == FAILURES + 1
-        assert asked(vllm) == []
+        assert len(chats(ollama)) == FAILURES + 1
+        assert chats(vllm) == []
 
 
 # 8. Flapping: the breaker by itself, at given times
@@ -570,8 +570,8 @@ async def test_07_a_refusal_is_passed_on_in_one_shape_and_never_retried(
 SICK_NOW = ServerError("500")
 
 
-def well(slots: int = 8) -> Breaker:
-    """A replica in good standing."""
+def healthy(slots: int = 8) -> Breaker:
+    """The breaker of a healthy replica."""
     standing = Breaker(slots)
     standing.on_probe(ReplicaState.READY)
     return standing
@@ -582,8 +582,8 @@ def fail(standing: Breaker, now: float, times: int = FAILURES) -> None:
         standing.on_failure(failure_of(SICK_NOW), now)
 
 
-def test_08_it_is_left_alone_after_so_many_failures_in_a_row() -> None:
-    standing = well()
+def test_08_a_replica_is_ejected_after_consecutive_failures() -> None:
+    standing = healthy()
     fail(standing, 10.0, FAILURES - 1)
     before = standing.capacity(10.0)
     fail(standing, 10.0, 1)
@@ -594,8 +594,8 @@ def test_08_it_is_left_alone_after_so_many_failures_in_a_row() -> None:
     assert standing.next_change_at(10.0) == 10.0 + FIRST_EJECTION_S
 
 
-def test_08_a_good_answer_in_between_begins_the_count_again() -> None:
-    standing = well()
+def test_08_a_good_answer_resets_the_count_of_failures() -> None:
+    standing = healthy()
 
     for _ in range(10):
         fail(standing, 10.0, FAILURES - 1)
@@ -603,8 +603,8 @@ def test_08_a_good_answer_in_between_begins_the_count_again() -> None:
     assert standing.capacity(10.0) == 8
 
 
-def test_08_after_that_one_is_let_through_and_twice_as_many_after_each_good_answer() -> None:
-    standing = well(slots=8)
+def test_08_the_ramp_starts_at_one_and_doubles_with_each_good_answer() -> None:
+    standing = healthy(slots=8)
     fail(standing, 10.0)
 
     room = []
@@ -614,8 +614,8 @@ def test_08_after_that_one_is_let_through_and_twice_as_many_after_each_good_answ
     assert room == [1, 2, 4, 8, 8]
 
 
-def test_08_each_failure_on_trial_doubles_the_time_up_to_a_limit() -> None:
-    standing = well()
+def test_08_each_failed_trial_doubles_the_ejection_up_to_a_limit() -> None:
+    standing = healthy()
     fail(standing, 0.0)
 
     lengths, now = [], 0.0
@@ -627,8 +627,8 @@ def test_08_each_failure_on_trial_doubles_the_time_up_to_a_limit() -> None:
     assert lengths == [1, 2, 4, 8, 16, 32, 60, 60, 60]
 
 
-def test_08_one_that_answers_now_and_then_is_left_alone_longer_each_time() -> None:
-    standing = well()
+def test_08_a_flapping_replica_is_ejected_longer_each_time() -> None:
+    standing = healthy()
     now = 0.0
 
     lengths = []
@@ -640,8 +640,8 @@ def test_08_one_that_answers_now_and_then_is_left_alone_longer_each_time() -> No
     assert lengths == [1, 2, 4, 8]
 
 
-def test_08_after_a_long_good_time_it_is_left_alone_briefly_again() -> None:
-    standing = well()
+def test_08_after_a_long_healthy_time_the_ejection_is_short_again() -> None:
+    standing = healthy()
     for _ in range(4):
         fail(standing, standing.out_until)
     assert standing.out_until > FIRST_EJECTION_S * 2
@@ -653,16 +653,16 @@ def test_08_after_a_long_good_time_it_is_left_alone_briefly_again() -> None:
     assert standing.out_until == now + FIRST_EJECTION_S
 
 
-def test_08_many_that_fail_by_one_fault_count_as_one_fault() -> None:
-    standing = well(slots=32)
+def test_08_many_failures_by_one_fault_count_as_one() -> None:
+    standing = healthy(slots=32)
 
     fail(standing, 10.0, 32)  # one crash, all that ran there
 
     assert standing.out_until == 10.0 + FIRST_EJECTION_S
 
 
-def test_08_an_old_answer_that_ends_well_does_not_open_the_door() -> None:
-    standing = well(slots=8)
+def test_08_an_answer_from_before_the_ejection_does_not_end_it() -> None:
+    standing = healthy(slots=8)
     fail(standing, 10.0)
 
     for _ in range(4):  # sent before the others failed
@@ -671,7 +671,7 @@ def test_08_an_old_answer_that_ends_well_does_not_open_the_door() -> None:
 
 
 def test_08_neither_busy_nor_a_refusal_is_a_failure() -> None:
-    standing = well()
+    standing = healthy()
 
     for _ in range(20):
         standing.on_failure(failure_of(Refused("400", status=400)), 10.0)
@@ -681,8 +681,8 @@ def test_08_neither_busy_nor_a_refusal_is_a_failure() -> None:
     assert standing.capacity(12.0) == 8
 
 
-def test_08_one_that_could_not_be_reached_stays_out_until_it_says_that_it_is_ready() -> None:
-    standing = well()
+def test_08_an_unreachable_replica_stays_out_until_a_probe_finds_it_ready() -> None:
+    standing = healthy()
     standing.on_failure(failure_of(Unreachable("refused")), 10.0)
 
     assert standing.capacity(10.0) == standing.capacity(1000.0) == 0
@@ -690,8 +690,8 @@ def test_08_one_that_could_not_be_reached_stays_out_until_it_says_that_it_is_rea
     assert standing.capacity(1000.0) == 1
 
 
-def test_08_a_good_word_of_its_own_does_not_end_the_time_it_is_left_alone() -> None:
-    standing = well()
+def test_08_a_good_probe_does_not_end_an_ejection() -> None:
+    standing = healthy()
     fail(standing, 10.0)
     standing.on_probe(ReplicaState.READY)
 
@@ -708,7 +708,7 @@ def test_08_a_good_word_of_its_own_does_not_end_the_time_it_is_left_alone() -> N
         (ReplicaState.DOWN, "cannot be reached"),
     ],
 )
-def test_08_what_is_not_ready_gets_nothing_and_the_reason_is_said(
+def test_08_a_replica_that_is_not_ready_receives_nothing_and_has_a_reason(
     state: ReplicaState | None, reason: str
 ) -> None:
     standing = Breaker(8, state)
@@ -720,32 +720,32 @@ def test_08_what_is_not_ready_gets_nothing_and_the_reason_is_said(
 # … and through the gateway
 
 
-async def test_08_half_open_lets_exactly_one_through_and_no_herd_follows(
+async def test_08_half_open_admits_exactly_one_request(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm, slots=16)) as running:
         vllm.script(then=status(500))
         for _ in range(FAILURES):
-            told(await ask(running), 502, "engine_failed")
-        told_to_come_back(await ask(running), 503, "no_engine")
+            error_message(await ask(running), 502, "engine_failed")
+        retry_after(await ask(running), 503, "no_engine")
         vllm.heal()
         vllm.ttft_s = 0.1
-        before = len(asked(vllm))
-        herd = seen(vllm)
+        before = len(chats(vllm))
+        herd = concurrency_history(vllm)
 
         await running.until(usable("vllm"))
         lanes = await asyncio.gather(*(served(running) for _ in range(24)))
 
     assert lanes == ["vllm"] * 24
-    assert len(asked(vllm)) - before == 24
-    assert most_at_once(herd, after=0) == 1
-    assert most_at_once(herd, after=1) <= 2
-    assert most_at_once(herd, after=2) <= 4
-    assert most_at_once(herd, after=3) <= 8
+    assert len(chats(vllm)) - before == 24
+    assert peak_concurrency(herd, after=0) == 1
+    assert peak_concurrency(herd, after=1) <= 2
+    assert peak_concurrency(herd, after=2) <= 4
+    assert peak_concurrency(herd, after=3) <= 8
     assert max(running for _, running in herd) > 8  # in the end it has all its slots again
 
 
-async def test_08_a_trial_that_fails_leaves_it_alone_for_twice_as_long(
+async def test_08_a_failed_trial_doubles_the_ejection(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm, slots=16)) as running:
@@ -755,39 +755,39 @@ async def test_08_a_trial_that_fails_leaves_it_alone_for_twice_as_long(
         ends = [breaker(running, "vllm").out_until]
         await running.until(usable("vllm"))
         # Ten at once: one is the trial, which fails; the others are told so and not sent.
-        before = len(asked(vllm))
+        before = len(chats(vllm))
         answers = await asyncio.gather(*(ask(running) for _ in range(10)))
         ends.append(breaker(running, "vllm").out_until)
 
-        assert len(asked(vllm)) - before == 1
+        assert len(chats(vllm)) - before == 1
         assert sorted(answer.status_code for answer in answers) == [502] + [503] * 9
         assert 2 * FIRST_EJECTION_S < ends[1] - ends[0] < 2 * FIRST_EJECTION_S + 0.5
 
 
-def seen(engine: FakeEngine) -> list[tuple[int, int]]:
-    """Filled from now on: how many chats have ended, how many run, at every change."""
+def concurrency_history(engine: FakeEngine) -> list[tuple[int, int]]:
+    """Chats that have ended and that run, recorded at every change from now on."""
     history: list[tuple[int, int]] = []
-    before = len(asked(engine))
+    before = len(chats(engine))
 
     def look(engine: FakeEngine) -> bool:
-        chats = asked(engine)[before:]
-        ended = sum(chat.ended is not None for chat in chats)
-        history.append((ended, len(chats) - ended))
+        since = chats(engine)[before:]
+        ended = sum(chat.ended is not None for chat in since)
+        history.append((ended, len(since) - ended))
         return False
 
     engine._watchers.append((look, asyncio.get_running_loop().create_future()))
     return history
 
 
-def most_at_once(history: list[tuple[int, int]], *, after: int) -> int:
-    """How many ran at once at most until more than so many had ended."""
+def peak_concurrency(history: list[tuple[int, int]], *, after: int) -> int:
+    """The highest concurrency until more than `after` chats had ended."""
     return max(running for ended, running in history if ended <= after)
 
 
 # 9. All are left alone
 
 
-async def test_09_with_all_left_alone_a_request_is_told_at_once_and_one_is_let_through_later(
+async def test_09_with_all_ejected_a_request_fails_at_once_and_one_is_admitted_later(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -795,13 +795,13 @@ async def test_09_with_all_left_alone_a_request_is_told_at_once_and_one_is_let_t
             engine.script(then=status(500))
         while usable("ollama")(running.gateway) or usable("vllm")(running.gateway):
             await ask(running)
-        sent = len(asked(ollama)) + len(asked(vllm))
+        sent = len(chats(ollama)) + len(chats(vllm))
         answers = [await timed(ask(running, stream=i % 2 == 1)) for i in range(6)]
 
         for answer, seconds in answers:
-            assert told_to_come_back(answer, 503, "no_engine") <= 2
+            assert retry_after(answer, 503, "no_engine") <= 2
             assert seconds < 0.25
-        assert len(asked(ollama)) + len(asked(vllm)) == sent
+        assert len(chats(ollama)) + len(chats(vllm)) == sent
 
         for engine in (ollama, vllm):
             engine.heal()
@@ -809,7 +809,7 @@ async def test_09_with_all_left_alone_a_request_is_told_at_once_and_one_is_let_t
         assert await served(running) == "ollama"
 
 
-async def test_09_with_all_down_they_are_looked_at_all_the_time(
+async def test_09_with_all_down_they_are_probed_often(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -817,17 +817,17 @@ async def test_09_with_all_down_they_are_looked_at_all_the_time(
             engine.script(then=status(500), path="/health")
             engine.script(then=status(500), path="/api/tags")
             engine.script(status(500))
-        told(await ask(running), 502, "engine_failed")  # makes both be looked at again
+        error_message(await ask(running), 502, "engine_failed")  # makes both be looked at again
         await running.until(lambda gateway: not gateway.ready().ready)
 
         for engine in (ollama, vllm):
-            often = looks(engine) + 2
-            await engine.until(lambda e, often=often: looks(e) >= often, within_s=3)  # type: ignore[misc]
-        told_to_come_back(await ask(running), 503, "no_engine")
+            often = probe_count(engine) + 2
+            await engine.until(lambda e, often=often: probe_count(e) >= often, within_s=3)  # type: ignore[misc]
+        retry_after(await ask(running), 503, "no_engine")
         assert (await running.http.get("/ready")).status_code == 503
 
 
-async def test_09_whoever_waits_when_the_last_one_goes_is_told_at_once(
+async def test_09_a_waiting_request_fails_at_once_when_the_last_replica_goes_down(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm, slots=1)) as running:
@@ -836,16 +836,16 @@ async def test_09_whoever_waits_when_the_last_one_goes_is_told_at_once(
 
     failed = [answer for answer, _ in answers if answer.status_code == 502]
     refused = [answer for answer, _ in answers if answer.status_code == 503]
-    assert (len(failed), len(refused), len(asked(vllm))) == (FAILURES, 5, FAILURES)
+    assert (len(failed), len(refused), len(chats(vllm))) == (FAILURES, 5, FAILURES)
     for answer in refused:
-        told_to_come_back(answer, 503, "no_engine")
+        retry_after(answer, 503, "no_engine")
     assert max(seconds for _, seconds in answers) < 0.5
 
 
 # 10. Still loading
 
 
-async def test_10_while_llamacpp_loads_it_gets_nothing_and_then_one_at_first(
+async def test_10_a_llamacpp_that_loads_receives_nothing_and_then_one_request_first(
     start_gateway: StartGateway,
 ) -> None:
     async with (
@@ -853,19 +853,19 @@ async def test_10_while_llamacpp_loads_it_gets_nothing_and_then_one_at_first(
         start_gateway(**alone(engine, "small", slots=4)) as running,
     ):
         answer, seconds = await timed(ask(running))
-        while_loading = len(asked(engine))
+        while_loading = len(chats(engine))
         engine.loading = False
         engine.ttft_s = 0.1
         await running.until(usable("llamacpp"))
-        herd = seen(engine)
+        herd = concurrency_history(engine)
         await asyncio.gather(*(served(running) for _ in range(24)))
 
-    told_to_come_back(answer, 503, "no_engine")
+    retry_after(answer, 503, "no_engine")
     assert "llamacpp is still loading its model" in answer.text
     assert seconds < 1
     assert while_loading == 0
-    assert most_at_once(herd, after=0) == 1
-    assert most_at_once(herd, after=1) <= 2
+    assert peak_concurrency(herd, after=0) == 1
+    assert peak_concurrency(herd, after=1) <= 2
     assert max(running for _, running in herd) == 4
 
 
@@ -889,31 +889,31 @@ async def test_10_while_one_engine_loads_the_other_serves(
             assert await served(running) == "llamacpp"
 
 
-async def test_10_a_port_that_is_open_before_the_model_is_there_is_not_ready(
+async def test_10_a_port_that_opens_before_the_model_is_loaded_is_not_ready(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     vllm.script(then=status(503, "starting"), path="/health")
     async with start_gateway(**alone(vllm, slots=8)) as running:
-        told_to_come_back(await ask(running), 503, "no_engine")
-        assert asked(vllm) == []
+        retry_after(await ask(running), 503, "no_engine")
+        assert chats(vllm) == []
 
         vllm.heal()
         vllm.ttft_s = 0.1
         await running.until(usable("vllm"))
-        herd = seen(vllm)
+        herd = concurrency_history(vllm)
         await asyncio.gather(*(served(running) for _ in range(24)))
-        assert most_at_once(herd, after=0) == 1
+        assert peak_concurrency(herd, after=0) == 1
         assert max(running for _, running in herd) == 8
 
 
-async def test_10_one_model_that_is_not_there_yet_keeps_none_from_another(
+async def test_10_a_model_that_is_missing_does_not_block_another(
     start_gateway: StartGateway,
 ) -> None:
     async with FakeEngine("vllm", ["other"]) as engine:
         settings = alone(engine)
         settings["models"]["n"] = {"lanes": {"vllm": {"model": "other"}}}
         async with start_gateway(**settings) as running:
-            message = told(await ask(running), 503, "no_engine")
+            message = error_message(await ask(running), 503, "no_engine")
             lane = await served(running, model="n")
             engine.models = ("other", "Small-1B")
             await running.until(usable("vllm"))
@@ -923,7 +923,7 @@ async def test_10_one_model_that_is_not_there_yet_keeps_none_from_another(
             assert await served(running) == "vllm"
 
 
-async def test_10_a_cold_ollama_is_waited_for_and_its_load_is_no_failure(
+async def test_10_the_load_of_a_cold_ollama_is_no_failure(
     vllm: FakeEngine, start_gateway: StartGateway, how: How
 ) -> None:
     async with FakeEngine("ollama", ["small:1b"], load_s=0.8) as ollama:
@@ -942,7 +942,7 @@ async def test_10_a_cold_ollama_is_waited_for_and_its_load_is_no_failure(
         assert answer.text.startswith(": ping\n\n") == how["stream"]  # nobody thinks it is dead
         assert seconds > 0.79
     assert standing.failures == 0
-    assert (len(asked(ollama)), len(asked(vllm))) == (3, 0)
+    assert (len(chats(ollama)), len(chats(vllm))) == (3, 0)
 
 
 # 11. Models that are not everywhere
@@ -972,30 +972,30 @@ async def test_11_a_model_on_one_replica_only_is_served_there(
         async with start_gateway(**settings) as running:
             assert [await served(running) for _ in range(4)] == ["vllm"] * 4
 
-    assert (len(asked(without)), len(asked(vllm))) == (0, 4)
+    assert (len(chats(without)), len(chats(vllm))) == (0, 4)
 
 
 @pytest.mark.parametrize("name", ["gpt-4", "m@nowhere", "m@llamacpp", "M", "m/../m", "@vllm"])
-async def test_11_an_unknown_model_is_a_404_that_gives_nothing_away(
+async def test_11_an_unknown_model_is_a_404_that_reveals_nothing(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, name: str
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
         answer = await ask(running, model=name)
         page = await running.http.get(f"/v1/models/{name.replace('/../', '%2F..%2F')}")
 
-    message = told(answer, 404, "model_not_found")
+    message = error_message(answer, 404, "model_not_found")
     assert answer.json()["error"]["param"] == "model"
     assert "retry-after" not in answer.headers
     assert message == f"The model {name!r} does not exist. GET /v1/models lists those that do."
     assert page.status_code == 404
     assert page.json().keys() == {"error"}
-    assert asked(ollama) == asked(vllm) == []
+    assert chats(ollama) == chats(vllm) == []
 
 
 # 12. Well by its own word, and yet it fails
 
 
-async def test_12_an_engine_whose_answers_fail_is_left_alone_whatever_its_health_says(
+async def test_12_an_engine_whose_answers_fail_is_ejected_whatever_its_health_page_says(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, how: How
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -1005,7 +1005,7 @@ async def test_12_an_engine_whose_answers_fail_is_left_alone_whatever_its_health
         standing = breaker(running, "ollama")
 
         assert lanes == ["vllm"] * (FAILURES + 5)  # nobody noticed
-        assert len(asked(ollama)) == FAILURES  # and nobody was sent there any more
+        assert len(chats(ollama)) == FAILURES  # and nobody was sent there any more
         assert state == "failed too often and is ejected for a while"
         assert standing.state is ReplicaState.READY
 
@@ -1023,8 +1023,8 @@ async def test_12_streams_that_break_off_count_as_failures_too(
         assert '"code":"engine_failed"' in answer.text
         assert answer.text.endswith(DONE.decode())
         assert '"stop"' not in answer.text
-    told_to_come_back(refused, 503, "no_engine")
-    assert len(asked(vllm)) == FAILURES
+    retry_after(refused, 503, "no_engine")
+    assert len(chats(vllm)) == FAILURES
 
 
 async def test_12_one_crash_under_many_streams_is_one_fault(
@@ -1048,7 +1048,7 @@ async def test_12_one_crash_under_many_streams_is_one_fault(
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/is_sleeping", "/metrics"])
-async def test_12_what_it_says_besides_its_health_may_be_nonsense(
+async def test_12_nonsense_beside_its_health_page_does_no_harm(
     vllm: FakeEngine, start_gateway: StartGateway, path: str
 ) -> None:
     nonsense = status(200, body=b"vllm:num_requests_running NaN\n")
@@ -1056,7 +1056,7 @@ async def test_12_what_it_says_besides_its_health_may_be_nonsense(
     async with start_gateway(**alone(vllm)) as running:
         assert await served(running) == "vllm"
         vllm.down()
-        told(await ask(running), 503, "no_engine")
+        error_message(await ask(running), 503, "no_engine")
         await vllm.up()
 
         # The one that looks at it has survived, too.

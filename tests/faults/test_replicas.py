@@ -1,4 +1,4 @@
-"""Two replicas behind one lane, processes of their own; one is killed while people ask."""
+"""Two replicas of one lane, each its own process; one is killed under load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVERYTHING = " ".join(f"token{number}" for number in range(100))
 
 @dataclass(frozen=True)
 class Server:
-    """A fake vLLM in a process of its own."""
+    """A fake vLLM in its own process."""
 
     process: Process
     url: str
@@ -42,7 +42,7 @@ class Server:
 
 @asynccontextmanager
 async def server(port: int = 0) -> AsyncIterator[Server]:
-    """One for as long as the context is open: 0.2 s to the first token, 20 ms to each other."""
+    """A fake vLLM for as long as the context is open: TTFT 0.2 s, 20 ms between tokens."""
     options = f"--kind vllm --model Small-1B --ttft 0.2 --gap 0.02 --slots {SLOTS} --port {port}"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "backends.fake", *options.split(), stdout=PIPE
@@ -65,13 +65,13 @@ def two(one: str, other: str, slots: int = SLOTS) -> dict[str, Any]:
 
 
 async def states(running: Running) -> list[str]:
-    """What `/status` says of each replica."""
+    """The state of each replica in `/status`."""
     said = (await running.status("m"))["lanes"]["vllm"]["replicas"]
     return [replica["state"] for replica in said]
 
 
-def something(dice: random.Random) -> dict[str, Any]:
-    """A chat of any length, so that people do not come to ask all at the same moment."""
+def random_chat(dice: random.Random) -> dict[str, Any]:
+    """A chat of random length, so that clients do not fall into step."""
     return chat(max_tokens=dice.randint(5, 25))
 
 
@@ -84,7 +84,7 @@ async def test_of_two_replicas_one_is_killed_under_load_and_comes_back(
         server() as one,
         server() as other,
         start_gateway(**two(one.url, other.url), log="json") as running,
-        crowd(running, PEOPLE, something) as people,
+        crowd(running, PEOPLE, random_chat) as people,
     ):
         lane = running.gateway.catalogue.models["m"].admission.scheduler.lanes["vllm"]
         dying, staying = lane.replicas
@@ -99,13 +99,13 @@ async def test_of_two_replicas_one_is_killed_under_load_and_comes_back(
         had, killed = dying.running, time.monotonic()
 
         # Found dead, while all goes on at the other.
-        await running.until(lambda _: dying.room == 0)
+        await running.until(lambda _: dying.capacity == 0)
         later = await people.more(2 * PEOPLE)
         alone = dying.running, await states(running)
 
         # It returns, and has all its slots again as answer after answer of it is good.
         await servers.enter_async_context(server(one.port))
-        await running.until(lambda _: dying.room == SLOTS, within_s=20)
+        await running.until(lambda _: dying.capacity == SLOTS, within_s=20)
         await running.until(lambda _: dying.running and staying.running)
         await people.more(PEOPLE)
 
@@ -128,7 +128,7 @@ async def test_of_two_replicas_one_is_killed_under_load_and_comes_back(
     assert len(people.answers) == len(lines)
 
 
-async def test_all_that_a_dead_replica_had_not_begun_to_answer_is_answered_by_the_other(
+async def test_requests_that_a_dead_replica_had_not_begun_to_answer_go_to_the_other(
     start_gateway: StartGateway,
 ) -> None:
     slots = 32
@@ -149,7 +149,7 @@ async def test_all_that_a_dead_replica_had_not_begun_to_answer_is_answered_by_th
 async def test_a_server_without_a_health_page_is_ready_when_it_lists_the_model(
     start_gateway: StartGateway,
 ) -> None:
-    """Ray Serve's OpenAI server is such a one."""
+    """As Ray Serve's OpenAI server."""
     async with FakeEngine("vllm", ["Small-1B"]) as engine:
         for path in ("/health", "/is_sleeping", "/version", "/metrics"):
             engine.script(then=status(404, "Not Found"), path=path)

@@ -1,4 +1,4 @@
-"""Cases 13-24: streams that break off, fall silent, make no sense, or only look odd."""
+"""Cases 13-24: streams that break off, fall silent, are malformed, or only unusual."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
-from langchain_openai import ChatOpenAI
 from openai._streaming import SSEDecoder
-from pydantic import SecretStr
 
 from backends.fake import (
     DONE,
@@ -42,7 +40,7 @@ from backends.fake import (
     usage_chunk,
 )
 from backends.transport.sse import MAX_EVENT, StreamFilter
-from tests.clients import node, sdk
+from tests.clients import langchain, node, sdk
 from tests.support.gateways import Running, StartGateway
 from tests.support.models import alone, chat, pair
 
@@ -59,7 +57,7 @@ Logged: TypeAlias = Callable[[], list[dict[str, Any]]]
 
 @pytest.fixture
 def logged(capsys: pytest.CaptureFixture[str]) -> Logged:
-    """The log lines of the exchanges that are over; the gateway needs `log="json"`."""
+    """Reads the request log; the gateway needs `log="json"`."""
     written: list[str] = []
 
     def lines() -> list[dict[str, Any]]:
@@ -78,7 +76,7 @@ async def streamed(running: Running, **fields: Any) -> bytes:
 
 
 def datas(body: bytes) -> list[str]:
-    """The data of each event, as the SDK's own reader finds them; [DONE] must be the last."""
+    """The data of each event, as the SDK's reader parses them; [DONE] must be the last."""
     assert body.endswith(b"\n\n"), "no whole event at the end"
     found = [sent.data for sent in SSEDecoder().iter_bytes(iter([body]))]
     assert found[-1] == "[DONE]"
@@ -150,7 +148,7 @@ async def test_13_openai_for_node_has_the_text_and_then_an_error(
 
 
 @pytest.mark.parametrize("fault", [Reset(), Close()], ids=["reset", "close"])
-async def test_13_a_stream_that_has_begun_is_never_begun_again(
+async def test_13_a_stream_that_has_begun_is_never_restarted(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, fault: Step
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -164,7 +162,7 @@ async def test_13_a_stream_that_has_begun_is_never_begun_again(
         assert len(vllm.generations) == before
 
 
-async def test_13_wherever_it_is_cut_the_client_gets_whole_events_and_an_error(
+async def test_13_a_stream_cut_anywhere_ends_in_whole_events_and_an_error(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
@@ -201,7 +199,7 @@ async def test_14_an_end_without_finish_or_done_is_an_error(
     assert logged()[-1]["outcome"] == "truncated"
 
 
-async def test_14_a_finish_without_done_is_an_end_and_gets_its_done(
+async def test_14_a_finish_without_done_is_an_end_and_receives_its_done(
     vllm: FakeEngine, start_gateway: StartGateway, logged: Logged
 ) -> None:
     async with start_gateway(**alone(vllm), log="json") as running:
@@ -227,7 +225,7 @@ async def test_14_a_done_without_finish_is_an_end(
 # 15: silence
 
 
-async def test_15_silence_in_a_stream_ends_it_and_the_engine_is_hung_up_on(
+async def test_15_silence_ends_a_stream_and_its_upstream_connection(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm), limits={"idle_s": 0.3}) as running:
@@ -244,9 +242,7 @@ async def test_15_silence_in_a_stream_ends_it_and_the_engine_is_hung_up_on(
         assert vllm.running == 0
 
 
-async def test_15_a_slow_stream_is_not_a_silent_one(
-    vllm: FakeEngine, start_gateway: StartGateway
-) -> None:
+async def test_15_a_slow_stream_is_not_ended(vllm: FakeEngine, start_gateway: StartGateway) -> None:
     vllm.gap_s = 0.2
     async with start_gateway(**alone(vllm), limits={"idle_s": 0.5}) as running:
         began = time.monotonic()
@@ -265,7 +261,7 @@ def error_first(code: object, message: str = "too long", **more: Any) -> list[An
     return stream({"error": {**said, **more}}, DONE)
 
 
-async def test_16_an_error_as_first_event_gets_its_real_status(
+async def test_16_an_error_as_first_event_has_its_real_status(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, logged: Logged
 ) -> None:
     async with (
@@ -339,7 +335,7 @@ NO_JSON = {
 
 
 @pytest.mark.parametrize("said", NO_JSON.values(), ids=NO_JSON)
-async def test_17_an_event_that_is_no_json_becomes_an_error_event(
+async def test_17_an_event_that_is_not_json_becomes_an_error_event(
     vllm: FakeEngine, start_gateway: StartGateway, said: bytes
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
@@ -352,7 +348,7 @@ async def test_17_an_event_that_is_no_json_becomes_an_error_event(
     assert text(events(after)) == "token0 token1 token2 token3 token4"
 
 
-async def test_17_the_engine_is_to_blame_and_left_alone_after_three(
+async def test_17_the_engine_is_at_fault_and_ejected_after_three(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -380,8 +376,8 @@ CONTENT = some.text(max_size=12) | some.sampled_from(
 
 
 @some.composite
-def written(draw: some.DrawFn) -> tuple[list[str], bytes]:
-    """Some contents, and a stream of them as some engine might write it."""
+def engine_stream(draw: some.DrawFn) -> tuple[list[str], bytes]:
+    """Some contents, and a stream of them as an engine might write it."""
     contents = draw(some.lists(CONTENT, max_size=6))
     parts = []
     for content in contents:
@@ -400,7 +396,7 @@ def written(draw: some.DrawFn) -> tuple[list[str], bytes]:
     return contents, "".join(parts).replace("\n", draw(NEWLINES)).encode()
 
 
-@given(written(), some.lists(some.integers(0, 2000)))
+@given(engine_stream(), some.lists(some.integers(0, 2000)))
 def test_18_any_cut_of_a_stream_gives_the_same_content(
     stream_of: tuple[list[str], bytes], cuts: list[int]
 ) -> None:
@@ -417,7 +413,7 @@ def test_18_any_cut_of_a_stream_gives_the_same_content(
     assert [made["choices"][0]["delta"]["content"] for made in events(out)] == contents
 
 
-@given(written())
+@given(engine_stream())
 def test_18_a_stream_cut_at_every_byte_gives_the_same_content(
     stream_of: tuple[list[str], bytes],
 ) -> None:
@@ -453,7 +449,7 @@ async def test_18_a_stream_sent_byte_by_byte_arrives_as_it_was(
 
 
 @pytest.mark.parametrize("times", [160, None], ids=["10 MB", "endless"])
-async def test_19_a_line_without_end_is_an_error_and_not_kept(
+async def test_19_a_line_without_end_is_an_error_and_not_buffered(
     vllm: FakeEngine, start_gateway: StartGateway, times: int | None
 ) -> None:
     line = Repeat(Send(b"x" * 65536), times)
@@ -520,7 +516,7 @@ ODD: list[bytes | dict[str, Any]] = [
 ]
 
 
-async def test_20_what_carries_no_data_never_becomes_an_event(
+async def test_20_an_event_without_data_is_not_passed_on(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
@@ -574,9 +570,7 @@ async def test_20_langchain_finishes_normally(
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
         vllm.script(stream(*ODD))
-        model = ChatOpenAI(
-            model="m", base_url=f"{running.url}/v1", api_key=SecretStr("x"), max_retries=0
-        )
+        model = langchain(running.url)
         parts = [part async for part in model.astream("Hello")]
         await model.root_async_client.close()
 
@@ -589,7 +583,7 @@ async def test_20_langchain_finishes_normally(
 
 @pytest.mark.parametrize("asked", [{}, {"stream_options": {"include_usage": False}}])
 @pytest.mark.parametrize("kind", ["ollama", "vllm"])
-async def test_21_usage_is_counted_but_not_shown_to_who_did_not_ask(
+async def test_21_usage_is_counted_but_not_sent_to_a_client_that_did_not_ask(
     ollama: FakeEngine,
     vllm: FakeEngine,
     start_gateway: StartGateway,
@@ -607,7 +601,7 @@ async def test_21_usage_is_counted_but_not_shown_to_who_did_not_ask(
 
 
 @pytest.mark.parametrize("kind", ["ollama", "vllm"])
-async def test_21_who_asked_gets_usage_once_and_last(
+async def test_21_a_client_that_asked_receives_usage_once_and_last(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway, kind: str
 ) -> None:
     asked = chat(model=f"m@{kind}", stream=True, stream_options={"include_usage": True})
@@ -639,7 +633,7 @@ async def test_21_a_zero_usage_on_every_chunk_is_no_usage(
     assert (logged()[-1]["tokens_in"], logged()[-1]["tokens_out"]) == (3, 2)
 
 
-async def test_21_a_usage_that_never_comes_is_not_known(
+async def test_21_usage_that_never_comes_is_unknown(
     vllm: FakeEngine, start_gateway: StartGateway, logged: Logged
 ) -> None:
     options = {"stream_options": {"include_usage": True}}
@@ -849,7 +843,7 @@ async def test_23_a_stream_ended_by_its_connection_is_framed_anew(
 
 
 @pytest.mark.parametrize("split", [None, 1], ids=["at once", "byte by byte"])
-async def test_23_a_packed_stream_is_unpacked(
+async def test_23_a_compressed_stream_is_decompressed(
     vllm: FakeEngine, start_gateway: StartGateway, split: int | None
 ) -> None:
     sent = event(chunk("Hi 👋")) + event(chunk(finish="stop")) + DONE
@@ -864,7 +858,7 @@ async def test_23_a_packed_stream_is_unpacked(
     assert "content-encoding" not in headers
 
 
-async def test_23_a_packed_whole_answer_is_unpacked(
+async def test_23_a_compressed_whole_answer_is_decompressed(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     message = {"role": "assistant", "content": "Hi"}
@@ -884,7 +878,7 @@ async def test_23_a_packed_whole_answer_is_unpacked(
     [("gzip", b"this is not gzip"), ("br", b"whatever")],
     ids=["not what it says", "unknown"],
 )
-async def test_23_what_cannot_be_unpacked_is_a_502(
+async def test_23_an_answer_that_cannot_be_decompressed_is_a_502(
     vllm: FakeEngine, start_gateway: StartGateway, encoding: str, data: bytes
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
@@ -897,7 +891,7 @@ async def test_23_what_cannot_be_unpacked_is_a_502(
 
 
 @pytest.mark.parametrize("streams", [True, False], ids=["stream", "whole"])
-async def test_23_a_small_answer_that_unpacks_to_a_large_one_is_not_unpacked(
+async def test_23_a_decompression_bomb_is_not_decompressed(
     vllm: FakeEngine, start_gateway: StartGateway, *, streams: bool
 ) -> None:
     packed = gzip.compress(event(chunk("x" * 100_000_000)), 1)
@@ -946,7 +940,7 @@ async def test_24_tool_calls_and_logprobs_arrive_byte_for_byte(
     assert body == b"".join(map(event, made)) + DONE
 
 
-async def test_24_the_sdk_puts_the_tool_calls_together(
+async def test_24_the_sdk_assembles_the_tool_calls(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     calls: dict[int, tuple[str, str]] = {}
@@ -967,7 +961,7 @@ async def test_24_the_sdk_puts_the_tool_calls_together(
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
-async def test_24_reasoning_is_there_under_both_names_in_its_order(
+async def test_24_reasoning_has_both_names_in_its_order(
     vllm: FakeEngine, start_gateway: StartGateway, name: str
 ) -> None:
     thoughts: list[dict[str, Any]] = [{name: "Hm"}, {name: ", 👋"}, {name: ""}]
@@ -993,7 +987,7 @@ async def test_24_reasoning_beside_logprobs_changes_neither(
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
-async def test_24_reasoning_of_a_whole_answer_is_there_under_both_names(
+async def test_24_reasoning_of_a_whole_answer_has_both_names(
     vllm: FakeEngine, start_gateway: StartGateway, name: str
 ) -> None:
     message = {"role": "assistant", "content": "Hi", name: "Hm"}

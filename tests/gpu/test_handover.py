@@ -17,8 +17,9 @@ import httpx
 import pytest
 
 from backends.fake import DONE
-from gateway.gpu.handover import Step
-from gateway.routing.policy import HandOver
+from gateway.gpu.state import Step
+from gateway.routing.switch_cost import HandoverCost
+from gateway.settings import Timings
 from tests.support.exclusive import (
     CHAT,
     PING,
@@ -49,14 +50,14 @@ BACKGROUND = {"x-task": "title_generation"}
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hand-over costs next to nothing, and an hour may have any number of them."""
-    monkeypatch.setattr(HandOver, "bar", lambda *_, **__: 0.5)
-    monkeypatch.setattr(HandOver, "allowed_at", lambda price, *_: price.not_before)
+    monkeypatch.setattr(HandoverCost, "threshold", lambda *_, **__: 0.5)
+    monkeypatch.setattr(HandoverCost, "allowed_at", lambda price, *_: price.not_before)
 
 
 @pytest.fixture
 def never_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """No hand-over is ever made for the sake of speed."""
-    monkeypatch.setattr(HandOver, "bar", lambda *_, **__: math.inf)
+    monkeypatch.setattr(HandoverCost, "threshold", lambda *_, **__: math.inf)
 
 
 # Who has it at the start
@@ -73,7 +74,7 @@ async def test_what_is_loaded_at_the_start_is_kept_and_is_loaded_by_nobody_again
     async with boxed(tmp_path, loaded=loaded) as box:
         async with serving(start_gateway, box, holder=holder) as served:
             answer = await served.ask("first")
-            passages = list(served.owner.passages)
+            passages = list(served.owner.records)
 
         loads = [request.body.get("keep_alive") for request in box.asked("ollama", "/api/generate")]
         assert answer.headers["x-gateway-lane"] == holder
@@ -132,7 +133,7 @@ async def test_the_first_lane_is_waited_for_before_the_other_loads_anything(
             await asyncio.sleep(0.1)  # a heartbeat has told the lane already
             await box.vllm.up()
             answer = await early
-            passages = [(p.source, p.target, p.outcome) for p in served.owner.passages]
+            passages = [(p.source, p.target, p.outcome) for p in served.owner.records]
 
         loads = box.asked("ollama", "/api/generate")
 
@@ -208,7 +209,7 @@ async def test_the_gpu_follows_the_load_there_and_back_and_nobody_is_lost(
             await served.until("ollama")
             before = len(people.of("ollama"))
             await served.until(lambda: len(people.of("ollama")) > before + 5)
-        passages = list(served.owner.passages)
+        passages = list(served.owner.records)
         status = await served.running.status("m")
 
     assert [(p.source, p.target, p.outcome) for p in passages] == [
@@ -266,7 +267,7 @@ async def test_a_stream_is_silent_in_the_queue_and_kept_alive_by_a_hand_over(
         silent = not begun.is_set()
         await served.pin("vllm")
         await begun.wait()
-        while_moving = served.owner.step
+        while_moving = served.owner.state.step
         box.ollama.kill()
         await served.until("vllm")
         answer = await waits
@@ -348,9 +349,9 @@ async def test_open_webui_is_told_what_a_stream_waits_for(
 
 
 async def test_open_webui_is_told_after_a_second_and_each_thing_once(
-    box: Box, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+    box: Box, start_gateway: StartGateway
 ) -> None:
-    monkeypatch.setattr("gateway.relay.relay.STATUS_S", 0.05)
+    box.timings = Timings(status_event_s=0.05)
     box.vllm.wake_s = 0.6
     settings = {**box.settings(limits={"heartbeat_s": 15}), "status_events": True}
     async with start_gateway(**settings) as running:
@@ -377,7 +378,7 @@ async def test_a_hand_over_takes_nothing_of_the_time_in_the_queue(
         await served.pin("vllm")
         moved = await served.ask("waits for the GPU")
         await slow
-        [passage] = [p for p in served.owner.passages if p.target == "vllm"]
+        [passage] = [p for p in served.owner.records if p.target == "vllm"]
 
     failed(queued, 503, "waited_too_long")
     assert moved.status_code == 200
@@ -398,7 +399,7 @@ async def test_whoever_hangs_up_while_the_gpu_moves_leaves_at_once_and_is_never_
         for task in tasks:
             await gone(task)
         await served.until(lambda: served.waiting == 1)
-        while_moving = served.owner.step
+        while_moving = served.owner.state.step
         answer = await stays
         demand = (await served.running.status("m"))["demand"]
 
@@ -481,7 +482,7 @@ async def test_two_models_on_one_engine_each_share_the_gpu_and_neither_starves(
                 for _ in range(3):
                     group.create_task(people(served, model, began + 2.0))
         took = loop.time() - began
-        passages = [p for p in served.owner.passages if p.source is not None]
+        passages = [p for p in served.owner.records if p.source is not None]
 
     turns = Counter(passage.target for passage in passages)
     assert set(box.said("ollama")) == {"small"}
@@ -503,12 +504,12 @@ async def test_without_requests_the_memory_is_given_back_and_the_next_request_ha
         for number in range(12):  # longer than that, and nobody waits for long
             assert (await served.ask(f"now and then {number}")).status_code == 200
             await asyncio.sleep(0.05)
-        passages = len(served.owner.passages)
+        passages = len(served.owner.records)
         await served.until(Step.FREE)
         free = box.gpu.free()
         ready = await served.running.http.get("/ready")
         answer = await served.ask("after a pause")
-        again = served.owner.passages[-1]
+        again = served.owner.records[-1]
 
     assert passages == 1, "it was given back although somebody asked"
     assert free == box.gpu.total() - box.gpu.remainder
@@ -521,7 +522,7 @@ async def test_a_long_answer_is_no_pause(box: Box, start_gateway: StartGateway) 
     box.ollama.ttft_s = 0.7
     async with serving(start_gateway, box, idle_release_s=0.2) as served:
         answer = await served.ask("long")
-        passages = len(served.owner.passages)
+        passages = len(served.owner.records)
 
     assert answer.status_code == 200
     assert box.answered_by("long") == ["ollama"]

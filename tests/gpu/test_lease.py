@@ -47,6 +47,7 @@ def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
+@pytest.mark.integration
 def test_the_second_is_told_who_the_first_is_and_what_to_do(path: Path) -> None:
     with holder(path) as first, pytest.raises(LeaseTaken) as refused:
         Lease(path).acquire("127.0.0.1:9000")
@@ -97,6 +98,7 @@ def test_it_may_be_acquired_and_released_again_and_again(path: Path) -> None:
     assert path.read_bytes() == b""
 
 
+@pytest.mark.integration
 def test_what_a_killed_owner_left_is_no_obstacle(path: Path) -> None:
     with holder(path) as first:
         first.kill()
@@ -123,6 +125,7 @@ def test_whatever_is_in_the_file_is_no_obstacle_and_no_name(path: Path, text: by
     lease.release()
 
 
+@pytest.mark.integration
 def test_a_program_that_the_owner_started_does_not_hold_it(path: Path) -> None:
     lease = Lease(path)
     lease.acquire("here")
@@ -205,6 +208,7 @@ def test_a_directory_that_is_not_ours_to_write_to_says_so() -> None:
 # Who has it, without taking it
 
 
+@pytest.mark.integration
 def test_the_owner_is_told_to_who_only_looks(path: Path) -> None:
     with holder(path) as first:
         found = owner(path)
@@ -213,6 +217,7 @@ def test_the_owner_is_told_to_who_only_looks(path: Path) -> None:
     assert (found.pid, found.address) == (first.pid, "127.0.0.1:8000")
 
 
+@pytest.mark.integration
 def test_nobody_owns_what_is_not_there_what_was_released_and_what_was_left_behind(
     path: Path,
 ) -> None:
@@ -230,6 +235,7 @@ def test_nobody_owns_what_is_not_there_what_was_released_and_what_was_left_behin
     assert (before, released, left) == (None, None, None)
 
 
+@pytest.mark.integration
 def test_who_looks_is_in_nobodys_way(path: Path) -> None:
     with holder(path):
         owner(path)

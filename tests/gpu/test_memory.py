@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from backends.fake import GIB, FakeGpu
-from gateway.gpu import memory as gpu
-from gateway.gpu.memory import Brake, Budget, Card, Memory, MemoryUnknown, Nvml, Reading
+from gateway.gpu.budget import Budget
+from gateway.gpu.cards import Brake, Card, Nvml, Reading
+from gateway.gpu.memory import Memory, MemoryNeed, MemoryUnknown
 
 MIB = 1024**2
 
@@ -189,6 +190,46 @@ def two_4090(**says: Any) -> Told:
     return Told([Info(24 * GIB, 3 * GIB), Info(24 * GIB, 5 * GIB)], says=WELL | says)
 
 
+#: Two cards of 24 GiB, one of them half full.
+HALF_FULL = Told([Info(24 * GIB, 24 * GIB), Info(24 * GIB, 12 * GIB)])
+FULL_CARD = "card 1 (NVIDIA GeForce RTX 4090) has 12.0 GiB free of the 15.0 needed on "
+
+
+@pytest.mark.parametrize(
+    ("need", "shortage"),
+    [
+        pytest.param(MemoryNeed(30 * GIB), "", id="spread as there is room"),
+        pytest.param(
+            MemoryNeed(30 * GIB, cards=2), FULL_CARD + "each of 2 cards", id="two cards, as said"
+        ),
+        pytest.param(
+            MemoryNeed(30 * GIB, even=True),
+            FULL_CARD + "each of 2 cards",
+            id="more than one card has, so both",
+        ),
+        pytest.param(MemoryNeed(20 * GIB, even=True), "", id="it may be a server of one card"),
+        pytest.param(MemoryNeed(20 * GIB, cards=1), "", id="the emptiest card"),
+        pytest.param(MemoryNeed(24 * GIB, cards=2), "", id="half of it on each"),
+        pytest.param(
+            MemoryNeed(40 * GIB, cards=2), "36.0 GiB are free of the 40.0 needed", id="in all"
+        ),
+    ],
+)
+def test_what_is_loaded_in_equal_shares_needs_its_share_on_each_card(
+    need: MemoryNeed, shortage: str
+) -> None:
+    assert need.shortage(Nvml(library=HALF_FULL)) == shortage
+
+
+def test_a_budget_is_one_card(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    budget = Budget(GIB, lambda: (), proc=tmp_path / "proc")
+
+    assert budget.by_card() == [("the budget", GIB, GIB)]
+    assert MemoryNeed(GIB, even=True).shortage(budget) == ""
+    assert MemoryNeed(2 * GIB, even=True).shortage(budget) == ("1.0 GiB are free of the 2.0 needed")
+
+
 def two_cards() -> Driver:
     return Driver(
         [Info(24 * GIB, 3 * GIB), Info(24 * GIB, 5 * GIB)],
@@ -340,11 +381,10 @@ def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         Nvml().free()
 
 
+@pytest.mark.integration
 def test_machine_without_a_driver_is_told_so_and_loads_nothing_to_ask_it() -> None:
-    asked = (
-        "from gateway.gpu import Nvml; import sys; \ntry: Nvml().free()\nexcept Exception as e: "
-    )
-    asked += "print(e)\nprint('pynvml' in sys.modules)"
+    asked = "from gateway.gpu.cards import Nvml; import sys\ntry: Nvml().free()\n"
+    asked += "except Exception as e: print(e)\nprint('pynvml' in sys.modules)"
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -356,8 +396,7 @@ def test_machine_without_a_driver_is_told_so_and_loads_nothing_to_ask_it() -> No
     assert said.stdout.endswith(b"False\n")
 
 
-def test_driver_that_hangs_takes_one_thread_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "BUSY_S", 0.01)
+def test_driver_that_hangs_takes_one_thread_and_no_more() -> None:
     asked, answers = threading.Event(), threading.Event()
 
     class Hangs(Driver):
@@ -366,7 +405,7 @@ def test_driver_that_hangs_takes_one_thread_and_no_more(monkeypatch: pytest.Monk
             answers.wait(10)
             return super().nvmlDeviceGetCount()
 
-    memory = Nvml(library=Hangs([Info(2 * GIB, 1 * GIB)]))
+    memory = Nvml(library=Hangs([Info(2 * GIB, 1 * GIB)]), busy_s=0.01)
     first = threading.Thread(target=memory.free)
     first.start()
     asked.wait(10)
@@ -458,6 +497,7 @@ def family() -> Iterator[tuple[int, int]]:
         parent.stdout.close()
 
 
+@pytest.mark.integration
 def test_budget_counts_a_process_and_its_children() -> None:
     with family() as (parent, child):
         budget: Memory = Budget(1 * GIB, lambda: [parent])
@@ -470,6 +510,7 @@ def test_budget_counts_a_process_and_its_children() -> None:
     assert (budget.total(), budget.free(), budget.least()) == (1 * GIB, 1 * GIB, 1 * GIB)
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(), reason="this kernel does not tell what is shared"
 )
@@ -480,6 +521,7 @@ def test_budget_counts_what_is_shared_once() -> None:
     assert used < 150 * MIB  # 96, and two interpreters; counted twice it would be 160
 
 
+@pytest.mark.integration
 def test_budget_counts_an_orphan_until_it_has_gone() -> None:
     with family() as (parent, child):
         budget = Budget(1 * GIB, lambda: [parent])
@@ -493,11 +535,13 @@ def test_budget_counts_an_orphan_until_it_has_gone() -> None:
     assert [pid for pid, _ in orphaned] == [child]
 
 
+@pytest.mark.integration
 def test_budget_that_is_overdrawn_has_nothing_free() -> None:
     with family() as (parent, _):
         assert Budget(10 * MIB, lambda: [parent]).free() == 0
 
 
+@pytest.mark.integration
 def test_budget_knows_engines_as_they_are_started_anew() -> None:
     engines: list[int] = []
     budget = Budget(1 * GIB, lambda: engines)

@@ -14,8 +14,8 @@ import anyio
 import pytest
 
 from backends.fake import GIB, FakeEngine, FakeGpu, Silence
-from gateway.gpu.handover import Step
-from gateway.settings import SettingsError
+from gateway.gpu.state import Step
+from gateway.settings import SettingsError, Timings
 from tests.support.exclusive import SHORT, Box, failed, serving
 from tests.support.gateways import StartGateway
 from tests.support.models import alone, chat, pair
@@ -53,9 +53,9 @@ async def test_only_who_has_a_key_for_it_changes_what_the_gateway_does(
             await running.http.post(path, json=wish, headers=headers)
             for headers in ({}, bearer(KEY), bearer("sk-somebody"), {"authorization": ADMIN})
         ]
-        before = (owner.policy.pin, owner.released)
+        before = (owner.policy.pin, owner.state.released)
         let_in = await running.http.post(path, json=wish, headers=bearer(ADMIN))
-        after = (owner.policy.pin, owner.released)
+        after = (owner.policy.pin, owner.state.released)
         asks = await running.http.get("/v1/models", headers=bearer(ADMIN))
 
     for answer in refused:
@@ -211,17 +211,16 @@ async def test_what_people_waited_is_told_of_the_hand_over_they_waited_for(
         await served.ask("waits")
         await served.pin("ollama")
         await served.until("ollama")
-        there, back = [passage.waited for passage in served.owner.passages][1:]
+        there, back = [passage.waited for passage in served.owner.records][1:]
 
     assert there > 0
     assert back == 0
 
 
 async def test_what_went_wrong_is_in_the_status_until_it_is_over(
-    box: Box, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+    box: Box, start_gateway: StartGateway
 ) -> None:
-    monkeypatch.setattr("gateway.gpu.handover.FIRST_PAUSE_S", 0.3)
-    monkeypatch.setattr("gateway.gpu.handover.LONGEST_PAUSE_S", 0.3)
+    box.timings = Timings(gpu_retry_min_s=0.3, gpu_retry_max_s=0.3)
     async with serving(start_gateway, box, **SHORT) as served:
         for engine in box.engines:
             engine.kill()
@@ -259,7 +258,7 @@ async def test_the_command_pins_releases_and_leaves_it_to_the_policy(
         released = await twolane("release", "--url", url)
         await served.until(Step.FREE)
         unpinned = await twolane("pin", "auto", "--url", url)
-        wanted = (served.owner.policy.pin, served.owner.released)
+        wanted = (served.owner.policy.pin, served.owner.state.released)
 
     for ended in (pinned, held, released, unpinned):
         assert (ended.returncode, ended.stderr) == (0, b"")

@@ -1,4 +1,4 @@
-"""What the gateway is to the programs in front of it: who gets in, and what they are told."""
+"""The gateway as its clients see it: keys, errors, headers, streams, drain."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from backends.fake import DONE, FakeEngine, Pause, Serve, Silence, status
+from gateway.settings import Timings
 from tests.clients import needs_node, node, sdk
 from tests.support.gateways import Running, StartGateway
 from tests.support.models import alone, chat, pair
@@ -40,7 +41,7 @@ async def ask(
 
 
 def failure(answer: httpx.Response, code: int, name: str) -> dict[str, Any]:
-    """The error of an answer that is a failure as all of them are."""
+    """The error of a response, whose form is checked."""
     assert answer.status_code == code, answer.text
     assert answer.headers["content-type"] == "application/json"
     assert re.fullmatch(r"req_[0-9a-f]{32}", answer.headers["x-request-id"])
@@ -58,7 +59,7 @@ Logged: TypeAlias = Callable[[], list[dict[str, Any]]]
 
 @pytest.fixture
 def logged(capsys: pytest.CaptureFixture[str]) -> Logged:
-    """The log lines of the exchanges that are over; the gateway needs `log="json"`."""
+    """Reads the request log; the gateway needs `log="json"`."""
     written: list[str] = []
 
     def lines() -> list[dict[str, Any]]:
@@ -86,7 +87,7 @@ NO_KEYS = {
 }
 
 
-async def test_without_one_of_our_keys_nobody_gets_in(
+async def test_a_request_without_a_known_key_is_refused(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm), api_keys=[KEY, OTHER]) as running:
@@ -115,7 +116,7 @@ async def test_without_one_of_our_keys_nobody_gets_in(
     "sent",
     [f"Bearer {KEY}", f"bearer {OTHER}", f"BEARER {KEY}", f"Bearer  {KEY}"],
 )
-async def test_whoever_has_one_of_our_keys_gets_in(
+async def test_a_request_with_a_known_key_is_served(
     vllm: FakeEngine, start_gateway: StartGateway, sent: str
 ) -> None:
     async with start_gateway(**alone(vllm), api_keys=[KEY, OTHER]) as running:
@@ -139,7 +140,7 @@ async def test_the_sdk_raises_an_authentication_error(
     assert str(caught.value.request_id).startswith("req_")
 
 
-async def test_whether_it_lives_and_how_to_use_it_is_for_everybody(
+async def test_health_and_documentation_need_no_key(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm), api_keys=[KEY]) as running:
@@ -195,7 +196,7 @@ async def test_a_clients_key_is_in_no_log(
 # Pages
 
 
-async def test_the_model_list_is_there_while_every_engine_hangs(
+async def test_models_are_listed_while_every_engine_hangs(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -218,7 +219,7 @@ async def test_the_model_list_is_there_while_every_engine_hangs(
     assert took < 0.5
 
 
-async def test_the_model_list_is_there_before_any_engine_is(
+async def test_models_are_listed_before_any_engine_is_up(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     vllm.down()
@@ -248,7 +249,7 @@ async def test_models_are_listed_as_openai_does_and_open_webui_reads(
     assert [(model.id, model.owned_by) for model in models] == [("m", "twolane")]
 
 
-async def test_a_model_that_is_not_there_is_a_404_that_lists_nothing(
+async def test_an_unknown_model_is_a_404_that_lists_no_others(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running, sdk(running.url) as client:
@@ -267,7 +268,7 @@ async def test_a_model_that_is_not_there_is_a_404_that_lists_nothing(
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
-async def test_a_path_or_method_that_is_not_there_is_told_in_the_same_envelope(
+async def test_an_unknown_path_or_method_is_an_error_in_the_same_envelope(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
@@ -290,7 +291,7 @@ async def test_a_path_or_method_that_is_not_there_is_told_in_the_same_envelope(
             failure(await running.http.request(method, path), 405, "method_not_allowed")
 
 
-async def test_ready_is_503_until_an_engine_is_there_and_again_while_draining(
+async def test_ready_is_503_until_an_engine_is_up_and_again_while_draining(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     vllm.down()
@@ -314,7 +315,7 @@ async def test_ready_is_503_until_an_engine_is_there_and_again_while_draining(
     assert asked.headers["retry-after"] == "10"
 
 
-async def test_the_documentation_tells_of_every_path(
+async def test_the_documentation_has_every_path(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
@@ -325,7 +326,7 @@ async def test_the_documentation_tells_of_every_path(
     assert {CHAT, "/v1/completions", "/v1/embeddings", "/v1/models", "/ready"} <= paths.keys()
 
 
-async def test_every_answer_has_an_id_of_its_own_whatever_the_client_sends(
+async def test_every_response_has_its_own_id_whatever_the_client_sends(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running, sdk(running.url) as client:
@@ -347,7 +348,7 @@ async def beating(engine: FakeEngine, start_gateway: StartGateway) -> AsyncItera
         yield running
 
 
-async def test_a_stream_that_waits_for_its_first_token_gets_comments(
+async def test_a_stream_receives_comments_until_its_first_token(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with beating(vllm, start_gateway) as running:
@@ -376,7 +377,7 @@ async def test_a_pause_in_a_stream_is_filled_with_comments_between_events(
     )
 
 
-async def test_a_stream_that_flows_and_an_answer_in_one_piece_get_no_comments(
+async def test_a_flowing_stream_and_a_whole_answer_receive_no_comments(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm), limits={"heartbeat_s": 0.4}) as running:
@@ -411,7 +412,7 @@ async def test_a_refusal_after_comments_is_an_error_event(
             await anext(answer)
 
 
-async def test_once_comments_have_named_a_lane_no_other_is_asked(
+async def test_no_other_lane_is_tried_once_comments_have_named_one(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm), limits={"heartbeat_s": 0.05}) as running:
@@ -427,14 +428,11 @@ async def test_once_comments_have_named_a_lane_no_other_is_asked(
         assert len(vllm.generations) == before
 
 
-async def test_a_page_that_is_told_what_it_waits_for_is_told_no_lane_any_sooner(
-    ollama: FakeEngine,
-    vllm: FakeEngine,
-    start_gateway: StartGateway,
-    monkeypatch: pytest.MonkeyPatch,
+async def test_status_events_do_not_name_the_lane_any_sooner(
+    ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
-    monkeypatch.setattr("gateway.relay.relay.STATUS_S", 0.05)
-    async with start_gateway(**pair(ollama, vllm), status_events=True) as running:
+    often = Timings(status_event_s=0.05)
+    async with start_gateway(**pair(ollama, vllm), status_events=True, timings=often) as running:
         ollama.script([Pause(0.3), *status(500)])
 
         answer = await ask(running, stream=True)
@@ -453,7 +451,7 @@ TITLE = [{"role": "user", "content": "### Task:\nGenerate a concise title."}]
     [({"x-task": "title_generation"}, None), ({}, TITLE)],
     ids=["header", "message"],
 )
-async def test_a_background_call_waits_behind_everyone_and_is_no_demand(
+async def test_a_background_call_waits_behind_all_others_and_is_no_demand(
     vllm: FakeEngine,
     start_gateway: StartGateway,
     headers: dict[str, str],
@@ -478,7 +476,7 @@ async def test_a_background_call_waits_behind_everyone_and_is_no_demand(
     assert users == ["first", "last", "background"]
 
 
-async def test_a_title_that_is_asked_for_just_before_the_answer_comes_after_it(
+async def test_a_title_requested_just_before_the_answer_is_generated_after_it(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     vllm.ttft_s = 1.0
@@ -520,7 +518,7 @@ async def test_a_chat_is_no_background_call(
 # Lanes
 
 
-async def test_a_request_may_name_its_lane(
+async def test_a_request_may_pin_its_lane(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -541,7 +539,7 @@ async def test_a_request_may_name_its_lane(
     assert vllm.generations[-1].body["model"] == "Small-1B"
 
 
-async def test_a_named_lane_that_is_down_is_told_and_not_replaced(
+async def test_a_pinned_lane_that_is_down_is_an_error_and_not_replaced(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -559,7 +557,7 @@ async def test_a_named_lane_that_is_down_is_told_and_not_replaced(
     assert ollama.generations[-1].body["messages"]
 
 
-async def test_tools_that_no_lane_takes_are_left_out_and_named(
+async def test_tools_that_no_lane_accepts_are_dropped_and_named(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -576,7 +574,7 @@ async def test_tools_that_no_lane_takes_are_left_out_and_named(
                 assert not {"tools", "tool_choice"} & engine.generations[-1].body.keys()
 
 
-async def test_tools_that_must_be_used_and_cannot_are_a_400(
+async def test_forced_tools_that_no_lane_accepts_are_a_400(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     named = {"type": "function", "function": {"name": "look"}}
@@ -587,7 +585,7 @@ async def test_tools_that_must_be_used_and_cannot_are_a_400(
             assert failure(answer, 400, "bad_request")["param"] == "tools"
 
 
-async def test_tools_go_to_the_lane_that_takes_them(start_gateway: StartGateway) -> None:
+async def test_tools_go_to_the_lane_that_accepts_them(start_gateway: StartGateway) -> None:
     async with (
         FakeEngine("ollama", ["small:1b"]) as ollama,
         FakeEngine("vllm", ["Small-1B"], tools=True) as vllm,
@@ -638,7 +636,7 @@ async def test_an_image_that_would_have_to_be_fetched_is_refused(
         assert (len(ollama.generations), len(vllm.generations)) == (0, before)
 
 
-async def test_an_image_in_the_request_goes_to_a_lane_that_may_take_it(
+async def test_an_image_in_the_request_goes_to_a_lane_that_may_accept_it(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     messages = image({"url": "data:image/png;base64,AA=="})
@@ -682,7 +680,7 @@ async def test_a_model_made_for_embeddings_does_not_chat(start_gateway: StartGat
     assert (error["message"], error["param"]) == ("The model 'm' does not chat.", "model")
 
 
-async def test_several_answers_at_once_come_from_vllm(
+async def test_several_choices_come_from_vllm(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -707,7 +705,7 @@ async def test_several_answers_at_once_come_from_vllm(
 
 @asynccontextmanager
 async def occupied(running: Running, engine: FakeEngine) -> AsyncIterator[None]:
-    """The engine's only slot is taken for as long as the context is open."""
+    """Occupy the engine's only slot for as long as the context is open."""
     engine.script(Silence())
     before = len(engine.generations)
     holder = asyncio.create_task(ask(running))
@@ -725,21 +723,21 @@ FULL: dict[str, Any] = {
 }
 
 
-async def told_by_python(url: str) -> str:
+async def python_error(url: str) -> str:
     async with sdk(url, max_retries=2) as client:
         said = await client.chat.completions.create(**chat())
     return said.choices[0].message.content or ""
 
 
-async def told_by_node(url: str) -> str:
+async def node_error(url: str) -> str:
     seen = await node(url, chat(), maxRetries=2)
     assert seen["error"] is None
     return str(seen["text"])
 
 
 @pytest.mark.parametrize("code", FULL)
-@pytest.mark.parametrize("told", [told_by_python, told_by_node], ids=["python", "node"])
-async def test_the_sdks_try_again_when_told_and_are_served_at_the_second_try(
+@pytest.mark.parametrize("told", [python_error, node_error], ids=["python", "node"])
+async def test_the_sdks_retry_after_the_header_and_are_served(
     vllm: FakeEngine,
     start_gateway: StartGateway,
     logged: Logged,
@@ -749,7 +747,7 @@ async def test_the_sdks_try_again_when_told_and_are_served_at_the_second_try(
     def outcomes() -> list[str]:
         return [line["outcome"] for line in logged() if line["outcome"] != "cancelled"]
 
-    if told is told_by_node:
+    if told is node_error:
         needs_node()
     how = FULL[code]
     async with start_gateway(
@@ -767,7 +765,7 @@ async def test_the_sdks_try_again_when_told_and_are_served_at_the_second_try(
     assert outcomes() == [code, code, "ok"]
 
 
-async def test_a_busy_engine_is_tried_again_by_the_sdk(
+async def test_a_busy_engine_is_retried_by_the_sdk(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with (
@@ -803,7 +801,7 @@ async def test_the_sdk_knows_what_went_wrong(vllm: FakeEngine, start_gateway: St
     ("code", "kind"), [(400, openai.BadRequestError), (408, openai.APIStatusError),
                        (409, openai.ConflictError), (422, openai.UnprocessableEntityError)]
 )  # fmt: skip
-async def test_what_an_engine_refuses_is_asked_once(
+async def test_a_request_that_an_engine_refuses_is_sent_once(
     vllm: FakeEngine,
     start_gateway: StartGateway,
     code: int,
@@ -826,7 +824,7 @@ async def test_what_an_engine_refuses_is_asked_once(
     assert len(vllm.generations) == before + 1
 
 
-async def test_a_silent_engine_is_asked_once_whatever_the_sdk(
+async def test_a_silent_engine_receives_one_request_whatever_the_sdk(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     limits = {"first_token_s": 0.2, "answer_s": 0.2}
@@ -849,7 +847,7 @@ async def test_a_silent_engine_is_asked_once_whatever_the_sdk(
 
 
 class Served:
-    """`twolane serve` as a process of its own."""
+    """`twolane serve` in its own process."""
 
     def __init__(self, process: asyncio.subprocess.Process, url: str) -> None:
         self.url = url
@@ -858,8 +856,8 @@ class Served:
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
 
-    async def over(self) -> tuple[int, str]:
-        """Its exit status, and what it said on stderr."""
+    async def ended(self) -> tuple[int, str]:
+        """Its exit status and its stderr, when it has ended."""
         async with asyncio.timeout(10):
             _, said = await self._process.communicate()
         assert self._process.returncode is not None
@@ -886,7 +884,7 @@ async def serving(folder: Path, engine: FakeEngine, drain_s: float) -> AsyncIter
             await process.communicate()
 
 
-async def test_on_sigterm_what_runs_is_finished_and_the_exit_is_0(
+async def test_on_sigterm_running_requests_finish_and_the_exit_status_is_0(
     vllm: FakeEngine, tmp_path: Path
 ) -> None:
     vllm.tokens, vllm.gap_s = 10, 0.1
@@ -897,7 +895,7 @@ async def test_on_sigterm_what_runs_is_finished_and_the_exit_is_0(
         seen += [part async for part in answer]
         with pytest.raises(openai.APIConnectionError):
             await client.models.list()
-        code, said = await served.over()
+        code, said = await served.ended()
 
     assert "".join(part.choices[0].delta.content or "" for part in seen).endswith("token9")
     assert seen[-1].choices[0].finish_reason == "stop"
@@ -907,7 +905,7 @@ async def test_on_sigterm_what_runs_is_finished_and_the_exit_is_0(
     assert vllm.generations[-1].ended == "done"
 
 
-async def test_when_the_time_for_draining_is_over_a_stream_ends_with_an_error_event(
+async def test_at_the_drain_deadline_a_stream_ends_with_an_error_event(
     vllm: FakeEngine, tmp_path: Path
 ) -> None:
     async with serving(tmp_path, vllm, drain_s=0.5) as served:
@@ -923,7 +921,7 @@ async def test_when_the_time_for_draining_is_over_a_stream_ends_with_an_error_ev
             async for part in parts:
                 body += part
             took = time.monotonic() - began
-        code, said = await served.over()
+        code, said = await served.ended()
         await vllm.until(lambda engine: engine.generations[-1].ended == "hung up", within_s=1)
 
     *_, error, done, rest = body.split(b"\n\n")

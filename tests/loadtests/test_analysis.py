@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.profile import Lane
+from gateway.routing.profile import LaneProfile
 from loadtests.analysis import energy, gateway_cost, rows, slo
 from loadtests.analysis.crossover import Seconds, find_crossover, seconds_by_level
 from loadtests.analysis.rows import Row
@@ -423,6 +423,7 @@ def test_it_is_the_same_from_the_other_side() -> None:
     assert found.sentence("vLLM", "Ollama").startswith("Ollama is faster below 4.")
 
 
+@pytest.mark.slow
 def test_the_interval_has_the_truth_in_it_about_as_often_as_it_says() -> None:
     inside = 0
     for seed in range(30):
@@ -437,7 +438,7 @@ def test_the_lines_are_those_the_gateway_decides_by() -> None:
     found = find_crossover(a, b)
 
     lanes = [
-        Lane(LEVELS, tuple(statistics.fmean(map(statistics.fmean, of[n])) for n in LEVELS))
+        LaneProfile(LEVELS, tuple(statistics.fmean(map(statistics.fmean, of[n])) for n in LEVELS))
         for of in (a, b)
     ]
     assert found.level is not None

@@ -11,6 +11,8 @@ from loadtests.measure import samples
 from tests.support.locusts import RunLocust
 from tests.support.servers import WHOLE, always, scripted
 
+pytestmark = pytest.mark.integration  # programs of their own
+
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:

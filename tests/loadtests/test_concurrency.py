@@ -8,9 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +20,9 @@ from loadtests.measure import samples
 from loadtests.measure.samples import Cell, Request
 from tests.support.locusts import RunLocust, locust_process
 from tests.support.servers import WHOLE, always, nobody, scripted
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.integration  # programs of their own
 
 #: Quick and exact enough: what is measured is checked elsewhere (test_selfcheck).
 QUICK = ["--ttft-s", "0.05", "--gap-s", "0.005", "--tokens", "8"]
@@ -291,8 +293,8 @@ def test_on_the_page_our_options_are_asked_for_but_no_key_is_shown(
         raw = tmp_path / name
         asked = {"host": known, "target": target, "levels": "2", "rounds": "1", "raw": str(raw)}
         page.post("/swarm", data=asked).raise_for_status()
-        wait_for(partial(has_a_cell, raw))
-        wait_for(lambda: page.get("/stats/requests").json()["state"] == "stopped")
+        wait_until(partial(has_a_cell, raw))
+        wait_until(lambda: page.get("/stats/requests").json()["state"] == "stopped")
 
     assert "tokens_out" in form
     assert "sk-secret" not in form
@@ -314,7 +316,7 @@ def page() -> Iterator[httpx.Client]:
     environment = {**os.environ, "OPENAI_API_KEY": "sk-secret"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as running:
         try:
-            wait_for(lambda: listens(int(port)))
+            wait_until(lambda: listens(int(port)))
             with httpx.Client(base_url=url, trust_env=False) as client:
                 yield client
         finally:
@@ -328,13 +330,6 @@ def listens(port: int) -> bool:
 
 def has_a_cell(raw: Path) -> bool:
     return raw.exists() and b'"type":"cell"' in raw.read_bytes()
-
-
-def wait_for(holds: Callable[[], bool], within_s: float = 20) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
@@ -351,11 +346,7 @@ def test_what_was_measured_before_it_was_ended_is_kept(
         stderr=subprocess.DEVNULL,
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads
     ) as running:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and not (
-            raw.exists() and raw.read_text().count("\n") > 9
-        ):
-            time.sleep(0.05)
+        wait_until(lambda: raw.exists() and raw.read_text().count("\n") > 9)
         running.send_signal(told)
         running.wait(30)
 

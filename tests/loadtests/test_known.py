@@ -13,6 +13,8 @@ from loadtests.measure.stopwatch import Target
 from loadtests.proof import known
 from loadtests.proof.known import Times
 
+pytestmark = pytest.mark.integration  # programs of their own
+
 TIMES = Times(ttft_s=0.05, gap_s=0.01, tokens=5)
 
 

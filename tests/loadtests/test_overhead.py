@@ -289,6 +289,7 @@ def run_job(job: fast_client.Job) -> fast_client.Result:
     return asyncio.run(fast_client.run_job(job))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("spread", [False, True])
 def test_the_engine_sends_each_token_by_itself_and_in_time(engine: int, *, spread: bool) -> None:
     result = run_job(Streams(engine, None, streams=8, tokens=25, period_ms=20, spread=spread))
@@ -300,6 +301,7 @@ def test_the_engine_sends_each_token_by_itself_and_in_time(engine: int, *, sprea
     assert 24 * 0.020 <= result.elapsed_s < 1.5  # 25 periods, the first of them cut short
 
 
+@pytest.mark.integration
 def test_a_proxy_that_loses_a_chunk_has_no_result(engine: int) -> None:
     lost = next(word for word in fast_engine.WORD_EVENTS if b" w07" in word)
     with relaying(engine, spoil=lost) as port, ways.client_running() as load:
@@ -309,6 +311,7 @@ def test_a_proxy_that_loses_a_chunk_has_no_result(engine: int) -> None:
             load(Streams(port, None, streams=2, tokens=12, period_ms=10))
 
 
+@pytest.mark.integration
 def test_a_proxy_that_never_ends_a_stream_has_no_result(engine: int) -> None:
     class Hasty(Streams):
         def timeout_s(self) -> float:
@@ -321,11 +324,13 @@ def test_a_proxy_that_never_ends_a_stream_has_no_result(engine: int) -> None:
     assert result.why.startswith("no end after 0.3 s")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("case", [case for case in CASES if case != "queued"])
 def test_the_engine_sees_a_client_disconnect_within_the_floor(engine: int, case: str) -> None:
     assert 0 < DisconnectTimer(Way(DIRECT, engine), engine).time_ms(case) < ways.NEVER_MS / 2
 
 
+@pytest.mark.integration
 def test_a_proxy_that_does_not_pass_a_disconnect_on_misses_the_floor(engine: int) -> None:
     with relaying(engine) as port:
         took = DisconnectTimer(Way(GATEWAY, port), engine).time_ms("mid-stream")
@@ -334,6 +339,7 @@ def test_a_proxy_that_does_not_pass_a_disconnect_on_misses_the_floor(engine: int
     assert not Floor(HANG_UP["mid-stream"], 50, goal=50).holds(took)
 
 
+@pytest.mark.integration
 def test_a_stream_that_goes_silent_is_not_waited_for_for_ever(engine: int) -> None:
     with RawClient(engine, script.chat_request(Script(tokens=1, hold=True))) as caller:
         caller.read_events(2)
@@ -343,6 +349,7 @@ def test_a_stream_that_goes_silent_is_not_waited_for_for_ever(engine: int) -> No
             caller.read_events(3)
 
 
+@pytest.mark.integration
 def test_cpu_seconds_of_children_count_also_when_they_have_ended() -> None:
     burn = "import time\nwhile time.process_time() < 0.3: pass"
     parent = (
@@ -366,6 +373,7 @@ def test_cpu_seconds_of_children_count_also_when_they_have_ended() -> None:
         assert 0 < meter.rss_mb() <= meter.peak_mb() < 100
 
 
+@pytest.mark.integration
 def test_a_short_run_of_direct_against_nginx(nginx: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     quick = ["--rounds", "1", "--seconds", "0.5", "--streams", "16", "--rate", "640"]
@@ -387,6 +395,7 @@ def test_a_short_run_of_direct_against_nginx(nginx: str, tmp_path: Path) -> None
     assert all(floor["median"] is None for floor in said["floors"])
 
 
+@pytest.mark.integration
 def test_the_gateway_drops_a_queued_request_whose_client_disconnected(
     engine: int, tmp_path: Path
 ) -> None:

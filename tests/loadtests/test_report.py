@@ -34,6 +34,8 @@ from loadtests.report.fairness import fairness
 from loadtests.report.findings import Findings
 from loadtests.report.report import ReportError
 
+pytestmark = pytest.mark.slow  # a report with its charts takes a second
+
 LEVELS = (1, 4, 16)
 ROUNDS = 10
 TOKENS = 16
@@ -347,6 +349,7 @@ def test_a_folder_of_something_else_has_no_report(
     assert "is " in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_without_the_extra_the_error_says_what_to_install(raw: Path) -> None:
     program = """
 import sys

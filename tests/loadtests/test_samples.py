@@ -58,6 +58,7 @@ def _write(path: Path, target: str) -> None:
         writer.write(asked(float(number), target))
 
 
+@pytest.mark.integration
 def test_several_processes_write_at_once_and_no_line_is_torn(path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write, args=(path, name)) for name in "abc"]

@@ -125,6 +125,7 @@ def test_without_a_check_the_error_asks_about_the_folder(tmp_path: Path) -> None
         selfcheck.load(tmp_path)
 
 
+@pytest.mark.integration
 def test_a_server_with_other_times_than_it_claims_does_not_pass() -> None:
     claimed = Times(ttft_s=0.1, gap_s=0.02, tokens=16)
 
@@ -136,6 +137,7 @@ def test_a_server_with_other_times_than_it_claims_does_not_pass() -> None:
     assert seen.errors == 0
 
 
+@pytest.mark.integration
 def test_a_generator_that_fails_is_reported_with_its_output() -> None:
     gone = known.KnownServer("http://127.0.0.1:9")  # port 9, discard: nothing listens
 

@@ -20,6 +20,8 @@ from tests.support.servers import (
     usage,
 )
 
+pytestmark = pytest.mark.integration  # programs of their own
+
 
 def ask(server: Scripted, key: str | None = None) -> Timing:
     target = Target("a", server.url, "m", key)

@@ -1,4 +1,4 @@
-"""What Prometheus is told, read as Prometheus reads it."""
+"""The metrics, parsed as Prometheus parses them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families as classic
 from backends.fake import GIB, FakeEngine, Silence, status
 from backends.transport import sse
 from gateway.errors import GatewayError
-from gateway.gpu.memory import Nvml, Reading
+from gateway.gpu.cards import Nvml, Reading
 from gateway.observe.counters import ENDINGS, FAILED_OUTCOMES, error_codes
 from gateway.observe.metrics import Metrics
 from gateway.observe.samples import COUNTERS, GAUGES
@@ -39,7 +39,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 CHAT = "/v1/chat/completions"
 KEY = "sk-a-key-of-ours"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
-#: What the meters of a card show, as the driver tells it: milliwatts and millijoules.
+#: The readings of a card in the driver's units: milliwatts and millijoules.
 METERS: Mapping[str, Any] = {
     "PowerUsage": 350_000,
     "EnforcedPowerLimit": 450_000,
@@ -66,7 +66,7 @@ class Page:
         ]
 
     def one(self, name: str, /, **labels: str) -> float | None:
-        """The value of the only one; None where there is none."""
+        """The value of the only series of this name and labels; None where there is none."""
         found = self.all(name, **labels)
         assert len(found) <= 1, f"{name}{labels}: {found}"
         return found[0] if found else None
@@ -78,8 +78,10 @@ async def scrape(running: Running) -> Page:
     return Page(answer.text)
 
 
-async def scraped(running: Running, name: str, value: float | None = None, **labels: str) -> Page:
-    """A scrape in which this is told; of this value, if one is given."""
+async def scrape_with(
+    running: Running, name: str, value: float | None = None, **labels: str
+) -> Page:
+    """A scrape that has this sample, and with this value, if one is given."""
     async with asyncio.timeout(5):
         while True:
             page = await scrape(running)
@@ -99,14 +101,14 @@ OFTEN = Timings(meter_interval_s=0.01, probe_interval_healthy_s=0.05)
 
 
 def cards(**says: Any) -> Nvml:
-    """Two cards with these meters."""
+    """Two cards with these readings."""
     return Nvml(library=two_4090(**{**METERS, **says}))
 
 
 # Requests
 
 
-async def test_a_streamed_answer_is_counted_timed_and_weighed(
+async def test_a_streamed_answer_is_counted_and_timed(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     ollama.ttft_s, ollama.gap_s, ollama.tokens = 0.06, 0.03, 5
@@ -163,7 +165,7 @@ async def test_embeddings_are_counted_and_not_timed(start_gateway: StartGateway)
     assert page.all("twolane_e2e_request_latency_seconds_count") == []
 
 
-async def test_a_chat_pages_own_calls_are_counted_apart_and_time_nothing(
+async def test_background_calls_are_counted_apart_and_not_timed(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
@@ -175,12 +177,12 @@ async def test_a_chat_pages_own_calls_are_counted_apart_and_time_nothing(
     assert page.all("twolane_e2e_request_latency_seconds_count") == []
 
 
-async def test_requests_are_told_apart_by_how_they_ended(
+async def test_requests_are_counted_by_outcome(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     failures = "twolane_request_failures_total"
     async with start_gateway(**alone(vllm)) as running:
-        before = await scraped(running, failures)
+        before = await scrape_with(running, failures)
         await ask(running)
         vllm.script(status(400, "context"), status(500))
         await ask(running)
@@ -208,7 +210,7 @@ async def test_requests_are_told_apart_by_how_they_ended(
     assert (before.one(failures, model="m"), page.one(failures, model="m")) == (0, 1)
 
 
-async def test_who_gives_up_in_the_queue_has_waited_there(
+async def test_a_request_given_up_in_the_queue_counts_as_queue_time(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm, slots=1)) as running:
@@ -216,7 +218,7 @@ async def test_who_gives_up_in_the_queue_has_waited_there(
         first = asyncio.create_task(ask(running))
         await vllm.until(lambda engine: engine.running)
         second = asyncio.create_task(ask(running))
-        await scraped(running, "twolane_num_requests_waiting", 1)
+        await scrape_with(running, "twolane_num_requests_waiting", 1)
         page = await scrape(running)
         for task in (second, first):
             task.cancel()
@@ -234,7 +236,7 @@ async def test_who_gives_up_in_the_queue_has_waited_there(
 # Why a lane was chosen
 
 
-async def test_reasons_are_words_that_can_be_counted_by(start_gateway: StartGateway) -> None:
+async def test_reasons_are_words_of_an_enumeration(start_gateway: StartGateway) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     async with (
         FakeEngine("ollama", ["small:1b"]) as ollama,
@@ -250,7 +252,7 @@ async def test_reasons_are_words_that_can_be_counted_by(start_gateway: StartGate
         ollama.script(status(500))
         await ask(running)
         ollama.down()
-        await scraped(running, "twolane_replica_up", 0, lane="ollama")
+        await scrape_with(running, "twolane_replica_up", 0, lane="ollama")
         await ask(running)
         page = await scrape(running)
 
@@ -272,7 +274,7 @@ async def test_reasons_are_words_that_can_be_counted_by(start_gateway: StartGate
     assert page.one("twolane_request_queue_time_seconds_count", model="m") == 5
 
 
-async def test_a_models_only_lane_is_no_choice(
+async def test_a_model_with_one_lane_has_the_reason_only(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
@@ -283,7 +285,7 @@ async def test_a_models_only_lane_is_no_choice(
     assert page.all("twolane_regret_request_seconds") == []
 
 
-async def test_regret_and_price_of_a_shared_pair_are_told(
+async def test_regret_and_price_of_a_shared_pair_are_exposed(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
@@ -301,14 +303,14 @@ async def test_regret_and_price_of_a_shared_pair_are_told(
 # Engines
 
 
-async def test_an_engine_that_is_down_is_down_and_what_it_said_is_over(
+async def test_an_engine_that_is_down_has_no_reported_values(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm), timings=OFTEN) as running:
         name = "twolane_engine_num_requests_running"
-        before = await scraped(running, name, lane="vllm", replica="0")
+        before = await scrape_with(running, name, lane="vllm", replica="0")
         vllm.down()
-        after = await scraped(running, "twolane_replica_up", 0, lane="vllm")
+        after = await scrape_with(running, "twolane_replica_up", 0, lane="vllm")
 
     assert before.one("twolane_replica_up", lane="vllm", replica="0") == 1
     assert before.one("twolane_slots_usable", lane="vllm") == 32
@@ -317,16 +319,18 @@ async def test_an_engine_that_is_down_is_down_and_what_it_said_is_over(
     assert after.one(name, lane="vllm") is None
 
 
-async def test_what_ollama_does_not_export_is_asked_of_it(start_gateway: StartGateway) -> None:
+async def test_values_that_ollama_does_not_export_are_read_from_its_api(
+    start_gateway: StartGateway,
+) -> None:
     loaded, part = "twolane_engine_model_loaded", "twolane_engine_model_on_gpu_ratio"
     async with (
         FakeEngine("ollama", ["small:1b"], on_gpu=0.75) as ollama,
         start_gateway(**alone(ollama, "small:1b"), timings=OFTEN) as running,
     ):
-        before = await scraped(running, loaded)
+        before = await scrape_with(running, loaded)
         await ask(running)
         await ollama.load("small:1b")
-        after = await scraped(running, part)
+        after = await scrape_with(running, part)
 
     assert before.one(loaded, model="m", lane="ollama", replica="0") == 0
     assert before.one(part) is None, "what is not loaded is nowhere"
@@ -336,19 +340,19 @@ async def test_what_ollama_does_not_export_is_asked_of_it(start_gateway: StartGa
 # The GPU
 
 
-async def test_who_holds_the_gpu_and_what_its_moves_cost_is_told(
+async def test_the_holder_of_the_gpu_and_the_cost_of_hand_overs_are_exposed(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.vllm.wake_s = 0.2
     async with serving(start_gateway, box) as served:
         before = await scrape(served.running)
         await served.pin("vllm")
-        under_way = await scraped(served.running, "twolane_gpu_state", 1, state="loading")
+        under_way = await scrape_with(served.running, "twolane_gpu_state", 1, state="loading")
         await served.ask("waits")
         await served.until("vllm")
         after = await scrape(served.running)
         await served.release()
-        released = await scraped(served.running, "twolane_gpu_state", 1, state="free")
+        released = await scrape_with(served.running, "twolane_gpu_state", 1, state="free")
 
     assert before.one("twolane_model_info", placement="exclusive") == 1
     assert before.one("twolane_gpu_holder", engine="ollama") == 1
@@ -365,23 +369,23 @@ async def test_who_holds_the_gpu_and_what_its_moves_cost_is_told(
     assert released.one("twolane_gpu_holder", engine="none") == 1
 
 
-async def test_a_hand_over_that_failed_is_counted_as_failed_whatever_it_said(
+async def test_a_failed_hand_over_is_counted_as_failed_without_its_text(
     box: Box, start_gateway: StartGateway
 ) -> None:
     async with serving(start_gateway, box, **SHORT) as served:
         box.vllm.script(status(500, "words of an engine"), path="/wake_up")
         await served.pin("vllm")
         name = "twolane_gpu_handover_seconds_count"
-        page = await scraped(served.running, name, target="vllm", outcome="failed")
+        page = await scrape_with(served.running, name, target="vllm", outcome="failed")
 
     assert "words of an engine" not in page.text
 
 
-async def test_meters_of_the_cards_are_told_in_base_units(
+async def test_readings_of_the_cards_are_in_base_units(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm), nvml=cards(), timings=OFTEN) as running:
-        page = await scraped(running, "twolane_power_watts")
+        page = await scrape_with(running, "twolane_power_watts")
 
     first = {
         "twolane_gpu_memory_total_bytes": 24 * GIB,
@@ -397,12 +401,12 @@ async def test_meters_of_the_cards_are_told_in_base_units(
     assert page.one("twolane_power_watts") == 700
 
 
-async def test_what_a_card_does_not_tell_has_no_sample(
+async def test_a_reading_that_a_card_lacks_has_no_sample(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     silent = cards(**dict.fromkeys((*METERS, "Temperature"), NotSupported()))
     async with start_gateway(**alone(vllm), nvml=silent) as running:
-        page = await scraped(running, "twolane_gpu_info")
+        page = await scrape_with(running, "twolane_gpu_info")
 
     assert page.one("twolane_gpu_memory_total_bytes", gpu="0") == 24 * GIB
     for name in ("power_watts", "temperature_celsius", "utilization_ratio", "energy_joules_total"):
@@ -415,7 +419,7 @@ async def test_without_a_driver_there_are_no_cards_and_no_watts(
 ) -> None:
     async with start_gateway(**alone(vllm), nvml=Nvml(library=Told())) as running:
         await ask(running)
-        page = await scraped(running, "twolane_used_seconds_total")
+        page = await scrape_with(running, "twolane_used_seconds_total")
         said = (await running.http.get("/status")).json()
 
     for name in ("twolane_gpu_info", "twolane_power_watts", "twolane_energy_joules_total"):
@@ -424,7 +428,7 @@ async def test_without_a_driver_there_are_no_cards_and_no_watts(
 
 
 class Hanging(Told):
-    """A driver that does not answer until it is let go."""
+    """A driver that does not answer until `answers` is set."""
 
     def __init__(self) -> None:
         super().__init__([Info(24 * GIB, 24 * GIB)])
@@ -436,7 +440,7 @@ class Hanging(Told):
         return super().nvmlDeviceGetCount()
 
 
-async def test_a_driver_that_hangs_holds_up_no_scrape_and_not_the_meter(
+async def test_a_driver_that_hangs_blocks_neither_a_scrape_nor_the_meter(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     driver = Hanging()
@@ -446,7 +450,7 @@ async def test_a_driver_that_hangs_holds_up_no_scrape_and_not_the_meter(
     ) as running:
         try:
             await running.until(lambda _: driver.asked.is_set())
-            page = await scraped(running, "twolane_energy_joules_total", lane="idle")
+            page = await scrape_with(running, "twolane_energy_joules_total", lane="idle")
         finally:
             driver.answers.set()
 
@@ -454,28 +458,28 @@ async def test_a_driver_that_hangs_holds_up_no_scrape_and_not_the_meter(
     assert page.one("twolane_power_watts") == 500
 
 
-def test_what_cards_said_long_ago_is_not_told() -> None:
+def test_old_readings_of_cards_are_not_exposed() -> None:
     metrics = Metrics({}, Prices())
     metrics._cards = [Reading(0, "A card", 24 * GIB, GIB, watts=350)]
     metrics._cards_at = time.monotonic() - Timings().readings_valid_s
     metrics.sample(time.monotonic())
 
-    assert lines(metrics).all("twolane_gpu_info") == []
+    assert page_of(metrics).all("twolane_gpu_info") == []
     assert metrics.meter.watts is None
 
 
 # Prices
 
 
-async def test_tokens_have_their_price_in_the_metrics_and_in_the_status(
+async def test_the_cost_of_tokens_is_in_the_metrics_and_in_the_status(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     vllm.gap_s = 0.03
     prices = {"per_kwh": 0.3, "rent_per_hour": 1.8, "api_per_million": 0.9, "currency": "USD"}
     async with start_gateway(**alone(vllm), cost=prices, nvml=cards(), timings=OFTEN) as running:
-        await scraped(running, "twolane_power_watts")
+        await scrape_with(running, "twolane_power_watts")
         await ask(running)
-        page = await scraped(
+        page = await scrape_with(
             running, "twolane_cost_per_million_tokens", of="electricity", lane="vllm"
         )
         said = (await running.http.get("/status")).json()["cost"]
@@ -502,13 +506,13 @@ async def test_tokens_have_their_price_in_the_metrics_and_in_the_status(
 
 
 def exchange(**said: Any) -> Exchange:
-    """One that is over."""
+    """An exchange that is over."""
     done = {"path": CHAT, "model": "m", "outcome": "ok", "began": 1.0, "sent": 1.1, "first": 1.2,
             "ended": 2.0, "attempts": 1, "stream": True, "usage": sse.Usage(7, 9)}  # fmt: skip
     return Exchange("req_1", **{**done, **said})
 
 
-def lines(metrics: Metrics) -> Page:
+def page_of(metrics: Metrics) -> Page:
     return Page(metrics.exposition("")[0].decode())
 
 
@@ -516,17 +520,17 @@ def test_names_and_codes_of_others_make_no_series() -> None:
     metrics = Metrics({}, Prices())
     metrics.write(exchange(model="unknown", outcome="model_not_found", usage=None))
     metrics.write(exchange(model="unknown", outcome="engine_refused", usage=None))
-    before = len(lines(metrics).samples)
+    before = len(page_of(metrics).samples)
     for number in range(10_000):
         metrics.write(exchange(model=f"model-{number}", outcome="model_not_found", usage=None))
         metrics.write(exchange(outcome=f"code-{number}", usage=None))
-    page = lines(metrics)
+    page = page_of(metrics)
 
     assert len(page.samples) == before
     assert page.one("twolane_requests_total", model="none", outcome="engine_refused") == 10_001
 
 
-async def test_an_engines_own_words_are_no_label(
+async def test_an_engines_own_error_code_is_no_label(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     said = {"message": "no", "type": "weird", "param": None, "code": "weird-2718"}
@@ -540,7 +544,7 @@ async def test_an_engines_own_words_are_no_label(
     assert page.one("twolane_requests_total", outcome="engine_refused") == 1
 
 
-async def test_no_prompt_no_key_and_no_address_is_in_it(
+async def test_no_prompt_no_key_and_no_address_is_in_the_metrics(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     key = {"authorization": f"Bearer {KEY}"}
@@ -557,13 +561,13 @@ async def test_no_prompt_no_key_and_no_address_is_in_it(
         assert secret not in text
 
 
-def test_every_way_to_fail_is_a_label_of_its_own() -> None:
+def test_every_error_code_is_its_own_label() -> None:
     metrics = Metrics({}, Prices())
     codes = set(error_codes(GatewayError))
     for code in codes:
         metrics.write(exchange(outcome=code, usage=None))
 
-    counted = [s for s in lines(metrics).samples if s.name == "twolane_requests_total"]
+    counted = [s for s in page_of(metrics).samples if s.name == "twolane_requests_total"]
     assert {"queue_full", "waited_too_long", "no_engine", "draining", "engine_silent"} <= codes
     assert {sample.labels["outcome"] for sample in counted} == codes
     assert not FAILED_OUTCOMES - codes - ENDINGS
@@ -576,14 +580,14 @@ def test_every_way_to_fail_is_a_label_of_its_own() -> None:
     ("", classic, "text/plain; version=0.0.4"),
     (OPEN_METRICS, open_metrics, "application/openmetrics-text"),
 ])  # fmt: skip
-async def test_prometheus_own_parsers_read_it(
+async def test_the_parsers_of_prometheus_read_the_metrics(
     box: Box, start_gateway: StartGateway, accept: str, parse: Any, kind: str
 ) -> None:
     settings = {**box.settings(), "cost": {"per_kwh": 0.3, "watts": 700}, "nvml": cards()}
     async with start_gateway(**settings) as running:
-        await running.until(lambda gateway: gateway.gpu and gateway.gpu.holder)
+        await running.until(lambda gateway: gateway.gpu and gateway.gpu.state.layout)
         await ask(running, stream=True)
-        await scraped(running, "twolane_gpu_info")
+        await scrape_with(running, "twolane_gpu_info")
         answer = await running.http.get("/metrics", headers={"accept": accept})
 
     families = {family.name: family for family in parse(answer.text)}
@@ -596,7 +600,7 @@ async def test_prometheus_own_parsers_read_it(
 
 
 def documented() -> str:
-    """The table that the document should have."""
+    """The table that the document must have."""
     rows = [
         f"| `{name}` | {family.type} | {', '.join(names) or '-'} | {family.documentation} |"
         for family in Metrics({}, Prices())._registry.collect()
@@ -608,7 +612,7 @@ def documented() -> str:
 
 
 def labels_of(name: str) -> tuple[str, ...]:
-    """The labels of what is looked up, or else of what prometheus_client counts."""
+    """The labels of a metric, whether looked up or counted by prometheus_client."""
     looked_up = {**GAUGES, **COUNTERS}
     if name in looked_up:
         return looked_up[name][1]
@@ -625,8 +629,8 @@ def test_every_metric_is_documented_as_it_is() -> None:
 
 
 @contextlib.asynccontextmanager
-async def apart(start_gateway: StartGateway, **settings: Any) -> AsyncIterator[Any]:
-    """A gateway whose metrics have a port of their own, and a client for that."""
+async def own_port(start_gateway: StartGateway, **settings: Any) -> AsyncIterator[Any]:
+    """A gateway whose metrics have their own port, and a client for it."""
     async with FakeEngine("vllm", ["Small-1B"]) as vllm:
         settings = {**alone(vllm), "metrics": {"port": 0}, "api_keys": [KEY], **settings}
         async with start_gateway(**settings) as running:
@@ -636,8 +640,8 @@ async def apart(start_gateway: StartGateway, **settings: Any) -> AsyncIterator[A
                 yield running, server, client
 
 
-async def test_on_a_port_of_its_own_no_key_is_asked_for(start_gateway: StartGateway) -> None:
-    async with apart(start_gateway) as (_, server, client):
+async def test_the_metrics_port_requires_no_key(start_gateway: StartGateway) -> None:
+    async with own_port(start_gateway) as (_, server, client):
         page = await client.get(server.url)
         other = await client.get(server.url.replace("/metrics", "/status"))
         posted = await client.post(server.url)
@@ -658,10 +662,10 @@ async def test_on_a_port_of_its_own_no_key_is_asked_for(start_gateway: StartGate
     {"host": "[::1"},
     {"host": ""},
 ])  # fmt: skip
-async def test_there_other_sites_are_refused(
+async def test_the_metrics_port_refuses_pages_of_other_sites(
     start_gateway: StartGateway, headers: dict[str, str]
 ) -> None:
-    async with apart(start_gateway) as (_, server, client):
+    async with own_port(start_gateway) as (_, server, client):
         answer = await client.get(server.url, headers=headers)
 
     assert answer.status_code == 403, answer.text
@@ -671,17 +675,17 @@ async def test_there_other_sites_are_refused(
 @pytest.mark.parametrize(
     "host", ["127.0.0.1:9400", "[::1]:9400", "localhost", "gateway:9400", socket.gethostname()]
 )
-async def test_there_neighbours_are_answered(start_gateway: StartGateway, host: str) -> None:
-    async with apart(start_gateway) as (_, server, client):
+async def test_the_metrics_port_answers_local_names(start_gateway: StartGateway, host: str) -> None:
+    async with own_port(start_gateway) as (_, server, client):
         answer = await client.get(server.url, headers={"host": host})
 
     assert answer.status_code == 200, answer.text
 
 
-async def test_who_asks_at_the_wrong_port_is_told_the_right_one(
+async def test_the_gateways_port_names_the_metrics_port(
     start_gateway: StartGateway,
 ) -> None:
-    async with apart(start_gateway) as (running, server, _):
+    async with own_port(start_gateway) as (running, server, _):
         stranger = await running.http.get("/metrics")
         known = await running.http.get("/metrics", headers={"authorization": f"Bearer {KEY}"})
 
@@ -690,7 +694,7 @@ async def test_who_asks_at_the_wrong_port_is_told_the_right_one(
     assert str(server.port) in known.json()["error"]["message"]
 
 
-async def test_without_a_port_of_its_own_it_is_behind_the_key(
+async def test_without_their_own_port_metrics_are_behind_the_key(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm), api_keys=[KEY]) as running:
@@ -706,7 +710,7 @@ async def test_without_a_port_of_its_own_it_is_behind_the_key(
     assert [answer.status_code for answer in answers] == [401, 401, 200]
 
 
-async def test_a_port_that_is_taken_is_said_in_a_line(
+async def test_a_metrics_port_in_use_is_an_error_of_one_line(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -720,21 +724,21 @@ async def test_a_port_that_is_taken_is_said_in_a_line(
     assert line.endswith("choose another metrics.port")
 
 
-async def test_the_gateways_own_port_is_none_for_metrics(start_gateway: StartGateway) -> None:
+async def test_metrics_cannot_have_the_gateways_own_port(start_gateway: StartGateway) -> None:
     with pytest.raises(SettingsError, match=r"metrics\.port: 8123 is the gateway's own"):
         async with start_gateway(port=8123, metrics={"port": 8123}):
             pass
 
 
-async def test_its_port_is_closed_with_the_gateway(start_gateway: StartGateway) -> None:
-    async with apart(start_gateway) as (_, server, client):
+async def test_the_metrics_port_is_closed_with_the_gateway(start_gateway: StartGateway) -> None:
+    async with own_port(start_gateway) as (_, server, client):
         assert (await client.get(server.url)).status_code == 200
 
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", server.port), timeout=5)
 
 
-async def test_serve_says_where_metrics_are_and_ends_with_them(
+async def test_serve_prints_the_address_of_the_metrics_and_ends_with_them(
     vllm: FakeEngine, tmp_path: Path
 ) -> None:
     file = tmp_path / "twolane.yaml"

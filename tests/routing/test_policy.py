@@ -9,30 +9,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.policy import (
-    FORGOTTEN_S,
-    LEAST,
-    OVERLAP,
-    Demand,
-    HandOver,
-    Overlap,
-    Policy,
-    Served,
-)
-from gateway.routing.profile import ASSUMED, Lane, Profile
+from gateway.gpu.state import GpuState, GpuStateRef, Step
+from gateway.routing.policy_exclusive import ExclusivePolicy
+from gateway.routing.policy_shared import SharedPolicy
+from gateway.routing.profile import ASSUMED, LaneProfile, Profile
+from gateway.routing.regret import ModelDemand, RoutedModel
+from gateway.routing.switch_cost import IDLE_RESET_S, LEAST_SHARE, OVERLAP_SHARE, HandoverCost
 
 LANES = ("ollama", "vllm")
 #: Ollama is faster below three at once, vLLM above; at three they are equal.
 CROSSING = Profile(
     version=1,
     source="measured",
-    lanes={"ollama": Lane((1, 9), (1.0, 9.0)), "vllm": Lane((1,), (3.0,))},
+    lanes={"ollama": LaneProfile((1, 9), (1.0, 9.0)), "vllm": LaneProfile((1,), (3.0,))},
 )
 #: vLLM always wins, as with a 70B over two cards.
 ONE_WINS = Profile(
     version=1,
     source="measured",
-    lanes={"ollama": Lane((1, 8), (3.0, 9.0)), "vllm": Lane((1, 8), (1.0, 2.0))},
+    lanes={"ollama": LaneProfile((1, 8), (3.0, 9.0)), "vllm": LaneProfile((1, 8), (1.0, 2.0))},
 )
 #: Nothing is known of vLLM.
 HALF = Profile(version=1, source="measured", lanes={"ollama": CROSSING.lanes["ollama"]})
@@ -41,19 +36,35 @@ NOTHING = {"ollama": 0, "vllm": 0}
 MODEL = "chat"
 
 
-def shared(profile: Profile, lanes: Sequence[str] = LANES) -> Policy:
+def shared(profile: Profile, lanes: Sequence[str] = LANES) -> SharedPolicy:
     """Both lanes fit in memory."""
-    return Policy(lanes, {MODEL: Served(tuple(lanes), profile)}, Overlap())
+    return SharedPolicy(lanes, {MODEL: RoutedModel(tuple(lanes), profile)})
 
 
-def exclusive(profile: Profile = CROSSING, price: HandOver | None = None) -> Policy:
-    """One lane at a time has the GPU; Ollama at the beginning."""
-    return Policy(LANES, {MODEL: Served(LANES, profile)}, price or HandOver(assumed_s=10.0))
+def exclusive(
+    profile: Profile = CROSSING,
+    cost: HandoverCost | None = None,
+    gpu: GpuStateRef | None = None,
+    lanes: Sequence[str] = LANES,
+) -> ExclusivePolicy:
+    """One lane at a time has the GPU; the first at the beginning."""
+    gpu = gpu or GpuStateRef(held_by(lanes[0]))
+    cost = cost or HandoverCost(assumed_s=10.0)
+    return ExclusivePolicy(lanes, {MODEL: RoutedModel(LANES, profile)}, cost, gpu)
 
 
-def see(policy: Policy, now: float, n: int, running: Mapping[str, int] = NOTHING) -> bool:
-    """Nobody is stranded."""
-    return policy.observe(now, MODEL, Demand(n, running, {}))
+def held_by(layout: str) -> GpuState:
+    return GpuState(Step.HELD, layout, layout)
+
+
+def see(
+    policy: SharedPolicy | ExclusivePolicy,
+    now: float,
+    n: int,
+    running: Mapping[str, int] = NOTHING,
+) -> bool:
+    """Whether it moves at this demand, of which nothing is stranded."""
+    return bool(policy.observe(now, MODEL, ModelDemand(n, running, {})))
 
 
 def on(lane: str, running: int) -> dict[str, int]:
@@ -61,11 +72,11 @@ def on(lane: str, running: int) -> dict[str, int]:
     return {**NOTHING, lane: running}
 
 
-def lane_at(policy: Policy, demands: list[int]) -> list[str]:
+def lane_at(policy: SharedPolicy, demands: list[int]) -> list[str]:
     """Where it is at each of these demands, with nothing running, long after the one before."""
     lanes = []
     for number, demand in enumerate(demands):
-        now = number * 3 * FORGOTTEN_S
+        now = number * 3 * IDLE_RESET_S
         see(policy, now, demand)
         lanes.append(policy.lane)
         see(policy, now + 0.1, 0)
@@ -124,7 +135,7 @@ def test_from_a_lane_that_always_wins_nothing_makes_it_move(
 ) -> None:
     for policy in (
         shared(ONE_WINS, ("vllm", "ollama")),
-        Policy(("vllm", "ollama"), {MODEL: Served(LANES, ONE_WINS)}, HandOver()),
+        exclusive(ONE_WINS, HandoverCost(), lanes=("vllm", "ollama")),
     ):
         now = 0.0
         for passed, demand, here, there in seen:
@@ -153,7 +164,7 @@ def test_of_three_lanes_it_goes_to_the_fastest() -> None:
     three = Profile(
         version=1,
         source="measured",
-        lanes={name: Lane((1,), (s,)) for name, s in (("a", 3.0), ("b", 2.0), ("c", 1.0))},
+        lanes={name: LaneProfile((1,), (s,)) for name, s in (("a", 3.0), ("b", 2.0), ("c", 1.0))},
     )
     policy = shared(three, ("a", "b", "c"))
 
@@ -169,7 +180,7 @@ def test_the_price_is_what_still_runs_on_the_lane_that_would_be_left() -> None:
 
     see(policy, 0.0, 4, {"ollama": 3, "vllm": 7})
 
-    assert policy.price == 3 * OVERLAP * 4.0  # a request takes four seconds there
+    assert policy.price == 3 * OVERLAP_SHARE * 4.0  # a request takes four seconds there
     assert policy.lane == "ollama"
 
 
@@ -178,7 +189,7 @@ def test_with_nothing_running_there_a_move_costs_a_part_of_one_request() -> None
     see(policy, 0.0, 4, on("ollama", 1))  # earns one a second
 
     assert not see(policy, 0.2, 4, on("vllm", 5))
-    assert policy.price == LEAST * 1.0
+    assert policy.price == LEAST_SHARE * 1.0
     assert see(policy, 0.26, 4, on("vllm", 5))
     assert policy.lane == "vllm"
 
@@ -280,7 +291,7 @@ def test_it_does_not_swing_back_before_that_pays_too() -> None:
 def test_at_the_time_that_is_due_it_moves_and_just_before_it_does_not(
     demand: int, running: int, start: float
 ) -> None:
-    def watched() -> Policy:
+    def watched() -> SharedPolicy:
         policy = shared(CROSSING)
         see(policy, start, demand, on("ollama", running))
         return policy
@@ -393,15 +404,20 @@ def test_the_reason_says_what_a_move_waits_for() -> None:
 
 
 def test_what_people_wait_is_counted_while_it_moves_and_while_nobody_holds() -> None:
-    policy = exclusive(price=HandOver(assumed_s=10.0))
-    policy.freed(0.0)
+    gpu = GpuStateRef(GpuState(Step.LOADING, target="ollama"))
+    policy = exclusive(cost=HandoverCost(assumed_s=10.0), gpu=gpu)
     see(policy, 10.0, 3)
-    policy.settled(14.0, "ollama")
+    policy.advance(14.0)
+    gpu.state = held_by("ollama")
+    policy.on_settled(14.0, None)
     free = policy.waited
     see(policy, 20.0, 3, on("ollama", 1))
     policy.pin = "vllm"
-    see(policy, 30.0, 3, on("ollama", 1))
-    policy.settled(35.0, "vllm")
+    move = policy.observe(30.0, MODEL, ModelDemand(3, on("ollama", 1), {}))
+    gpu.state = GpuState(Step.DRAINING, "ollama", "vllm", move)
+    policy.advance(35.0)
+    gpu.state = held_by("vllm")
+    policy.on_settled(35.0, move)
 
     assert free == 3 * 4
     assert policy.moves == 1

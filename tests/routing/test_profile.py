@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.routing import profile
-from gateway.routing.profile import ASSUMED, Crossover, Lane, Measured, Profile, ProfileError
+from gateway.routing.profile import (
+    ASSUMED,
+    Crossover,
+    LaneProfile,
+    MeasuredSetup,
+    Profile,
+    ProfileError,
+)
 
 GOOD: dict[str, Any] = {
     "version": 1,
@@ -38,34 +45,34 @@ def with_lane(**lane: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("demand", "seconds"), [(1, 1.0), (4, 4.0), (16, 10.0)])
 def test_what_was_measured_is_what_is_said(demand: int, seconds: float) -> None:
-    lane = Lane((1, 4, 16), (1.0, 4.0, 10.0))
+    lane = LaneProfile((1, 4, 16), (1.0, 4.0, 10.0))
 
     assert lane.at(demand) == seconds
 
 
 @pytest.mark.parametrize(("demand", "seconds"), [(2, 2.0), (3, 3.0), (10, 7.0), (2.5, 2.5)])
 def test_between_two_levels_it_is_a_straight_line(demand: float, seconds: float) -> None:
-    lane = Lane((1, 4, 16), (1.0, 4.0, 10.0))
+    lane = LaneProfile((1, 4, 16), (1.0, 4.0, 10.0))
 
     assert lane.at(demand) == pytest.approx(seconds)
 
 
 def test_below_the_first_level_it_is_that_level() -> None:
-    assert Lane((4, 8), (3.0, 5.0)).at(1) == 3.0
+    assert LaneProfile((4, 8), (3.0, 5.0)).at(1) == 3.0
 
 
 def test_beyond_the_last_level_the_last_slope_goes_on() -> None:
-    lane = Lane((1, 4, 8), (1.0, 2.0, 10.0))
+    lane = LaneProfile((1, 4, 8), (1.0, 2.0, 10.0))
 
     assert lane.at(10) == pytest.approx(14.0)
 
 
 def test_beyond_the_last_level_no_lane_is_said_to_become_faster() -> None:
-    assert Lane((1, 8), (3.0, 2.0)).at(100) == 2.0
+    assert LaneProfile((1, 8), (3.0, 2.0)).at(100) == 2.0
 
 
 def test_one_level_is_said_of_every_demand() -> None:
-    lane = Lane((4,), (3.0,))
+    lane = LaneProfile((4,), (3.0,))
 
     assert [lane.at(1), lane.at(4), lane.at(64)] == [3.0, 3.0, 3.0]
 
@@ -79,7 +86,7 @@ def test_a_line_stays_between_its_two_ends(
     levels: list[int], seconds: st.DataObject, demand: float
 ) -> None:
     measured = [seconds.draw(st.floats(0.01, 100)) for _ in levels]
-    lane = Lane(tuple(levels), tuple(measured))
+    lane = LaneProfile(tuple(levels), tuple(measured))
 
     if demand <= levels[-1]:
         right = next(i for i, level in enumerate(levels) if demand <= level)
@@ -88,7 +95,7 @@ def test_a_line_stays_between_its_two_ends(
 
 
 def test_a_lane_that_was_not_measured_is_not_known() -> None:
-    measured = Profile(version=1, source="measured", lanes={"ollama": Lane((1,), (1.0,))})
+    measured = Profile(version=1, source="measured", lanes={"ollama": LaneProfile((1,), (1.0,))})
 
     assert measured.seconds("vllm", 1) is None
     assert measured.seconds("ollama", 1) == 1.0
@@ -102,7 +109,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         source="measured",
         machine="two cores",
         measured_at="2026-09-01T12:00:00Z",
-        lanes={"ollama": Lane((1, 4), (1.5, 6.0))},
+        lanes={"ollama": LaneProfile((1, 4), (1.5, 6.0))},
     )
 
 
@@ -165,7 +172,7 @@ def test_the_assumed_profile_says_that_it_is_assumed_and_crosses_over() -> None:
 
 # What it was measured on, and when
 
-ON = Measured(
+ON = MeasuredSetup(
     "vllm", "small", "0.32.0", "bfloat16", 16, 4096, "/opt/vllm serve /models/small -n 16", "small"
 )
 FULL = Profile(
@@ -178,8 +185,10 @@ FULL = Profile(
     crossover=Crossover(5.5, 4.0, 7.0),
     command="twolane calibrate",
     lanes={
-        "ollama": Lane((1, 4), (1.0, 4.0)),
-        "vllm": Lane((1, 4), (2.0, 2.5), (1.9, 2.4), (2.1, 2.6), (0.3, 0.5), (32.0, 100.0), on=ON),
+        "ollama": LaneProfile((1, 4), (1.0, 4.0)),
+        "vllm": LaneProfile(
+            (1, 4), (2.0, 2.5), (1.9, 2.4), (2.1, 2.6), (0.3, 0.5), (32.0, 100.0), on=ON
+        ),
     },
 )
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC).timestamp()
@@ -210,7 +219,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_its_age_is_told_in_words(after_s: float, told: str) -> None:
-    assert FULL.told(NOON + after_s) == told
+    assert FULL.summary(NOON + after_s) == told
 
 
 @pytest.mark.parametrize("at", ["", "yesterday"])
@@ -218,8 +227,8 @@ def test_one_that_does_not_say_when_has_no_age(at: str) -> None:
     undated = msgspec.structs.replace(FULL, measured_at=at)
 
     assert undated.age_s(NOON) is None
-    assert undated.told(NOON) == "measured"
-    assert ASSUMED.told(NOON) == "assumed"
+    assert undated.summary(NOON) == "measured"
+    assert ASSUMED.summary(NOON) == "assumed"
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.policy import Demand, Overlap, Policy, Served
-from gateway.routing.profile import ASSUMED, Lane, Profile
-from gateway.routing.refine import MOST, Refined
-from gateway.routing.scheduler import REFINE_S, Replica, Scheduler, Start, Ticket
-from gateway.routing.scheduler import Lane as Queue
+from gateway.routing.lanes import Lane as Queue
+from gateway.routing.lanes import Replica, Ticket
+from gateway.routing.policy_shared import SharedPolicy
+from gateway.routing.profile import ASSUMED, LaneProfile, Profile
+from gateway.routing.refine import MOST, ProfileRefiner
+from gateway.routing.regret import ModelDemand, RoutedModel
+from gateway.routing.scheduler import REFINE_INTERVAL_S, Scheduler, Start
 
 LEVELS = (1, 4, 8, 16)
 TOKENS = 64
@@ -39,7 +41,7 @@ def profile(seconds: Mapping[str, Callable[[float], float]]) -> Profile:
         source="measured",
         tokens_out=TOKENS,
         lanes={
-            name: Lane(
+            name: LaneProfile(
                 LEVELS,
                 tuple(of(n) for n in LEVELS),
                 ttft_s=tuple(of(n) / 5 for n in LEVELS),
@@ -55,7 +57,7 @@ CROSSING = profile({"ollama": queueing, "vllm": batching})
 
 
 def answers(
-    refined: Refined,
+    refined: ProfileRefiner,
     lane: str,
     n: float,
     factor: float = 1.0,
@@ -84,16 +86,17 @@ def crossing(found: Profile) -> int:
 
 
 def test_answers_as_measured_change_nothing_whatever_their_length() -> None:
-    refined = Refined(CROSSING, SLOTS)
+    refined = ProfileRefiner(CROSSING, SLOTS)
     for lane in SLOTS:
         for n in (1, 3, 8, 16):
             answers(refined, lane, n)
 
-    assert refined.told() is None
+    assert refined.corrected() is None
     assert refined.profile is CROSSING
     assert refined.requests == 8 * 3000
 
 
+@pytest.mark.slow
 @given(
     factors=st.lists(st.floats(0.6, 1.7), min_size=8, max_size=8),
     noise=st.floats(0.0, 0.3),
@@ -101,11 +104,11 @@ def test_answers_as_measured_change_nothing_whatever_their_length() -> None:
 )
 def test_it_converges_to_what_is_true(factors: list[float], noise: float, seed: int) -> None:
     true = dict(zip(((lane, n) for lane in SLOTS for n in LEVELS), factors, strict=True))
-    refined = Refined(CROSSING, SLOTS)
+    refined = ProfileRefiner(CROSSING, SLOTS)
     for (lane, n), factor in true.items():
         answers(refined, lane, n, factor, many=100 * n, noise=noise, seed=seed)
 
-    found = refined.told() or CROSSING
+    found = refined.corrected() or CROSSING
 
     for (lane, n), factor in true.items():
         wanted = CROSSING.lanes[lane].at(n) * factor
@@ -113,12 +116,12 @@ def test_it_converges_to_what_is_true(factors: list[float], noise: float, seed: 
 
 
 def test_a_lane_that_has_become_slower_is_left_earlier() -> None:
-    refined = Refined(CROSSING, SLOTS)
+    refined = ProfileRefiner(CROSSING, SLOTS)
     for n in range(1, 17):
         answers(refined, "ollama", n, 1.5, noise=0.2)
         answers(refined, "vllm", n, 1.0, noise=0.2)
 
-    found = refined.told()
+    found = refined.corrected()
 
     true = profile({"ollama": lambda n: 1.5 * queueing(n), "vllm": batching})
     assert found is not None
@@ -127,11 +130,11 @@ def test_a_lane_that_has_become_slower_is_left_earlier() -> None:
 
 
 def test_what_befalls_the_lane_that_is_used_is_expected_of_the_other_too() -> None:
-    refined = Refined(CROSSING, SLOTS)
+    refined = ProfileRefiner(CROSSING, SLOTS)
     for n in (1, 2, 4):
         answers(refined, "ollama", n, 1.5, noise=0.2)  # longer prompts, say
 
-    found = refined.told()
+    found = refined.corrected()
 
     assert found is not None
     assert found.lanes["ollama"].at(4) == pytest.approx(1.5 * queueing(4), rel=0.05)
@@ -139,11 +142,11 @@ def test_what_befalls_the_lane_that_is_used_is_expected_of_the_other_too() -> No
 
 
 def test_what_is_seen_with_all_slots_taken_is_true_of_every_queue_behind_them() -> None:
-    refined = Refined(CROSSING, {"ollama": 1, "vllm": 16})
+    refined = ProfileRefiner(CROSSING, {"ollama": 1, "vllm": 16})
     answers(refined, "ollama", 1, 1.5)
     answers(refined, "vllm", 16, 1.0)
 
-    found = refined.told()
+    found = refined.corrected()
 
     assert found is not None
     for n in LEVELS:
@@ -152,12 +155,12 @@ def test_what_is_seen_with_all_slots_taken_is_true_of_every_queue_behind_them() 
 
 def test_the_length_of_an_answer_is_what_was_generated_and_not_its_limit() -> None:
     half = tuple(TOKENS / 2 * n / queueing(n) for n in LEVELS)  # all ended half-way
-    lane = Lane(LEVELS, tuple(map(queueing, LEVELS)), ttft_s=(0.0,) * 4, tokens_per_s=half)
-    refined = Refined(Profile(1, "measured", {"ollama": lane}, tokens_out=TOKENS), SLOTS)
+    lane = LaneProfile(LEVELS, tuple(map(queueing, LEVELS)), ttft_s=(0.0,) * 4, tokens_per_s=half)
+    refined = ProfileRefiner(Profile(1, "measured", {"ollama": lane}, tokens_out=TOKENS), SLOTS)
     for _ in range(100):
         refined.learn("ollama", 4, queueing(4) / 2, TOKENS // 4)
 
-    assert refined.told() is None
+    assert refined.corrected() is None
 
 
 # What it does not
@@ -165,22 +168,22 @@ def test_the_length_of_an_answer_is_what_was_generated_and_not_its_limit() -> No
 
 @pytest.mark.parametrize("n", [1, 4, 16])
 def test_few_answers_say_little(n: int) -> None:
-    refined = Refined(CROSSING, SLOTS)
+    refined = ProfileRefiner(CROSSING, SLOTS)
     answers(refined, "vllm", n, 1.0, many=100 * n)
     answers(refined, "ollama", n, 1.5, many=n)
 
-    found = refined.told() or CROSSING
+    found = refined.corrected() or CROSSING
 
     assert found.seconds("ollama", n) == pytest.approx(queueing(n), rel=0.03)
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e9])
 def test_no_correction_is_beyond_a_factor_of_two(factor: float) -> None:
-    refined = Refined(CROSSING, SLOTS)
+    refined = ProfileRefiner(CROSSING, SLOTS)
     for n in LEVELS:
         answers(refined, "ollama", n, factor)
         answers(refined, "vllm", n, 1 / factor)
-    refined.told()
+    refined.corrected()
 
     factors = [f for by_level in refined.factors.values() for f in by_level.values()]
     assert max(factors) <= 2.000001
@@ -198,11 +201,11 @@ def test_no_correction_is_beyond_a_factor_of_two(factor: float) -> None:
     )
 )
 def test_hostile_numbers_do_nothing_bad(said: list[tuple[str, float, float, int]]) -> None:
-    refined = Refined(CROSSING, SLOTS)
+    refined = ProfileRefiner(CROSSING, SLOTS)
     for told in said:
         refined.learn(*told)
 
-    found = refined.told() or CROSSING
+    found = refined.corrected() or CROSSING
 
     for name, lane in found.lanes.items():
         for n, seconds in zip(lane.at_once, lane.seconds, strict=True):
@@ -224,34 +227,34 @@ def test_hostile_numbers_do_nothing_bad(said: list[tuple[str, float, float, int]
     ],
 )
 def test_what_says_nothing_is_not_counted(lane: str, n: int, seconds: float, tokens: int) -> None:
-    refined = Refined(CROSSING, SLOTS)
+    refined = ProfileRefiner(CROSSING, SLOTS)
     refined.learn(lane, n, seconds, tokens)
 
     assert refined.requests == 0
 
 
 def test_an_answer_of_a_million_tokens_hardly_counts() -> None:
-    refined = Refined(CROSSING, SLOTS)
+    refined = ProfileRefiner(CROSSING, SLOTS)
     answers(refined, "ollama", 1, many=100, noise=0.1)
     answers(refined, "ollama", 1, 100.0, many=100, tokens=10**6)
 
-    assert refined.told() is None
+    assert refined.corrected() is None
 
 
 @pytest.mark.parametrize(
     "known",
     [
         ASSUMED,
-        Profile(1, "measured", {"ollama": Lane(LEVELS, (1.0,) * 4)}, tokens_out=64),
-        Profile(1, "measured", {"ollama": Lane(LEVELS, (1.0,) * 4, ttft_s=(0.1,) * 4)}),
+        Profile(1, "measured", {"ollama": LaneProfile(LEVELS, (1.0,) * 4)}, tokens_out=64),
+        Profile(1, "measured", {"ollama": LaneProfile(LEVELS, (1.0,) * 4, ttft_s=(0.1,) * 4)}),
     ],
 )
 def test_a_profile_that_knows_one_length_only_learns_nothing(known: Profile) -> None:
-    refined = Refined(known, SLOTS)
+    refined = ProfileRefiner(known, SLOTS)
     refined.learn("ollama", 1, 100.0, 64)
 
     assert refined.requests == 0
-    assert refined.told() is None
+    assert refined.corrected() is None
 
 
 # What becomes of the lanes
@@ -270,8 +273,8 @@ def days(believed: Profile, true: Profile, demands: range, *, learn: bool) -> Da
     total = Day()
     for seed in range(4):
         dice, crowd = random.Random(seed), random.Random(-1 - seed)
-        policy = Policy(list(SLOTS), {"m": Served(tuple(SLOTS), believed)}, Overlap())
-        refined = Refined(believed, SLOTS)
+        policy = SharedPolicy(list(SLOTS), {"m": RoutedModel(tuple(SLOTS), believed)})
+        refined = ProfileRefiner(believed, SLOTS)
         now, told_at, n = 0.0, 0.0, demands[len(demands) // 2]
         while now < 4 * 3600:
             lane = policy.lane
@@ -283,15 +286,16 @@ def days(believed: Profile, true: Profile, demands: range, *, learn: bool) -> Da
                 tokens = dice.choice((20, 64, 200))
                 took = by_lane[lane] * (0.2 + 0.8 * tokens / TOKENS)
                 refined.learn(lane, n, took * math.exp(together + dice.gauss(0, 0.3)), tokens)
-            if now - told_at >= REFINE_S and (found := refined.told()) is not None:
+            if now - told_at >= REFINE_INTERVAL_S and (found := refined.corrected()) is not None:
                 policy.refine(now, "m", found)
                 told_at = now
             n = min(demands[-1], max(demands[0], n + crowd.choice((-1, 0, 1))))
-            policy.observe(now, "m", Demand(n, {lane: n - 1}, {}))
+            policy.observe(now, "m", ModelDemand(n, {lane: n - 1}, {}))
         total.moves += policy.moves
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("demands", [range(1, 5), range(2, 13), range(8, 17)])
 def test_noise_never_moves_lanes_that_are_equal(demands: range) -> None:
     equal = profile({"ollama": queueing, "vllm": queueing})
@@ -299,6 +303,7 @@ def test_noise_never_moves_lanes_that_are_equal(demands: range) -> None:
     assert days(equal, equal, demands, learn=True).moves == 0
 
 
+@pytest.mark.slow
 def test_noise_around_the_crossover_moves_it_no_more_than_before() -> None:
     before = days(CROSSING, CROSSING, range(6, 11), learn=False).moves
     after = days(CROSSING, CROSSING, range(6, 11), learn=True).moves
@@ -307,6 +312,7 @@ def test_noise_around_the_crossover_moves_it_no_more_than_before() -> None:
     assert after <= before * 1.05
 
 
+@pytest.mark.slow
 def test_where_the_profile_is_wrong_by_half_less_than_half_of_that_is_lost() -> None:
     slower = profile({"ollama": lambda n: 1.5 * queueing(n), "vllm": batching})
 
@@ -317,9 +323,9 @@ def test_where_the_profile_is_wrong_by_half_less_than_half_of_that_is_lost() -> 
 
 
 def test_a_policy_decides_by_what_it_was_told_last_and_what_was_lost_stays_lost() -> None:
-    policy = Policy(list(SLOTS), {"m": Served(tuple(SLOTS), CROSSING)}, Overlap())
-    policy.observe(0.0, "m", Demand(12, {"ollama": 12}, {}))
-    policy.observe(5.0, "m", Demand(12, {"ollama": 12}, {}))
+    policy = SharedPolicy(list(SLOTS), {"m": RoutedModel(tuple(SLOTS), CROSSING)})
+    policy.observe(0.0, "m", ModelDemand(12, {"ollama": 12}, {}))
+    policy.observe(5.0, "m", ModelDemand(12, {"ollama": 12}, {}))
     owed = policy.regret
 
     swapped = {"ollama": CROSSING.lanes["vllm"], "vllm": CROSSING.lanes["ollama"]}
@@ -338,9 +344,9 @@ class Times:
     """A scheduler of one model, at times that a test gives."""
 
     def __init__(self, slots: int = 16) -> None:
-        self.refined = Refined(CROSSING, SLOTS)
+        self.refined = ProfileRefiner(CROSSING, SLOTS)
         lanes = [Queue(name, [Replica(name, slots, slots)], 128) for name in SLOTS]
-        self.policy = Policy(list(SLOTS), {"m": Served(tuple(SLOTS), CROSSING)}, Overlap())
+        self.policy = SharedPolicy(list(SLOTS), {"m": RoutedModel(tuple(SLOTS), CROSSING)})
         self.scheduler = Scheduler(lanes, self.policy, model="m", refined=self.refined)
 
     def start(self, now: float, **ticket: object) -> Ticket:
@@ -368,7 +374,7 @@ def test_background_calls_are_not_learned_from_and_count_beside_others() -> None
 
     assert served.end(asked, 1.2) == 1
     assert served.end(behind, 1.3) == 1
-    assert served.scheduler.lanes["ollama"].ran == pytest.approx(2 * 1.2 + 0.1)
+    assert served.scheduler.lanes["ollama"].concurrency_s == pytest.approx(2 * 1.2 + 0.1)
 
 
 def test_one_that_failed_or_whose_client_left_is_not_learned_from() -> None:
@@ -415,7 +421,7 @@ def test_the_policy_is_told_now_and_then_and_not_of_every_answer() -> None:
     told: list[float] = []
     now = 1000.0
     known = CROSSING
-    while now < 1000 + 4 * REFINE_S:
+    while now < 1000 + 4 * REFINE_INTERVAL_S:
         asked = served.start(now)
         now += 1.3 * queueing(1)
         served.end(asked, now)
@@ -425,5 +431,5 @@ def test_the_policy_is_told_now_and_then_and_not_of_every_answer() -> None:
     between = [later - sooner for sooner, later in pairwise(told)]
 
     assert 1 <= len(told) <= 5
-    assert min(between, default=REFINE_S) >= REFINE_S
+    assert min(between, default=REFINE_INTERVAL_S) >= REFINE_INTERVAL_S
     assert "0.9 s against" in served.policy.reason("m")

@@ -14,28 +14,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import NoLane, QueueFull
+from gateway.gpu.state import GpuState, GpuStateRef, Move, Step
 from gateway.routing import profile
-from gateway.routing.policy import HandOver, Overlap, Policy, Served
+from gateway.routing.lanes import Lane, Replica, Ticket
+from gateway.routing.policy_exclusive import ExclusivePolicy
+from gateway.routing.policy_shared import SharedPolicy
 from gateway.routing.profile import Profile
-from gateway.routing.scheduler import Action, Lane, Move, Refuse, Replica, Scheduler, Start, Ticket
+from gateway.routing.regret import RoutedModel
+from gateway.routing.scheduler import Action, Refuse, RequestGpu, Scheduler, Start
+from gateway.routing.switch_cost import HandoverCost
 
 #: Ollama is faster at every demand, so that the policy stays where it begins.
 STILL = Profile(
     version=1,
     source="measured",
-    lanes={"ollama": profile.Lane((1,), (1.0,)), "vllm": profile.Lane((1,), (2.0,))},
+    lanes={"ollama": profile.LaneProfile((1,), (1.0,)), "vllm": profile.LaneProfile((1,), (2.0,))},
 )
 #: vLLM is faster from three at once on.
 CROSSING = Profile(
     version=1,
     source="measured",
-    lanes={"ollama": profile.Lane((1, 4), (1.0, 4.0)), "vllm": profile.Lane((1,), (2.5,))},
+    lanes={
+        "ollama": profile.LaneProfile((1, 4), (1.0, 4.0)),
+        "vllm": profile.LaneProfile((1,), (2.5,)),
+    },
 )
 
 
-def replica(room: int, url: str = "http://one") -> Replica:
+def replica(capacity: int, url: str = "http://one") -> Replica:
     """A healthy replica."""
-    return Replica(url, slots=room, room=room, trouble="")
+    return Replica(url, slots=capacity, capacity=capacity, unavailable_reason="")
 
 
 def two_lanes(
@@ -53,15 +61,15 @@ def two_lanes(
     return scheduler
 
 
-def policy(by: Profile, *lanes: str) -> Policy:
+def policy(by: Profile, *lanes: str) -> SharedPolicy:
     """A shared placement's, of one model."""
     names = lanes or ("ollama", "vllm")
-    return Policy(names, {"": Served(names, by)}, Overlap())
+    return SharedPolicy(names, {"": RoutedModel(names, by)})
 
 
-def one_lane(*rooms: int, waiting: int = 8) -> Scheduler:
+def one_lane(*capacities: int, waiting: int = 8) -> Scheduler:
     """A single lane, with a replica of each of these sizes."""
-    replicas = [replica(room, f"http://{number}") for number, room in enumerate(rooms)]
+    replicas = [replica(capacity, f"http://{number}") for number, capacity in enumerate(capacities)]
     return Scheduler([Lane("vllm", replicas, waiting)], policy(STILL, "vllm"))
 
 
@@ -93,10 +101,10 @@ def served_in_turn(scheduler: Scheduler, running: Ticket) -> list[Ticket]:
         order.append(running)
 
 
-def out(scheduler: Scheduler, lane: str, trouble: str = "cannot be reached") -> list[Action]:
+def out(scheduler: Scheduler, lane: str, reason: str = "cannot be reached") -> list[Action]:
     """A lane's replicas take nothing any more."""
     for each in scheduler.lanes[lane].replicas:
-        each.room, each.trouble = 0, trouble
+        each.capacity, each.unavailable_reason = 0, reason
     return scheduler.changed(2.0)
 
 
@@ -151,9 +159,9 @@ def test_room_that_grows_is_filled_and_room_that_shrinks_ends_nobody() -> None:
     arrive(scheduler, *tickets)
     [only] = scheduler.lanes["vllm"].replicas
 
-    only.room = 3
+    only.capacity = 3
     grown = scheduler.changed(2.0)
-    only.room = 1
+    only.capacity = 1
     shrunk = scheduler.changed(3.0)
 
     assert (started(grown), shrunk, only.running) == (tickets[1:3], [], 3)
@@ -267,7 +275,7 @@ def test_health_is_before_the_policy() -> None:
 
 def test_what_a_lane_can_take_is_before_the_policy() -> None:
     scheduler = two_lanes()
-    ticket = Ticket(able=frozenset({"vllm"}), why="ollama takes no tools")
+    ticket = Ticket(eligible=frozenset({"vllm"}), exclusion_reason="ollama takes no tools")
     arrive(scheduler, ticket)
 
     assert ticket.lane is scheduler.lanes["vllm"]
@@ -277,7 +285,7 @@ def test_what_a_lane_can_take_is_before_the_policy() -> None:
 def test_what_a_lane_can_take_is_before_health() -> None:
     scheduler = two_lanes()
     out(scheduler, "vllm")
-    ticket = Ticket(able=frozenset({"vllm"}), why="ollama takes no tools")
+    ticket = Ticket(eligible=frozenset({"vllm"}), exclusion_reason="ollama takes no tools")
 
     [refusal] = arrive(scheduler, ticket)
 
@@ -289,7 +297,7 @@ def test_what_a_lane_can_take_is_before_health() -> None:
 
 def test_the_requests_pin_is_before_what_a_lane_can_take() -> None:
     scheduler = two_lanes()
-    ticket = Ticket(pin="ollama", able=frozenset({"vllm"}))
+    ticket = Ticket(pin="ollama", eligible=frozenset({"vllm"}))
     arrive(scheduler, ticket)
 
     assert ticket.lane is scheduler.lanes["ollama"]
@@ -306,7 +314,7 @@ def test_the_requests_pin_is_before_health() -> None:
 
 def test_the_operators_pin_is_before_all() -> None:
     scheduler = two_lanes(pin="vllm")
-    ticket = Ticket(pin="ollama", able=frozenset({"ollama"}))
+    ticket = Ticket(pin="ollama", eligible=frozenset({"ollama"}))
     arrive(scheduler, ticket)
 
     assert ticket.lane is scheduler.lanes["vllm"]
@@ -339,7 +347,7 @@ def test_without_a_lane_a_request_is_refused_with_the_trouble_and_a_time() -> No
     out(scheduler, "ollama", "is still loading its model")
     out(scheduler, "vllm", "cannot be reached")
     for number, lane in enumerate(scheduler.lanes.values()):
-        lane.replicas[0].back_s = 3.0 + number
+        lane.replicas[0].retry_after_s = 3.0 + number
 
     [refusal] = arrive(scheduler, Ticket())
 
@@ -441,12 +449,12 @@ def test_a_second_attempt_goes_to_another_replica_and_is_let_in_although_the_que
     failed, running = Ticket(), Ticket()
     arrive(scheduler, failed, running)
     assert failed.replica is not None
-    failed.without.add(failed.replica)
+    failed.excluded.add(failed.replica)
     scheduler.left(failed, 2.0)
 
     assert scheduler.arrived(failed, 2.0, again=True) == []
     assert scheduler.left(running, 3.0) == [Start(failed)]
-    assert failed.replica not in failed.without
+    assert failed.replica not in failed.excluded
 
 
 def test_a_second_attempt_is_before_all_who_have_had_none() -> None:
@@ -454,8 +462,8 @@ def test_a_second_attempt_is_before_all_who_have_had_none() -> None:
     failed, running = Ticket("a"), Ticket("b")
     arrive(scheduler, failed, running, Ticket("b"), Ticket("a"), Ticket("c"))
     [first, _] = scheduler.lanes["vllm"].replicas
-    failed.without.add(first)
-    first.room = 0
+    failed.excluded.add(first)
+    first.capacity = 0
     scheduler.left(failed, 2.0)
     scheduler.arrived(failed, 2.0, again=True)
 
@@ -466,7 +474,7 @@ def test_a_second_attempt_goes_to_the_other_lane_and_says_why() -> None:
     scheduler = two_lanes()
     ticket = Ticket()
     arrive(scheduler, ticket)
-    ticket.without.update(scheduler.lanes["ollama"].replicas)
+    ticket.excluded.update(scheduler.lanes["ollama"].replicas)
     scheduler.left(ticket, 2.0)
 
     assert scheduler.arrived(ticket, 2.0, again=True) == [Start(ticket)]
@@ -478,7 +486,7 @@ def test_a_second_attempt_with_nowhere_to_go_is_refused() -> None:
     scheduler = one_lane(4)
     ticket = Ticket()
     arrive(scheduler, ticket)
-    ticket.without.update(scheduler.lanes["vllm"].replicas)
+    ticket.excluded.update(scheduler.lanes["vllm"].replicas)
     scheduler.left(ticket, 2.0)
 
     assert refused(scheduler.arrived(ticket, 2.0, again=True)) == {ticket: NoLane}
@@ -522,7 +530,7 @@ def test_a_waiting_request_moves_with_the_operators_pin() -> None:
 
 def test_a_waiting_request_that_only_one_lane_can_take_does_not_move() -> None:
     scheduler = two_lanes(ollama=1, vllm=4)
-    running, waits = Ticket(), Ticket(able=frozenset({"ollama"}))
+    running, waits = Ticket(), Ticket(eligible=frozenset({"ollama"}))
     arrive(scheduler, running, waits)
 
     assert refused(out(scheduler, "ollama")) == {waits: NoLane}
@@ -632,141 +640,188 @@ PATIENCE_S = 5.0
 LONG_S = 100.0
 
 
-def sharing(holder: str | None = "ollama", by: Profile = STILL) -> Scheduler:
+@dataclass
+class Sharing:
+    """A scheduler, its policy, and a GPU whose state the test sets as the hand-over does."""
+
+    scheduler: Scheduler
+    policy: ExclusivePolicy
+    gpu: GpuStateRef
+
+    def act(self, actions: list[Action]) -> list[Action]:
+        """Begin the move that was decided, if one was."""
+        for action in actions:
+            if isinstance(action, RequestGpu) and (move := action.move) is not None:
+                self.gpu.state = GpuState(Step.DRAINING, move.source, move.target, move)
+        return actions
+
+    def open(self, now: float, lane: str) -> list[Action]:
+        """The GPU has come to this lane, or has gone back to it."""
+        move = self.gpu.state.move
+        self.policy.advance(now)
+        self.gpu.state = held_by(lane)
+        self.policy.on_settled(now, move)
+        return self.scheduler.changed(now)
+
+    def arrive(self, *tickets: Ticket, now: float = 1.0) -> list[Action]:
+        """All of them in this order, at once."""
+        return [a for each in tickets for a in self.act(self.scheduler.arrived(each, now))]
+
+
+def held_by(layout: str) -> GpuState:
+    return GpuState(Step.HELD, layout, layout, held_before=True)
+
+
+def sharing(holder: str | None = "ollama", by: Profile = STILL) -> Sharing:
     """The GPU is with this lane, and moves only for those who need the other."""
     lanes = [Lane("ollama", [replica(1)], 8), Lane("vllm", [replica(4)], 8)]
     names = ("ollama", "vllm")
-    price = HandOver(assumed_s=1.0, patience_s=PATIENCE_S)
-    shared = Policy(names, {"": Served(names, by)}, price)
-    scheduler = Scheduler(lanes, shared, exclusive=True)
-    scheduler.hold(holder)
+    gpu = GpuStateRef(GpuState() if holder is None else held_by(holder))
+    cost = HandoverCost(assumed_s=1.0, patience_s=PATIENCE_S)
+    shared = ExclusivePolicy(names, {"": RoutedModel(names, by)}, cost, gpu)
     if holder is not None:
-        shared.settled(0.0, holder)
-    return scheduler
+        shared.on_settled(0.0, None)
+    return Sharing(Scheduler(lanes, shared, gpu=gpu), shared, gpu)
 
 
-def handed_over(scheduler: Scheduler, now: float, lane: str) -> list[Action]:
-    """The GPU has come to this lane, or has gone back to it."""
-    scheduler.policy.settled(now, lane)
-    scheduler.hold(lane)
-    return scheduler.changed(now)
+def moves(actions: Iterable[Action]) -> list[str | None]:
+    """Where the GPU is to be brought; None: anywhere, as no layout holds it."""
+    return [
+        action.move.target if action.move is not None else None
+        for action in actions
+        if isinstance(action, RequestGpu)
+    ]
 
 
 def test_while_nobody_has_the_gpu_it_is_asked_for_and_nobody_starts() -> None:
-    scheduler = sharing(holder=None)
+    box = sharing(holder=None)
     ticket = Ticket()
 
-    assert scheduler.arrived(ticket, 1.0) == [Move()]
-    assert handed_over(scheduler, 2.0, "ollama") == [Start(ticket)]
+    assert box.scheduler.arrived(ticket, 1.0) == [RequestGpu()]
+    assert box.open(2.0, "ollama") == [Start(ticket)]
 
 
 def test_nobody_waits_so_nobody_asks_for_the_gpu() -> None:
-    scheduler = sharing(holder=None)
+    scheduler = sharing(holder=None).scheduler
 
     assert scheduler.passed(1.0) == scheduler.changed(2.0) == []
 
 
 def test_from_the_decision_on_nothing_starts_until_the_gpu_has_come() -> None:
-    scheduler = sharing()
+    box = sharing()
     running, waits = Ticket(), Ticket()
-    arrive(scheduler, running)
-    scheduler.policy.pin = "vllm"
-    decided = scheduler.changed(1.0)
-    arrived = arrive(scheduler, waits)
-    left = scheduler.left(running, 2.0)
+    box.arrive(running)
+    box.policy.pin = "vllm"
+    decided = box.act(box.scheduler.changed(1.0))
+    arrived = box.arrive(waits)
+    left = box.scheduler.left(running, 2.0)
 
-    assert (decided, arrived, left) == ([Move()], [], [])
-    assert handed_over(scheduler, 3.0, "vllm") == [Start(waits)]
-    assert waits.lane is scheduler.lanes["vllm"]
+    reason = "the GPU goes from ollama to vllm: the operator has pinned it"
+    assert decided == [RequestGpu(Move("ollama", "vllm", reason, forced=True))]
+    assert (arrived, left) == ([], [])
+    assert box.open(3.0, "vllm") == [Start(waits)]
+    assert waits.lane is box.scheduler.lanes["vllm"]
 
 
 def test_a_slot_that_comes_free_at_the_moment_of_the_decision_is_given_to_nobody() -> None:
-    scheduler = sharing()
+    box = sharing()
     running, waits = Ticket(), Ticket(pin="ollama")
-    arrive(scheduler, running, Ticket(pin="vllm"), waits)
+    box.arrive(running, Ticket(pin="vllm"), waits)
 
-    assert scheduler.left(running, scheduler.policy.due()) == [Move()]
-    assert handed_over(scheduler, 10.0, "ollama") == [Start(waits)]
+    decided = box.act(box.scheduler.left(running, box.policy.due()))
+
+    assert moves(decided) == ["vllm"]
+    assert started(decided) == []
+    assert box.open(10.0, "ollama") == [Start(waits)]
 
 
 def test_after_a_hand_over_that_failed_it_goes_on_where_it_was() -> None:
-    scheduler = sharing()
-    arrive(scheduler, Ticket(pin="vllm"))
-    [move] = scheduler.passed(scheduler.policy.due())
-    arrive(scheduler, waits := Ticket())
+    box = sharing()
+    box.arrive(Ticket(pin="vllm"))
+    decided = box.act(box.scheduler.passed(box.policy.due()))
+    box.arrive(waits := Ticket())
 
-    assert move == Move()
-    assert handed_over(scheduler, 20.0, "ollama") == [Start(waits)]
-    assert waits.lane is scheduler.lanes["ollama"]
+    assert moves(decided) == ["vllm"]
+    assert box.open(20.0, "ollama") == [Start(waits)]
+    assert waits.lane is box.scheduler.lanes["ollama"]
 
 
 def test_where_the_gpu_cannot_be_brought_to_the_operators_pin_it_serves_where_it_is() -> None:
-    scheduler = sharing()
-    scheduler.policy.pin = "vllm"
-    scheduler.changed(1.0)
-    arrive(scheduler, waits := Ticket(pin="ollama"))
-    while_moving = scheduler.lane_for(waits)
+    box = sharing()
+    box.policy.pin = "vllm"
+    box.act(box.scheduler.changed(1.0))
+    box.arrive(waits := Ticket(pin="ollama"))
+    while_moving = box.scheduler.lane_for(waits)
 
     assert while_moving == "vllm"
-    assert handed_over(scheduler, 2.0, "ollama") == [Start(waits)]
+    assert box.open(2.0, "ollama") == [Start(waits)]
     assert waits.reason == "the GPU could not be brought to vllm, where the operator wants it"
 
 
-@pytest.mark.parametrize("needs", [Ticket(pin="vllm"), Ticket(able=frozenset({"vllm"}))])
+@pytest.mark.parametrize("needs", [Ticket(pin="vllm"), Ticket(eligible=frozenset({"vllm"}))])
 def test_who_needs_the_other_lane_is_waited_for_and_no_longer_than_patience(needs: Ticket) -> None:
-    scheduler = sharing()
-    arrive(scheduler, needs, now=1.0)
-    due = scheduler.policy.due()
+    box = sharing()
+    box.arrive(needs, now=1.0)
+    due = box.policy.due()
 
     assert due <= 1.0 + PATIENCE_S
-    assert scheduler.passed(due - 0.01) == []
-    assert scheduler.passed(due) == [Move()]
-    assert handed_over(scheduler, due + 1, "vllm") == [Start(needs)]
+    assert box.scheduler.passed(due - 0.01) == []
+    assert moves(box.act(box.scheduler.passed(due))) == ["vllm"]
+    assert box.open(due + 1, "vllm") == [Start(needs)]
 
 
 def test_a_background_call_that_needs_the_other_lane_moves_nothing() -> None:
-    scheduler = sharing()
-    arrive(scheduler, Ticket(pin="vllm", background=True))
+    box = sharing()
+    box.arrive(Ticket(pin="vllm", background=True))
 
-    assert scheduler.policy.due() == math.inf
-    assert scheduler.passed(LONG_S) == []
+    assert box.policy.due() == math.inf
+    assert box.scheduler.passed(LONG_S) == []
 
 
-def test_who_waits_for_a_gpu_that_others_have_for_a_while_is_refused_and_told() -> None:
-    scheduler = sharing()
-    arrive(scheduler, Ticket(), waits := Ticket())
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (GpuState(Step.DRAINING, "ollama", released=True), "the operator has released the GPU"),
+        (GpuState(Step.DOWN, failure="no driver"), "could not be loaded; it is tried again"),
+    ],
+)
+def test_who_waits_for_a_gpu_that_others_have_for_a_while_is_refused_and_told(
+    state: GpuState, reason: str
+) -> None:
+    box = sharing()
+    box.arrive(Ticket(), waits := Ticket())
 
-    scheduler.hold(None, "is not loaded: the operator has released the GPU")
-    [refusal] = scheduler.changed(2.0)
-    [at_once] = scheduler.arrived(Ticket(), 3.0)
+    box.gpu.state = state
+    [refusal] = box.scheduler.changed(2.0)
+    [at_once] = box.scheduler.arrived(Ticket(), 3.0)
 
     for action, ticket in ((refusal, waits), (at_once, None)):
         assert isinstance(action, Refuse)
         assert ticket is None or action.ticket is ticket
-        assert "the operator has released the GPU" in action.error.message
-    assert handed_over(scheduler, 4.0, "ollama") == []
+        assert reason in action.error.message
+    assert box.open(4.0, "ollama") == []
 
 
 def test_whose_engine_fails_has_the_gpu_moved_to_the_other() -> None:
-    scheduler = sharing()
-    arrive(scheduler, ticket := Ticket())
-    ticket.without.update(scheduler.lanes["ollama"].replicas)
-    out(scheduler, "ollama")
-    scheduler.left(ticket, 3.0)
+    box = sharing()
+    box.arrive(ticket := Ticket())
+    ticket.excluded.update(box.scheduler.lanes["ollama"].replicas)
+    box.act(out(box.scheduler, "ollama"))
+    box.scheduler.left(ticket, 3.0)
 
-    assert scheduler.arrived(ticket, 3.0, again=True) == []
-    assert scheduler.passed(3.0 + PATIENCE_S) == [Move()]
-    assert handed_over(scheduler, 10.0, "vllm") == [Start(ticket)]
+    assert box.scheduler.arrived(ticket, 3.0, again=True) == []
+    assert moves(box.act(box.scheduler.passed(3.0 + PATIENCE_S))) == ["vllm"]
+    assert box.open(10.0, "vllm") == [Start(ticket)]
 
 
 def test_who_fails_at_an_engine_that_is_well_is_refused_and_not_moved_for() -> None:
-    scheduler = sharing()
-    arrive(scheduler, ticket := Ticket())
-    ticket.without.update(scheduler.lanes["ollama"].replicas)
-    scheduler.left(ticket, 3.0)
+    box = sharing()
+    box.arrive(ticket := Ticket())
+    ticket.excluded.update(box.scheduler.lanes["ollama"].replicas)
+    box.scheduler.left(ticket, 3.0)
 
-    assert refused(scheduler.arrived(ticket, 3.0, again=True)) == {ticket: NoLane}
-    assert scheduler.policy.due() == math.inf
+    assert refused(box.scheduler.arrived(ticket, 3.0, again=True)) == {ticket: NoLane}
+    assert box.policy.due() == math.inf
 
 
 # Under any sequence of events
@@ -834,21 +889,21 @@ class Ledger:
     def take(self, actions: list[Action]) -> None:
         """Note what was decided; every decision must be about one who waits."""
         for action in actions:
-            assert not isinstance(action, Move), "both lanes are resident"
+            assert not isinstance(action, RequestGpu), "both lanes are resident"
             ticket = action.ticket
             assert ticket in self.waiting, "decided about one who had left, or twice"
             self.waiting.remove(ticket)
             if isinstance(action, Start):
                 assert ticket.replica is not None
-                assert ticket.replica not in ticket.without
+                assert ticket.replica not in ticket.excluded
                 self.running[ticket] = ticket.replica
                 pin = self.pinned(ticket)
                 assert ticket.lane is not None
                 assert not pin or ticket.lane.name == pin
-                assert pin or not ticket.able or ticket.lane.name in ticket.able
+                assert pin or not ticket.eligible or ticket.lane.name in ticket.eligible
         for replica in {a.ticket.replica for a in actions if isinstance(a, Start)}:
             assert replica is not None
-            assert replica.running <= replica.room, "started more than there is room for"
+            assert replica.running <= replica.capacity, "started more than there is room for"
 
     def pinned(self, ticket: Ticket) -> str | None:
         """Where it has to be served."""
@@ -868,12 +923,12 @@ class Ledger:
                 self.waiting.discard(ticket)
                 self.take(scheduler.left(ticket, self.now))
                 if failed and held is not None:
-                    ticket.without.add(held)
+                    ticket.excluded.add(held)
                     self.waiting.add(ticket)
                     self.take(scheduler.arrived(ticket, self.now, again=True))
             case Room(which, slots):
                 replicas = [r for lane in scheduler.lanes.values() for r in lane.replicas]
-                replicas[which].room = slots
+                replicas[which].capacity = slots
                 self.take(scheduler.changed(self.now))
             case Pin(lane):
                 scheduler.policy.pin = lane
@@ -895,17 +950,19 @@ class Ledger:
         for ticket in self.waiting:
             name = scheduler.lane_for(ticket)
             assert name is not None, "waits for a lane that will not take it"
-            assert scheduler.lanes[name].free(ticket.without) is None, "waits beside a free slot"
+            lane = scheduler.lanes[name]
+            free = lane.free_replica(ticket.excluded) if scheduler.is_resident(lane) else None
+            assert free is None, "waits beside a free slot"
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings().max_examples)
 @given(EVENTS)
 def test_whatever_happens_the_counts_are_right_and_nobody_is_started_twice_or_after_leaving(
     events: list[Event],
 ) -> None:
     lanes = [
-        Lane("ollama", [replica(1)], waiting=3),
-        Lane("vllm", [replica(2, "http://0"), replica(2, "http://1")], waiting=3),
+        Lane("ollama", [replica(1)], queue_limit=3),
+        Lane("vllm", [replica(2, "http://0"), replica(2, "http://1")], queue_limit=3),
     ]
     ledger = Ledger(Scheduler(lanes, policy(CROSSING)))
 
@@ -927,9 +984,9 @@ class Settle:
 
 @dataclass(frozen=True)
 class Free:
-    """Whoever has the GPU gives it back: for want of requests, or to somebody else (barred)."""
+    """Whoever has the GPU gives it back: for want of requests, or to the operator."""
 
-    barred: str
+    released: bool
 
 
 SHARED = st.lists(
@@ -937,7 +994,7 @@ SHARED = st.lists(
         st.tuples(st.booleans(), ANY),
         st.tuples(st.booleans(), ANY),
         st.builds(Settle, st.booleans()),
-        st.builds(Free, st.sampled_from(["", "is not loaded"])),
+        st.builds(Free, st.booleans()),
     ),
     max_size=60,
 )
@@ -951,15 +1008,16 @@ class Sharer(Ledger):
         self.owner = owner
 
     def take(self, actions: list[Action]) -> None:
-        decided: list[Action] = [a for a in actions if not isinstance(a, Move)]
+        decided: list[Action] = [a for a in actions if not isinstance(a, RequestGpu)]
+        requests = [a for a in actions if isinstance(a, RequestGpu)]
         for action in decided:
             if isinstance(action, Start):
-                assert Move() not in actions, "started on its way out"
+                assert not requests, "started on its way out"
                 assert action.ticket.lane is not None
                 assert action.ticket.lane.name == self.owner.holder, "started without the GPU"
         super().take(decided)
-        if len(decided) < len(actions):
-            self.owner.wanted()
+        for request in requests:
+            self.owner.request(request.move)
 
     def pinned(self, ticket: Ticket) -> str | None:
         """Where it has to be served; the operator's pin is where the GPU is, if need be."""
@@ -970,7 +1028,7 @@ class Sharer(Ledger):
 
     def check(self) -> None:
         super().check()
-        if self.waiting and self.owner.holder is None and not self.scheduler.policy.moving:
+        if self.waiting and self.owner.holder is None and self.owner.gpu.state.move is None:
             assert self.owner.asked, "waits, and nobody was asked for the GPU"
 
 
@@ -979,47 +1037,59 @@ class Owner:
 
     def __init__(self) -> None:
         both, only = ("ollama", "vllm"), ("vllm",)
-        served = {"both": Served(both, CROSSING), "only": Served(only, CROSSING)}
-        self.policy = Policy(both, served, HandOver(1.0, 2, PATIENCE_S))
-        self.sharers = [self._sharer(name, lanes.lanes) for name, lanes in served.items()]
-        self.holder: str | None = None
+        models = {"both": RoutedModel(both, CROSSING), "only": RoutedModel(only, CROSSING)}
+        self.gpu = GpuStateRef()
+        self.policy = ExclusivePolicy(both, models, HandoverCost(1.0, 2, PATIENCE_S), self.gpu)
+        self.sharers = [self._sharer(name, model.lanes) for name, model in models.items()]
         self.former = "ollama"
-        self.barred = ""
         self.asked = False
         self.now = 1.0
 
     def _sharer(self, name: str, lanes: tuple[str, ...]) -> Sharer:
-        made = [Lane(lane, [replica(2)], waiting=3) for lane in lanes]
-        scheduler = Scheduler(made, self.policy, model=name, exclusive=True)
-        scheduler.hold(None)
-        return Sharer(scheduler, self)
+        made = [Lane(lane, [replica(2)], queue_limit=3) for lane in lanes]
+        return Sharer(Scheduler(made, self.policy, model=name, gpu=self.gpu), self)
 
-    def wanted(self) -> None:
+    @property
+    def holder(self) -> str | None:
+        return self.gpu.state.holder
+
+    def request(self, move: Move | None) -> None:
         self.asked = True
-        if self.holder is not None and self.policy.lane != self.holder:
-            self.former, self.holder = self.holder, None
-            self.tell()
+        if move is not None:
+            assert self.holder == move.source, "decided while it does not hold"
+            self.former = move.source
+            self.policy.advance(self.now)
+            self.gpu.state = GpuState(Step.DRAINING, move.source, move.target, move)
+            self.changed()
 
-    def tell(self) -> None:
+    def changed(self) -> None:
         for sharer in self.sharers:  # what one does about it may change it for the next, as in Gpu
-            sharer.scheduler.hold(self.holder, self.barred)
             sharer.take(sharer.scheduler.changed(self.now))
 
     def open(self, lane: str) -> None:
-        self.holder, self.barred, self.asked = lane, "", False
-        self.policy.settled(self.now, lane)
-        self.tell()
+        self.asked = False
+        move = self.gpu.state.move
+        self.policy.advance(self.now)
+        self.gpu.state = held_by(lane)
+        self.policy.on_settled(self.now, move)
+        self.changed()
+
+    def free(self, *, released: bool) -> None:
+        assert self.holder is not None
+        self.former = self.holder
+        self.policy.advance(self.now)
+        self.gpu.state = GpuState(released=released)
+        self.policy.on_freed(self.now, self.former)
+        self.changed()
 
     def play(self, event: Settle | Free | tuple[bool, Event]) -> None:
         match event:
-            case Settle(well) if self.policy.moving:
-                self.open(self.policy.lane if well else self.former)
+            case Settle(well) if (move := self.gpu.state.move) is not None:
+                self.open(move.target if well else self.former)
             case Settle() if self.holder is None:
-                self.open(self.policy.pin or self.policy.lane)
-            case Free(barred) if self.holder is not None:
-                self.former, self.holder, self.barred = self.holder, None, barred
-                self.policy.settled(self.now, self.former)
-                self.tell()
+                self.open(self.policy.next_layout)
+            case Free(released) if self.holder is not None:
+                self.free(released=released)
             case (first, its):
                 self.play_one(self.sharers[0 if first else 1], its)
 
@@ -1028,11 +1098,11 @@ class Owner:
         match event:
             case Room(which, slots):
                 lanes = list(sharer.scheduler.lanes.values())
-                lanes[which % len(lanes)].replicas[0].room = slots
+                lanes[which % len(lanes)].replicas[0].capacity = slots
                 sharer.take(sharer.scheduler.changed(self.now))
             case Pin(lane):
                 self.policy.pin = lane
-                self.tell()
+                self.changed()
             case _:
                 sharer.play(event)
         self.now = sharer.now
@@ -1042,7 +1112,7 @@ class Owner:
             sharer.check()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings().max_examples)
 @given(SHARED)
 def test_whatever_happens_to_the_gpu_nothing_starts_without_it_and_nobody_waits_for_ever(
     events: list[Settle | Free | tuple[bool, Event]],
@@ -1058,8 +1128,8 @@ def test_whatever_happens_to_the_gpu_nothing_starts_without_it_and_nobody_waits_
     owner.policy.pin = None
     for sharer in owner.sharers:
         for lane in sharer.scheduler.lanes.values():
-            lane.replicas[0].room = 2
-    owner.tell()
+            lane.replicas[0].capacity = 2
+    owner.changed()
     for _ in range(60):
         owner.now += LONG_S
         owner.play(Settle(well=True))

@@ -69,7 +69,7 @@ async def test_the_log_of_an_engine_that_failed_stays_and_is_named(
     assert f"kept the output of an engine that has failed: {log}" in caplog.text
 
 
-async def test_a_log_that_the_operator_has_named_is_his(
+async def test_a_log_named_in_the_settings_stays(
     start_gateway: StartGateway, temporary: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such model')"]

@@ -8,11 +8,12 @@ import httpx
 import pytest
 
 from backends.fake import FakeEngine, Silence, status
-from gateway.gpu.handover import Step
+from gateway.gpu.state import Step
 from gateway.settings import Timings
 from tests.support.exclusive import Box, failed, serving, stream_of
 from tests.support.gateways import Running, StartGateway
 from tests.support.models import alone, chat, pair
+from tests.support.waiting import until
 
 CHAT = "/v1/chat/completions"
 KEY = "sk-a-key-of-ours"
@@ -29,20 +30,21 @@ async def unload(running: Running, model: str = "m") -> httpx.Response:
 
 
 async def listed(running: Running) -> str:
-    """Where the model list says that the only model is."""
+    """The `status.value` of the only model in the list."""
     [model] = (await running.http.get("/v1/models")).json()["data"]
     value: str = model["status"]["value"]
     return value
 
 
 async def until_listed(running: Running, value: str) -> None:
-    async with asyncio.timeout(5):
-        while await listed(running) != value:
-            await asyncio.sleep(0.01)
+    async def is_listed() -> bool:
+        return await listed(running) == value
+
+    await until(is_listed)
 
 
-def done(answer: httpx.Response, value: str) -> None:
-    """The answer that llama.cpp's router gives, and where the model is now."""
+def assert_done(answer: httpx.Response, value: str) -> None:
+    """The response is the one of llama.cpp's router, with this `status.value`."""
     assert answer.status_code == 200, answer.text
     assert answer.json() == {"success": True, "status": {"value": value}}
 
@@ -50,7 +52,7 @@ def done(answer: httpx.Response, value: str) -> None:
 # Both engines fit
 
 
-async def test_a_model_is_loaded_and_unloaded_on_ollama_before_it_is_said(
+async def test_loads_and_unloads_on_ollama_answer_when_they_are_done(
     ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
     ollama.load_s = ollama.unload_s = 0.2
@@ -63,13 +65,13 @@ async def test_a_model_is_loaded_and_unloaded_on_ollama_before_it_is_said(
         gone = list(ollama.resident)
         after = await listed(running)
 
-    done(loaded, "loaded")
-    done(unloaded, "unloaded")
+    assert_done(loaded, "loaded")
+    assert_done(unloaded, "unloaded")
     assert (there, gone) == (["small:1b"], [])
     assert (cold, warm, after) == ("unloaded", "loaded", "unloaded")
 
 
-async def test_a_model_that_somebody_has_asked_is_loaded(
+async def test_a_model_that_has_answered_is_listed_as_loaded(
     ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(ollama, "small:1b")) as running:
@@ -80,7 +82,7 @@ async def test_a_model_that_somebody_has_asked_is_loaded(
     assert (cold, warm) == ("unloaded", "loaded")
 
 
-async def test_what_ollama_loads_or_lets_go_by_itself_is_seen(
+async def test_loads_and_unloads_by_ollama_itself_are_listed(
     ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(
@@ -92,7 +94,7 @@ async def test_what_ollama_loads_or_lets_go_by_itself_is_seen(
         await until_listed(running, "unloaded")
 
 
-async def test_while_it_is_on_its_way_it_is_listed_as_loading(
+async def test_a_model_is_listed_as_loading_while_it_loads(
     ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
     ollama.load_s = 0.3
@@ -100,12 +102,12 @@ async def test_while_it_is_on_its_way_it_is_listed_as_loading(
         loading = asyncio.create_task(load(running))
         await ollama.until(lambda engine: engine.memory)
         on_its_way = await listed(running)
-        done(await loading, "loaded")
+        assert_done(await loading, "loaded")
 
     assert on_its_way == "loading"
 
 
-async def test_a_load_goes_on_when_who_asked_hangs_up_and_is_not_begun_twice(
+async def test_a_load_goes_on_when_its_client_hangs_up_and_is_not_begun_twice(
     ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
     ollama.load_s = 0.3
@@ -113,13 +115,13 @@ async def test_a_load_goes_on_when_who_asked_hangs_up_and_is_not_begun_twice(
         impatient = asyncio.create_task(load(running))
         await ollama.until(lambda engine: engine.memory)
         impatient.cancel()  # Ollama gives a load up when its client hangs up
-        done(await load(running), "loaded")
+        assert_done(await load(running), "loaded")
 
     asked = [request for request in ollama.received if request.path == "/api/generate"]
     assert len(asked) == 1
 
 
-async def test_what_takes_long_is_said_to_be_under_way(
+async def test_a_long_load_is_answered_with_202(
     ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
     ollama.load_s = 0.3
@@ -133,7 +135,7 @@ async def test_what_takes_long_is_said_to_be_under_way(
     assert answer.json() == {"success": True, "status": {"value": "loading"}}
 
 
-async def test_who_is_being_answered_is_answered_to_the_end_before_ollama_unloads(
+async def test_a_running_answer_ends_before_ollama_unloads(
     ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
     ollama.gap_s = 0.1
@@ -144,13 +146,13 @@ async def test_who_is_being_answered_is_answered_to_the_end_before_ollama_unload
         over = answering.done()
         answer = await answering
 
-    done(unloaded, "unloaded")
+    assert_done(unloaded, "unloaded")
     assert over, "the answer came first"
     assert answer.text.endswith("data: [DONE]\n\n")
     assert "error" not in answer.text
 
 
-async def test_a_model_that_stays_in_use_stays_in_memory_and_that_is_said(
+async def test_unloading_a_model_that_stays_in_use_is_a_409(
     ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(
@@ -166,7 +168,7 @@ async def test_a_model_that_stays_in_use_stays_in_memory_and_that_is_said(
     assert after == "loaded"
 
 
-async def test_vllm_always_has_its_model_and_that_is_said(
+async def test_unloading_from_a_vllm_that_keeps_its_model_is_a_400(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:
@@ -174,11 +176,11 @@ async def test_vllm_always_has_its_model_and_that_is_said(
         loaded = await load(running)
         unloaded = await unload(running)
 
-    done(loaded, "loaded")
+    assert_done(loaded, "loaded")
     assert "stop the engine instead" in failed(unloaded, 400, "bad_request")
 
 
-async def test_a_vllm_that_could_sleep_is_not_put_to_sleep_where_both_fit(
+async def test_a_vllm_with_sleep_mode_is_not_put_to_sleep_in_shared_placement(
     ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with FakeEngine("vllm", ["Small-1B"], dev_mode=True) as vllm:
@@ -188,15 +190,15 @@ async def test_a_vllm_that_could_sleep_is_not_put_to_sleep_where_both_fit(
             gone = list(ollama.resident)
 
         assert not vllm.asleep
-    done(unloaded, "loaded")  # vLLM has it still
+    assert_done(unloaded, "loaded")  # vLLM has it still
     assert gone == []
 
 
-async def test_a_lane_can_be_named(
+async def test_a_load_can_name_its_lane(
     ollama: FakeEngine, vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**pair(ollama, vllm)) as running:
-        done(await load(running, "m@ollama"), "loaded")
+        assert_done(await load(running, "m@ollama"), "loaded")
         there = list(ollama.resident)
         refused = await unload(running, "m@vllm")
 
@@ -204,7 +206,7 @@ async def test_a_lane_can_be_named(
     failed(refused, 400, "bad_request")
 
 
-async def test_an_engine_that_fails_to_load_is_told_without_its_words(
+async def test_the_error_of_a_failed_load_has_none_of_the_engines_words(
     ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
     ollama.script(then=status(500, "out of memory on 10.0.0.7"), path="load")
@@ -228,7 +230,7 @@ async def test_an_engine_that_is_down_loads_nothing(
     assert "cannot be reached" in failed(answer)
 
 
-async def test_the_model_list_is_there_while_a_load_hangs(
+async def test_models_are_listed_while_a_load_hangs(
     ollama: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(
@@ -244,14 +246,14 @@ async def test_the_model_list_is_there_while_a_load_hangs(
 # Only one fits
 
 
-async def test_unloading_gives_the_gpu_back_and_the_next_request_takes_it_again(
+async def test_unloading_releases_the_gpu_and_the_next_request_acquires_it(
     box: Box, start_gateway: StartGateway
 ) -> None:
     async with serving(start_gateway, box) as served:
         held = await listed(served.running)
-        done(await unload(served.running), "unloaded")
+        assert_done(await unload(served.running), "unloaded")
         memory = dict(box.ollama.memory)
-        step = served.owner.step
+        step = served.owner.state.step
         again = await served.ask()
         after = await listed(served.running)
 
@@ -260,7 +262,7 @@ async def test_unloading_gives_the_gpu_back_and_the_next_request_takes_it_again(
     assert again.status_code == 200
 
 
-async def test_loading_brings_the_gpu_to_the_lane_that_the_policy_would_choose(
+async def test_loading_hands_the_gpu_to_the_lane_that_the_policy_chooses(
     box: Box, start_gateway: StartGateway
 ) -> None:
     async with serving(start_gateway, box) as served:
@@ -268,14 +270,14 @@ async def test_loading_brings_the_gpu_to_the_lane_that_the_policy_would_choose(
         await served.until("vllm")
         await unload(served.running)
         asleep = box.vllm.asleep
-        done(await load(served.running), "loaded")
-        holder = served.owner.holder
+        assert_done(await load(served.running), "loaded")
+        holder = served.owner.state.layout
 
     assert asleep
     assert holder == "vllm"
 
 
-async def test_while_the_gpu_is_on_its_way_the_model_is_listed_as_loading(
+async def test_a_model_is_listed_as_loading_during_a_hand_over(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.ollama.load_s = 0.4
@@ -288,7 +290,7 @@ async def test_while_the_gpu_is_on_its_way_the_model_is_listed_as_loading(
     assert (on_its_way, there) == ("loading", "loaded")
 
 
-async def test_who_is_being_answered_is_answered_to_the_end_before_the_gpu_is_given_back(
+async def test_a_running_answer_ends_before_the_gpu_is_released(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.ollama.gap_s = 0.15
@@ -308,7 +310,7 @@ async def test_who_is_being_answered_is_answered_to_the_end_before_the_gpu_is_gi
     assert late.status_code == 200, "it waited, and the model was loaded for it again"
 
 
-async def test_who_does_not_end_in_time_is_not_cut_and_the_model_stays(
+async def test_an_answer_beyond_the_deadline_is_not_cut_and_the_model_stays(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.ollama.gap_s = 0.3
@@ -321,7 +323,7 @@ async def test_who_does_not_end_in_time_is_not_cut_and_the_model_stays(
         answer = await unload(served.running)
         meanwhile = await served.ask("goes on", max_tokens=1)
         text = first + "".join([part async for part in parts])
-        holder = served.owner.holder
+        holder = served.owner.state.layout
 
     failed(answer, 409, "in_use")
     assert meanwhile.status_code == 200
@@ -330,29 +332,27 @@ async def test_who_does_not_end_in_time_is_not_cut_and_the_model_stays(
     assert holder == "ollama"
 
 
-async def test_what_is_not_in_memory_need_not_be_unloaded(
+async def test_unloading_a_model_that_is_not_in_memory_succeeds(
     box: Box, start_gateway: StartGateway
 ) -> None:
     async with serving(start_gateway, box) as served:
-        done(await unload(served.running, "m@vllm"), "loaded")
-        holder = served.owner.holder
-        done(await unload(served.running), "unloaded")
-        done(await unload(served.running), "unloaded")
+        assert_done(await unload(served.running, "m@vllm"), "loaded")
+        holder = served.owner.state.layout
+        assert_done(await unload(served.running), "unloaded")
+        assert_done(await unload(served.running), "unloaded")
 
     assert holder == "ollama"
 
 
-async def test_a_lane_without_the_gpu_is_loaded_when_those_who_wait_for_it_would_be_served(
-    box: Box, start_gateway: StartGateway
-) -> None:
+async def test_loading_a_lane_hands_the_gpu_to_it(box: Box, start_gateway: StartGateway) -> None:
     async with serving(start_gateway, box) as served:
-        done(await load(served.running, "m@vllm"), "loaded")
-        holder = served.owner.holder
+        assert_done(await load(served.running, "m@vllm"), "loaded")
+        holder = served.owner.state.layout
 
     assert holder == "vllm"
 
 
-async def test_a_gpu_that_the_operator_has_released_is_not_taken_back_by_a_load(
+async def test_a_load_does_not_take_back_a_released_gpu(
     box: Box, start_gateway: StartGateway
 ) -> None:
     async with serving(start_gateway, box) as served:
@@ -360,19 +360,19 @@ async def test_a_gpu_that_the_operator_has_released_is_not_taken_back_by_a_load(
         await served.until(Step.FREE)
         answer = await load(served.running)
         await served.pin("auto")
-        done(await load(served.running), "loaded")
+        assert_done(await load(served.running), "loaded")
 
     assert "the operator has released the GPU" in failed(answer)
 
 
-async def test_an_unload_during_a_hand_over_is_done_after_it(
+async def test_an_unload_during_a_hand_over_runs_after_it(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.vllm.wake_s = 0.3
     async with serving(start_gateway, box) as served:
         await served.pin("vllm")
         await served.until(Step.LOADING)
-        done(await unload(served.running), "unloaded")
+        assert_done(await unload(served.running), "unloaded")
         outcomes = served.outcomes
 
     assert outcomes == ["done", "done"]
@@ -383,7 +383,7 @@ async def test_an_unload_during_a_hand_over_is_done_after_it(
 
 
 @pytest.mark.parametrize("path", ["/models/load", "/models/unload"])
-async def test_it_takes_a_key_of_the_operators(
+async def test_loading_requires_an_admin_key(
     ollama: FakeEngine, start_gateway: StartGateway, path: str
 ) -> None:
     settings = {**alone(ollama, "small:1b"), "api_keys": [KEY, PAGE], "admin_keys": [ADMIN, PAGE]}
@@ -404,7 +404,7 @@ async def test_it_takes_a_key_of_the_operators(
     assert lists.status_code == 200
 
 
-async def test_a_model_that_is_not_there_is_a_404(box: Box, start_gateway: StartGateway) -> None:
+async def test_loading_an_unknown_model_is_a_404(box: Box, start_gateway: StartGateway) -> None:
     async with serving(start_gateway, box) as served:
         answers = [await load(served.running, "other"), await unload(served.running, "m@llamacpp")]
 
@@ -413,7 +413,7 @@ async def test_a_model_that_is_not_there_is_a_404(box: Box, start_gateway: Start
 
 
 @pytest.mark.parametrize("wish", [{}, {"model": None}, [], {"name": "m"}])
-async def test_what_names_no_model_is_refused(
+async def test_a_load_that_names_no_model_is_refused(
     ollama: FakeEngine, start_gateway: StartGateway, wish: object
 ) -> None:
     async with start_gateway(**alone(ollama, "small:1b")) as running:
@@ -421,7 +421,7 @@ async def test_what_names_no_model_is_refused(
             failed(await running.http.post(path, json=wish), 400, "bad_request")
 
 
-async def test_the_list_is_where_llama_cpp_has_it_too(
+async def test_the_list_is_also_at_the_path_of_llama_cpp(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
     async with start_gateway(**alone(vllm)) as running:

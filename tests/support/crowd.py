@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from tests.support.gateways import Running
+from tests.support.waiting import until
 
 #: The next request of somebody, who has dice of his own.
 Ask: TypeAlias = Callable[[random.Random], dict[str, Any]]
@@ -74,9 +75,7 @@ class Crowd:
 
     async def until(self, happened: Callable[[], object], within_s: float = 60.0) -> None:
         """Return when this holds."""
-        async with asyncio.timeout(within_s):
-            while not happened():
-                await asyncio.sleep(0.01)
+        await until(happened, within_s)
 
     async def more(self, count: int) -> list[Answer]:
         """The next so many answers that are asked for, when all of them are over."""

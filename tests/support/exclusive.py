@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import pytest
 
 from backends.fake import GIB, FakeEngine, FakeGpu
 from backends.fake.wire import Received
-from gateway.gpu.handover import Gpu, Step
+from gateway.gpu.handover import Gpu
+from gateway.gpu.state import Step
+from gateway.routing.scheduler import Action
+from gateway.serving.admission import Admission
+from gateway.settings import Timings
 from tests.support.gateways import Running, StartGateway
 from tests.support.models import chat
 
@@ -51,6 +55,7 @@ class Box:
     both_seen: bool = False
     both_expected: bool = False
     models: dict[str, Any] = field(default_factory=dict)
+    timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
         self.models = {"m": self.model("ollama", "vllm")}
@@ -64,10 +69,17 @@ class Box:
         }
         return {"placement": "exclusive", "lanes": lanes}
 
-    def settings(self, *, limits: dict[str, float] | None = None, **gpu: Any) -> dict[str, Any]:
+    def settings(
+        self,
+        *,
+        limits: dict[str, float] | None = None,
+        timings: Timings | None = None,
+        **gpu: Any,
+    ) -> dict[str, Any]:
         """Settings of a gateway; what is not named belongs to the GPU."""
         patience = {"patience_s": 0.2, "handover_s": 0.1}
         return {
+            "timings": timings or self.timings,
             "memory": self.gpu,
             "engines": {engine.kind: {"urls": [engine.url]} for engine in self.engines},
             "models": self.models,
@@ -121,10 +133,37 @@ class Box:
             await asyncio.gather(*seen, return_exceptions=True)
 
 
+@contextmanager
+def never_reentered() -> Iterator[list[str]]:
+    """Admission never acts inside its own acting, whichever models share a GPU; its steps."""
+    act, running, steps = Admission._act, 0, list[str]()
+
+    def traced(admission: Admission, actions: list[Action]) -> None:
+        nonlocal running
+        running += 1
+        steps.append(f"{admission.scheduler.model} at depth {running}")
+        try:
+            act(admission, actions)
+        finally:
+            running -= 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Admission, "_act", traced)
+        yield steps
+    assert {step.rpartition(" ")[2] for step in steps} <= {"1"}, steps
+
+
 @asynccontextmanager
 async def boxed(folder: Path, *, loaded: Sequence[str] = ()) -> AsyncIterator[Box]:
     """The engines, of which these have a model in memory; checks at its end how it was done."""
     gpu = FakeGpu(TOTAL)
+    with never_reentered():
+        async with _boxed(folder, gpu, loaded) as box:
+            yield box
+
+
+@asynccontextmanager
+async def _boxed(folder: Path, gpu: FakeGpu, loaded: Sequence[str]) -> AsyncIterator[Box]:
     async with (
         FakeEngine("ollama", ["small:1b"], gpu=gpu, size=SIZE, slots=4) as ollama,
         FakeEngine(
@@ -187,15 +226,15 @@ class Served:
 
         def true(_: object) -> bool:
             if isinstance(happened, Step):
-                return self.owner.step is happened
+                return self.owner.state.step is happened
             if isinstance(happened, str):
-                return self.owner.step is Step.HELD and self.owner.holder == happened
+                return self.owner.state.step is Step.HELD and self.owner.state.layout == happened
             return bool(happened())
 
         try:
             await self.running.until(true, within_s)
         except TimeoutError:
-            said = json.dumps(self.owner.status(), indent=1)
+            said = f"{self.owner!r}, {list(self.owner.records)}"
             raise TimeoutError(f"not {happened} within {within_s:g} s: {said}") from None
 
     @property
@@ -206,7 +245,7 @@ class Served:
     @property
     def outcomes(self) -> list[str]:
         """How each hand-over ended."""
-        return [passage.outcome for passage in self.owner.passages]
+        return [record.outcome for record in self.owner.records]
 
 
 @asynccontextmanager

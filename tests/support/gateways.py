@@ -15,7 +15,8 @@ import httpx
 from backends.transport import http
 from gateway import settings
 from gateway.app import Gateway
-from gateway.gpu.memory import Memory, Nvml
+from gateway.gpu.cards import Nvml
+from gateway.gpu.memory import Memory
 from gateway.serve import GracefulServer, listen
 from gateway.serving import discovery
 from gateway.settings import Settings, Timings

@@ -21,7 +21,7 @@ from gateway.doctor.observations import (
     Ram,
     Unknown,
 )
-from gateway.gpu.memory import Brake, Card, Driver
+from gateway.gpu.cards import Brake, Card, Driver
 from gateway.settings import Settings
 
 MIB = 1024**2

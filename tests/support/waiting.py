@@ -14,7 +14,7 @@ async def until(
     every_s: float = 0.005,
     describe: Callable[[], object] | None = None,
 ) -> None:
-    """Return as soon as the condition holds; where no loop runs: `asyncio.run(until(…))`.
+    """Return as soon as the condition holds.
 
     Args:
         condition: A function or a coroutine function; what it returns is true or false.
@@ -32,6 +32,17 @@ async def until(
             state = f": {describe()}" if describe else ""
             raise TimeoutError(f"the condition did not hold within {within_s:g} s{state}")
         await asyncio.sleep(every_s)
+
+
+def wait_until(
+    condition: Callable[[], object],
+    within_s: float = 30.0,
+    *,
+    every_s: float = 0.05,
+    describe: Callable[[], object] | None = None,
+) -> None:
+    """The same as `until`, for a test that has no event loop."""
+    asyncio.run(until(condition, within_s, every_s=every_s, describe=describe))
 
 
 async def _value(condition: Callable[[], object]) -> object:

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, closing, contextmanager
 from pathlib import Path
@@ -21,22 +20,22 @@ import pytest
 from backends.fake import FakeEngine
 from gateway import settings
 from gateway.compare import command, front
-from gateway.gpu.memory import Nvml
+from gateway.gpu.cards import Nvml
 from gateway.routing import profile
 from loadtests.measure import samples
 from loadtests.proof.known import Times, known_server
 from tests.gpu.test_memory import NotSupported, Told, two_4090
 from tests.support.command import run_command
 from tests.support.servers import nobody
+from tests.support.waiting import wait_until
 
 #: Cards that report their power draw, and nothing else.
 OTHER_METERS = {
     name: NotSupported()
     for name in ("EnforcedPowerLimit", "UtilizationRates", "TotalEnergyConsumption")
 }
-#: The stopwatch is checked first, which takes a while. The tests share one comparison, so they
-#: belong on one worker.
-pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("compare")]
+#: Programs of their own, and the stopwatch is checked first, which takes a while.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +125,7 @@ def test_ctrl_c_keeps_the_results_and_says_how_to_resume(
                "2", "--repetitions", "50", "--unchecked", "--out", str(out)]  # fmt: skip
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as run:
         raw = out / "raw.jsonl"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (
-            raw.exists() and '"type":"cell"' in raw.read_text()
-        ):
-            time.sleep(0.1)
+        wait_until(lambda: raw.exists() and '"type":"cell"' in raw.read_text(), 60)
         run.send_signal(signal.SIGINT)
         output, _ = run.communicate(timeout=30)
 
@@ -243,7 +238,7 @@ def test_a_profile_is_measured_in_smaller_steps_around_the_crossover(tmp_path: P
         config.write_text(two_lanes(ollama, vllm))
         done = run_command(
             "calibrate", "--config", config, "--levels", "1,8", "--rounds", 2, "--tokens-out", 4,
-            "--minutes", 2, "--out", out,  # it ends when the crossover is between two levels
+            "--minutes", 0.6, "--out", out,
         )  # fmt: skip
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -266,9 +261,7 @@ def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
         program = [sys.executable, "-m", "gateway", "calibrate", "--config", str(config)]
         variables = {**os.environ, "TMPDIR": str(scratch)}
         with subprocess.Popen(program, env=variables, stdout=subprocess.DEVNULL) as run:
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and not list(scratch.glob("*/locust.log")):
-                time.sleep(0.05)
+            wait_until(lambda: list(scratch.glob("*/locust.log")), 60)
             begun = [path.name for path in scratch.iterdir()]
             run.terminate()
             run.wait(timeout=30)

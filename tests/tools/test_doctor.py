@@ -33,8 +33,8 @@ from gateway.doctor.observations import (
     Ram,
     Unknown,
 )
+from gateway.gpu.cards import Nvml
 from gateway.gpu.lease import Lease
-from gateway.gpu.memory import Nvml
 from gateway.serving import discovery
 from tests.gpu.test_memory import two_4090
 from tests.support.gateways import StartGateway
@@ -102,6 +102,7 @@ async def first_findings(config: Path | None, sources: Sources, **parts: Any) ->
     return {finding.check: finding for finding in reversed(findings)}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_listening_sockets_are_read_from_the_kernel(address: str) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -26,8 +26,8 @@ from gateway.doctor.observations import (
     Ram,
     Unknown,
 )
+from gateway.gpu.cards import Brake, Card, Driver
 from gateway.gpu.lease import Owner
-from gateway.gpu.memory import Brake, Card, Driver
 from gateway.routing import profile
 from tests.support.machines import (
     DAY_S,
@@ -180,10 +180,10 @@ def test_a_lease_that_another_gateway_has_is_a_problem(owner: Owner | None, leve
 
 def measured(days: float = 1, **more: Any) -> profile.Profile:
     at = datetime.fromtimestamp(NOW - days * DAY_S, UTC).isoformat()
-    on = profile.Measured("vllm", "Big", "0.32.0", slots=32)
+    on = profile.MeasuredSetup("vllm", "Big", "0.32.0", slots=32)
     lanes = {
-        "ollama": profile.Lane((1,), (1.0,)),
-        "vllm": profile.Lane((1,), (1.0,), on=on),
+        "ollama": profile.LaneProfile((1,), (1.0,)),
+        "vllm": profile.LaneProfile((1,), (1.0,), on=on),
     }
     return profile.Profile(1, "measured", **{"lanes": lanes, "measured_at": at, **more})
 
@@ -198,7 +198,7 @@ def measured(days: float = 1, **more: Any) -> profile.Profile:
         (measured(179), Level.OK, "179 days"),
         (measured(181), Level.NOTE, "the profile is old"),
         (
-            measured(lanes={"vllm": profile.Lane((1,), (1.0,))}),
+            measured(lanes={"vllm": profile.LaneProfile((1,), (1.0,))}),
             Level.WARNING,
             "no figures for ollama",
         ),

@@ -19,7 +19,7 @@ from msgspec import structs
 from gateway import cli, settings
 from gateway.cli import main
 from gateway.errors import UsageError
-from gateway.gpu.memory import Nvml
+from gateway.gpu.cards import Nvml
 from gateway.plan.machine import detect_cards
 from gateway.serving import discovery
 from gateway.sizing.assumptions import SLEEPING_VLLM_GIB, VLLM_OVERHEAD_GIB

@@ -12,7 +12,7 @@ import pytest
 
 from backends.fake import FakeEngine
 from gateway.routing import profile
-from gateway.routing.profile import Crossover, Lane, Measured, Profile
+from gateway.routing.profile import Crossover, LaneProfile, MeasuredSetup, Profile
 from tests.support.command import run_command
 from tests.support.gateways import StartGateway
 from tests.support.models import alone, chat
@@ -26,23 +26,23 @@ FULL = Profile(
     tokens_out=64,
     crossover=Crossover(5.5, 4.0, 7.0),
     lanes={
-        "ollama": Lane(
+        "ollama": LaneProfile(
             (1, 4, 16),
             (1.2, 4.1, 15.0),
             (1.1, 4.0, 14.0),
             (1.3, 4.2, 16.5),
             (0.3, 2.9, 13.8),
             (53.0, 62.0, 68.0),
-            Measured("ollama", "small:1", "0.24.0", "Q4_1", 1),
+            MeasuredSetup("ollama", "small:1", "0.24.0", "Q4_1", 1),
         ),
-        "vllm": Lane(
+        "vllm": LaneProfile(
             (1, 4, 16),
             (3.0, 4.5, 7.5),
             (2.9, 4.4, 7.1),
             (3.1, 4.6, 7.9),
             (0.2, 0.4, 1.1),
             (21.0, 57.0, 136.0),
-            Measured("vllm", "Small-1B", "0.32.0", "bfloat16", 16),
+            MeasuredSetup("vllm", "Small-1B", "0.32.0", "bfloat16", 16),
         ),
     },
 )

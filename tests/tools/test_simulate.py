@@ -14,6 +14,8 @@ from gateway.simulate import built_in, profiles
 from gateway.simulate.choices import ALWAYS, OURS, PROFILES, TRACES
 from gateway.simulate.comparison import Case, Outcome, compare, outcomes
 
+pytestmark = pytest.mark.slow  # a simulated day takes a second
+
 MEASURED = ("measured", "built-in")
 BOUNDED_TRACES = [name for name in TRACES if name != "adversary"]
 SQUARE_WAVES = [name for name in TRACES if name.startswith("square-")]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gateway.doctor.checks.check import Level, Verdict, format_bytes, has_no_nvidia, nvidia_cards
 from gateway.doctor.observations import NotObserved, Observations, Unknown, require
-from gateway.gpu.memory import Brake, Card
+from gateway.gpu.cards import Brake, Card
 
 #: The highest-numbered performance state in which a card works; at rest it is in a higher one.
 WORKING_STATE = 2

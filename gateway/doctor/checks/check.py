@@ -16,7 +16,7 @@ from gateway.doctor.observations import (
     Unknown,
     require,
 )
-from gateway.gpu.memory import Card
+from gateway.gpu.cards import Card
 from gateway.settings import Settings
 
 GIB = 2**30

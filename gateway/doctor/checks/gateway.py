@@ -9,7 +9,7 @@ from functools import partial
 from backends.kinds import KINDS
 from gateway.doctor.checks.check import Level, Verdict, guarded, usable_settings
 from gateway.doctor.observations import Observations, ObservedEngine, Unknown, require
-from gateway.routing.profile import Measured, Profile
+from gateway.routing.profile import MeasuredSetup, Profile
 
 #: From this age on a profile should be measured again, seconds. Assumed.
 OLD_PROFILE_S = 180 * 86_400.0
@@ -135,9 +135,9 @@ def _check_profile(
     elif changes:
         yield Verdict(Level.WARNING, "; ".join(changes), f"Run {calibrate} again.")
     elif age_s is not None and age_s > OLD_PROFILE_S:
-        yield Verdict(Level.NOTE, f"the profile is old: {profile.told(observed.at)}", measure)
+        yield Verdict(Level.NOTE, f"the profile is old: {profile.summary(observed.at)}", measure)
     else:
-        yield Verdict(Level.OK, profile.told(observed.at))
+        yield Verdict(Level.OK, profile.summary(observed.at))
 
 
 def _changes(profile: Profile, engine: ObservedEngine, model: str) -> list[str]:
@@ -146,7 +146,7 @@ def _changes(profile: Profile, engine: ObservedEngine, model: str) -> list[str]:
         return []
     identity = engine.identities[model]
     slots = max((e.lane.slots or 0 for e in engine.lanes if e.lane.model == model), default=0)
-    now = Measured(
+    now = MeasuredSetup(
         engine.kind,
         model,
         identity.version,

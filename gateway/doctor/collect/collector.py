@@ -23,8 +23,8 @@ from gateway.doctor.observations import (
     Unknown,
     require,
 )
+from gateway.gpu.cards import Nvml
 from gateway.gpu.lease import owner, usual_lease
-from gateway.gpu.memory import Nvml
 from gateway.serving import discovery
 
 

@@ -1,0 +1,76 @@
+"""What kind of test a test is, and what follows from it.
+
+A test is a *unit* test if it is a plain `def` without the mark `integration`: it may open no
+connection and start no program, in every run. A test that waits is a coroutine and never one.
+`make unit` leaves out those that are `slow` because they compute for seconds.
+A test with the mark `alone` measures time: no other test runs beside it, however many workers
+there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import inspect
+import multiprocessing.process
+import os
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+#: What opens a connection or starts a program.
+DOORS: tuple[tuple[type, str], ...] = (
+    (socket.socket, "bind"),
+    (socket.socket, "connect"),
+    (socket.socket, "connect_ex"),
+    (subprocess.Popen, "__init__"),
+    (multiprocessing.process.BaseProcess, "start"),
+)
+
+
+def is_unit(item: pytest.Item) -> bool:
+    """Whether the test may neither connect nor start a program."""
+    function = getattr(item, "obj", None)
+    return not (
+        inspect.iscoroutinefunction(function) or item.get_closest_marker("integration") is not None
+    )
+
+
+@contextlib.contextmanager
+def closed_doors() -> Iterator[None]:
+    """Let every attempt to connect, to listen or to start a program fail."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        pytest.fail(
+            "a unit test opens no connection and starts no program: mark it "
+            "@pytest.mark.integration"
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, method in DOORS:
+            patch.setattr(owner, method, refuse)
+        yield
+
+
+@contextlib.contextmanager
+def machine(*, alone: bool) -> Iterator[None]:
+    """Share this machine with the tests of other workers, or have it alone.
+
+    Workers of one run share a folder. The first lock is held by who waits, so that a test that
+    waits to be alone is next when the tests that run have ended.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:  # the only process
+        yield
+        return
+    stem = Path(tempfile.gettempdir()) / f"twolane-tests-{run}"
+    with stem.with_suffix(".turn").open("w") as turn, stem.with_suffix(".machine").open("w") as own:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(own, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        yield
