@@ -7,7 +7,7 @@
     ├── ServerError     it answered 5xx
     ├── Busy            it answered 429, or 503 because it has too much to do
     ├── Refused         it answered 4xx: the request is at fault, not the engine
-    ├── Unsupported     this engine cannot do what was asked, whoever asks
+    ├── Unsupported     this engine cannot do this as it was started
     └── BrokeOff        the answer broke after its first event was handed out
 
 All but `BrokeOff` are raised before a single byte of the answer was handed out, so the

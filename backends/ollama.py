@@ -53,7 +53,7 @@ class Ollama(Engine):
     kind = "ollama"
     sign_path = "/api/version"
     loads_when_asked = True
-    fixed_context = False  # the model file sets it, or whoever asks
+    fixed_context = False  # the model file or the request sets it
     full_name = staticmethod(full)
 
     def __init__(self, *args: Any, **settings: Any) -> None:

@@ -156,7 +156,7 @@ class Management:
         except library().ResponseError as exc:
             if 400 <= exc.status_code < 500:
                 raise Refused(exc.error, status=exc.status_code) from exc
-            raise ServerError(f"{self._label} said {exc.status_code}: {exc.error}") from exc
+            raise ServerError(f"{self._label} answered {exc.status_code}: {exc.error}") from exc
         except (ConnectionError, httpx.ConnectTimeout) as exc:
             raise Unreachable(f"{self._label}: {str(exc) or 'no connection in time'}") from exc
         except httpx.TimeoutException as exc:

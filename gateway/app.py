@@ -44,7 +44,7 @@ class Gateway:
     ASGI application to serve is `edge`.
 
     Args:
-        read: The settings.
+        settings: The gateway's configuration.
         ports: Where engines are looked for if the settings name none.
         client: The HTTP client for the engines; closed at the end.
         memory: Where the GPU's memory is read from, in place of its driver.
@@ -66,7 +66,7 @@ class Gateway:
 
     def __init__(
         self,
-        read: Settings,
+        settings: Settings,
         ports: discovery.Ports = discovery.USUAL_PORTS,
         *,
         client: http.Client | None = None,
@@ -74,7 +74,7 @@ class Gateway:
         nvml: Nvml | None = None,
         timings: Timings | None = None,
     ) -> None:
-        self._settings = read
+        self._settings = settings
         self._timings = timings = timings or Timings()
         self._nvml = nvml or Nvml()
         self._memory = memory or self._nvml
@@ -86,23 +86,23 @@ class Gateway:
         self.metrics_server: MetricsServer | None = None
         client = client or http.Client()
         self.catalogue = Catalogue()
-        self.engines = EnginePool(read, client, timings)
-        self._publisher = Publisher(read, self.engines, self.catalogue, timings)
+        self.engines = EnginePool(settings, client, timings)
+        self._publisher = Publisher(settings, self.engines, self.catalogue, timings)
         self.listing = EngineListing(
-            read, ports, client, self.engines, self._publisher, self.catalogue, timings
+            settings, ports, client, self.engines, self._publisher, self.catalogue, timings
         )
         self._loader = Loader(self.catalogue, timings)
         self._operator = Operator(self.catalogue)
-        self.metrics = Metrics(self.catalogue.models, read.cost, timings)
+        self.metrics = Metrics(self.catalogue.models, settings.cost, timings)
         self.edge = self._edge()
 
     def _edge(self) -> Edge:
         """The ASGI application, over the parts."""
-        read = self._settings
+        settings = self._settings
         relay = Relay(
             self.catalogue,
-            heartbeat_s=read.limits.heartbeat_s,
-            status_events=read.status_events,
+            heartbeat_s=settings.limits.heartbeat_s,
+            status_events=settings.status_events,
             timings=self._timings,
         )
         pages = Pages(
@@ -115,14 +115,14 @@ class Gateway:
             version=self._version,
             metrics=self._exposition,
         )
-        logs = [RequestLog()] if read.log == "json" else []
+        logs = [RequestLog()] if settings.log == "json" else []
         return Edge(
             relay,
             pages,
-            Keys(read.keys()),
-            Keys(read.admins()),
+            Keys(settings.keys()),
+            Keys(settings.admins()),
             [*logs, self.metrics],
-            max_body=int(read.limits.max_body_mb * MIB),
+            max_body=int(settings.limits.max_body_mb * MIB),
         )
 
     async def __aenter__(self) -> Self:
@@ -206,7 +206,7 @@ class Gateway:
         """The metrics for the gateway's own port; raises NotFound where they have another."""
         if self.metrics_server is not None:
             raise NotFound(
-                f"Metrics are on a port of their own, {self.metrics_server.port}, without a key."
+                f"Metrics are on their own port, {self.metrics_server.port}, without a key."
             )
         return self.metrics.exposition(accept)
 

@@ -40,8 +40,8 @@ examples:
   twolane init box
       a folder to start from: compose.yaml, Dockerfile, settings
 
-`twolane COMMAND --help` explains a command. Each setting is also an environment variable:
-TWOLANE_PORT=9000, TWOLANE_LIMITS__MAX_WAIT_S=30.
+`twolane COMMAND --help` explains a command. Each setting is also an
+environment variable: TWOLANE_PORT=9000, TWOLANE_LIMITS__MAX_WAIT_S=30.
 """
 
 SERVE = """\
@@ -55,8 +55,8 @@ examples:
   TWOLANE_API_KEYS='["a-long-secret"]' twolane serve --host 0.0.0.0
       for other machines too; clients must then send the key
 
-Each setting is also an environment variable, its parts joined by two underscores:
-TWOLANE_PORT=9000, TWOLANE_LIMITS__MAX_WAIT_S=30.
+Each setting is also an environment variable, its parts joined by two
+underscores: TWOLANE_PORT=9000, TWOLANE_LIMITS__MAX_WAIT_S=30.
 """
 
 STATUS = """\
@@ -87,7 +87,7 @@ examples:
   twolane init box
       then follow what it prints: edit box/.env, start with `docker compose`
   twolane init box --wheel dist/twolane-0.1.0-py3-none-any.whl
-      with this wheel in the image, not the one that this twolane was installed from
+      with this wheel in the image, in place of the one that is installed here
 """
 
 
@@ -108,13 +108,31 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps a paragraph at the terminal's width, and leaves the lines of examples as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)  # noqa: SLF001
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help is formatted so, those of the tools' commands included."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "formatter_class": _HelpFormatter})
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="twolane",
         description="One OpenAI endpoint over Ollama and vLLM: each request goes to the engine "
         "that is faster at this load, and every answer says why.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -122,10 +140,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_pin(commands)
     _add_release(commands)
-    add_simulate(commands)
-    add_plan(commands)
     add_doctor(commands)
+    add_plan(commands)
     add_compare(commands, _pair)
+    add_simulate(commands)
     _add_init(commands)
     return parser
 
@@ -138,16 +156,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _add_command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts
-    )
-    return parser
-
-
 def _add_serve(commands: Any) -> None:
-    parser = _add_command(
-        commands,
+    parser = commands.add_parser(
         "serve",
         help="start the gateway",
         description="Start the gateway. Without a file it looks for Ollama on port 11434, vLLM on "
@@ -176,8 +186,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def _add_status(commands: Any) -> None:
-    parser = _add_command(
-        commands,
+    parser = commands.add_parser(
         "status",
         help="show lanes, demand, queues, health and the last decisions",
         description="Show the status of a running gateway.",
@@ -190,8 +199,7 @@ def _add_status(commands: Any) -> None:
 
 
 def _add_pin(commands: Any) -> None:
-    parser = _add_command(
-        commands,
+    parser = commands.add_parser(
         "pin",
         help="keep the requests on one engine, or let the policy decide again",
         description="Answer the requests of a running gateway on one engine. In an exclusive "
@@ -206,8 +214,7 @@ def _add_pin(commands: Any) -> None:
 
 
 def _add_release(commands: Any) -> None:
-    parser = _add_command(
-        commands,
+    parser = commands.add_parser(
         "release",
         help="give the GPU's memory to another program, a training job perhaps",
         description="Drain, and have the engine that holds the GPU give its memory back. Requests "
@@ -219,8 +226,7 @@ def _add_release(commands: Any) -> None:
 
 
 def _add_init(commands: Any) -> None:
-    parser = _add_command(
-        commands,
+    parser = commands.add_parser(
         "init",
         help="write a folder to start from: compose.yaml, Dockerfile, settings",
         description="Write a folder with all that `docker compose up` needs: compose.yaml, the "
@@ -229,7 +235,12 @@ def _add_init(commands: Any) -> None:
         epilog=INIT,
     )
     parser.add_argument(
-        "folder", type=Path, nargs="?", default=Path(), metavar="FOLDER", help="(this folder)"
+        "folder",
+        type=Path,
+        nargs="?",
+        default=Path(),
+        metavar="FOLDER",
+        help="where to write (this folder)",
     )
     parser.add_argument(
         "--wheel", type=Path, metavar="FILE",

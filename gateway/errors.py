@@ -1,4 +1,4 @@
-"""Every way in which a request or a command can fail, written for whoever sent it.
+"""Every way in which a request or a command can fail, written for its sender.
 
     GatewayError
     ├── BadRequest          400  the request itself is wrong

@@ -55,7 +55,8 @@ Or without Docker, with engines that run already:
   $EDITOR twolane.yaml                         # engines, models, keys
   {program} serve --config twolane.yaml
 
-`{program} plan MODEL --write {folder} --force` writes .env and twolane.yaml for another model.
+For another model, in {folder}:
+  {program} plan MODEL --cards 2x24 --ram 96 --write --force    # .env and twolane.yaml
 """
 
 
@@ -80,7 +81,9 @@ def init(args: argparse.Namespace) -> None:
     written = ", ".join(sorted({path.split("/")[0] for path in [*_paths(), *SECRETS]}))
     if wheel is not None:
         written += f", {wheel.name}"
-    sys.stdout.write(REPORT.format(folder=folder, written=written, program=installation.program()))
+    sys.stdout.write(
+        REPORT.format(folder=folder, written=written, program=installation.program(folder))
+    )
 
 
 def _paths() -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -29,13 +28,18 @@ def in_checkout() -> bool:
     return (ROOT / "Makefile").exists() and environment == ROOT / ".venv"
 
 
-def program() -> str:
-    """What to type for `twolane`: the name alone where PATH has it, else where it lies."""
+def program(folder: Path | None = None) -> str:
+    """What to type for `twolane` in a folder (this one): its name where PATH has it, else its path.
+
+    Args:
+        folder: Where it will be typed.
+    """
+    folder = Path.cwd() if folder is None else folder.resolve()
     own = Path(sys.prefix) / "bin" / "twolane"
     on_path = shutil.which("twolane")
     if not own.exists() or (on_path is not None and Path(on_path).resolve() == own.resolve()):
         return "twolane"
-    return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own)
+    return str(own.relative_to(folder)) if own.is_relative_to(folder) else str(own)
 
 
 def install(extra: str) -> str:

@@ -20,6 +20,7 @@ MODULES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 #: Participles and pronouns that say nothing without their neighbours.
 BARE = frozenset(
@@ -117,6 +118,34 @@ def test_no_circle_of_imports() -> None:
 
     for name in MODULES:
         visit(name, ())
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_no_constant_is_patched(path: Path) -> None:
+    patched = [
+        name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "setattr"
+        for argument in node.args[:2]
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+        and (name := argument.value.rpartition(".")[2]).isupper()
+    ]  # fmt: skip
+
+    assert not patched, "pass it: the gateway's intervals are in `Timings`"
+
+
+def test_the_loop_that_waits_is_written_once() -> None:
+    names = ("until", "wait_for", "eventually", "wait_until")
+    places = {
+        path.relative_to(ROOT): node.name
+        for path in TESTS
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in names
+    }
+
+    assert list(places) == [Path("tests/support/waiting.py")]
 
 
 def imported(name: str) -> Iterator[str]:

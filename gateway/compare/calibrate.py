@@ -46,13 +46,13 @@ async def _calibrate(args: argparse.Namespace, console: Console) -> None:
         folder = Path(scratch)
         async with http.Client() as client:
             read, name, model = await configured_model(args, client)
-            lanes = LaneEntrants(read, model, client, folder)
-            entrants = {entrant.label: entrant for entrant in lanes.entrants()}
-            visits = [Visit(label, 1, plan.levels) for label in entrants]
-            with ProgressBar(console, plan, visits) as view:
-                async with Session(folder, plan, entrants, view) as session:
-                    await measure(session, plan.levels, args.minutes)
-                    subjects = session.subjects
+            async with LaneEntrants(read, model, client, folder) as lanes:
+                entrants = {entrant.label: entrant for entrant in lanes.entrants()}
+                visits = [Visit(label, 1, plan.levels) for label in entrants]
+                with ProgressBar(console, plan, visits) as view:
+                    async with Session(folder, plan, entrants, view) as session:
+                        await measure(session, plan.levels, args.minutes)
+                        subjects = session.subjects
         cells = rows.closed_cells(samples.read(folder / experiment.RAW))
     measured = _profile(plan, subjects, cells)
     out = args.out or model.profile or Path(f"profile-{name}.json")

@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from importlib import metadata
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def _packages() -> dict[str, str]:
 async def _compare(given: argparse.Namespace, console: Console) -> int:
     """Check, measure, report; the exit code: 0 where every target could be measured."""
     args, folder, experiment = _experiment(given)
-    async with http.Client() as client:
-        entrants = await _entrants(args, folder, client)
+    async with http.Client() as client, AsyncExitStack() as opened:
+        entrants = await _entrants(args, folder, client, opened)
         experiment = _with_entrants(args, folder, experiment, entrants)
         passed = await _stopwatch_passed(args, folder, experiment, console)
         labels = ", ".join(entrant.label for entrant in entrants)
@@ -121,13 +122,16 @@ async def _compare(given: argparse.Namespace, console: Console) -> int:
     return 1 if failures else 0
 
 
-async def _entrants(args: argparse.Namespace, folder: Path, client: http.Client) -> list[Entrant]:
+async def _entrants(
+    args: argparse.Namespace, folder: Path, client: http.Client, opened: AsyncExitStack
+) -> list[Entrant]:
     """The given targets, or the lanes of a configured model with a gateway in front of them."""
     if args.target:
         key = args.key or settings.environment().get("OPENAI_API_KEY")
         return await server_entrants([Target.read(text, key) for text in args.target], client)
     read, name, model = await configured_model(args, client)
-    entrants = LaneEntrants(read, model, client, folder).entrants(args.ollama_slots)
+    lanes = await opened.enter_async_context(LaneEntrants(read, model, client, folder))
+    entrants = lanes.entrants(args.ollama_slots)
     if not args.no_gateway:
         before = [entrant.label for entrant in entrants]
         entrants.append(gateway_entrant(gateway_arguments(args), read, name, before, folder))

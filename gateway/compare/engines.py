@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import msgspec
 
@@ -29,7 +30,7 @@ from loadtests.measure.stopwatch import Target
 
 
 class LaneEntrants:
-    """The lanes of one model in a configuration, as entrants of a comparison.
+    """The lanes of one model in a configuration, as entrants while the context is open.
 
     Args:
         read: The settings.
@@ -46,6 +47,14 @@ class LaneEntrants:
         self._client = client
         self._folder = folder
         self._running: list[GpuEngine] = []  # started by others, so never stopped here
+        self._engines: list[Engine] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for engine in self._engines:
+            await engine.close()
 
     def entrants(self, ollama_slots: Sequence[int | None] = (None,)) -> list[Entrant]:
         """Every lane; Ollama once for each number of slots, where it is started here."""
@@ -62,6 +71,7 @@ class LaneEntrants:
         url = (lane.urls or configured.urls)[0]
         key = configured.api_key.get_secret_value() if configured.api_key else None
         engine = KINDS[kind].engine(url, self._client, api_key=key)
+        self._engines.append(engine)
         process = None
         if configured.command:
             environment = dict(configured.environment)

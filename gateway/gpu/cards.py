@@ -99,11 +99,15 @@ class Nvml:
     Args:
         cards: Their indexes at the driver; empty: all.
         library: The binding to the driver; by default `pynvml` of the package nvidia-ml-py.
+        busy_s: How long a query waits for the one before it, seconds.
     """
 
-    def __init__(self, cards: Sequence[int] = (), library: Any = None) -> None:
+    def __init__(
+        self, cards: Sequence[int] = (), library: Any = None, busy_s: float = DRIVER_BUSY_S
+    ) -> None:
         self._cards = tuple(cards)
         self._library = library
+        self._busy_s = busy_s
         self._open = False
         self._asking = threading.Lock()
 
@@ -168,8 +172,8 @@ class Nvml:
 
     def _query(self, question: Callable[[Any, Any], T]) -> list[T]:
         """The answer of each card."""
-        if not self._asking.acquire(timeout=DRIVER_BUSY_S):
-            raise MemoryUnknown(f"the NVIDIA driver has not answered for {DRIVER_BUSY_S:g} s")
+        if not self._asking.acquire(timeout=self._busy_s):
+            raise MemoryUnknown(f"the NVIDIA driver has not answered for {self._busy_s:g} s")
         try:
             return self._query_all(question)
         finally:

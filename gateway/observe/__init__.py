@@ -1,1 +1,1 @@
-"""What is seen of it: metrics, cost, the request log, status."""
+"""What is seen of the gateway: metrics, cost, the request log, status."""

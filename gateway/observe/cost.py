@@ -1,7 +1,7 @@
 """What tokens cost: energy and seconds added up by lane, and multiplied by prices.
 
 Pure arithmetic. All energy and every hour since the start count, idle ones too: the machine
-was there for whoever might have asked. While requests run, time and energy belong to their
+was ready for requests all the time. While requests run, time and energy belong to their
 lanes, by the number of requests on each. While none runs the machine is idle, and the lanes
 share that by their busy time. So the shares of the lanes add up to the machine.
 

@@ -62,7 +62,7 @@ class Metrics(Collector):
         self._cards: Sequence[Reading] = ()
         self._cards_at = -math.inf
         self._registry = CollectorRegistry()
-        # Otherwise each counter has a second series, `_created`, that nobody reads.
+        # Otherwise each counter has a second series, `_created`, that has no use.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry.register(self)
         ProcessCollector(registry=self._registry)

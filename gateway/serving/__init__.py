@@ -1,1 +1,1 @@
-"""Who keeps the engines at hand: admission, the catalogue, discovery, loading."""
+"""The engines and the models in service: admission, catalogue, discovery, loading."""

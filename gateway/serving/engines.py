@@ -30,7 +30,7 @@ class EnginePool:
     """Makes the clients and the processes of the engines, and ends them.
 
     Args:
-        read: The settings.
+        settings: The gateway's configuration.
         client: The HTTP client that all engines share; closed with the pool.
         timings: The deadline of the embedded engine's start.
 
@@ -39,10 +39,10 @@ class EnginePool:
         embedded: The embedded engine's process, where it was started.
     """
 
-    def __init__(self, read: Settings, client: http.Client, timings: Timings) -> None:
-        self.urls: dict[Kind, tuple[str, ...]] = {k: e.urls for k, e in read.engines.items()}
+    def __init__(self, settings: Settings, client: http.Client, timings: Timings) -> None:
+        self.urls: dict[Kind, tuple[str, ...]] = {k: e.urls for k, e in settings.engines.items()}
         self.embedded: Supervised | None = None
-        self._settings = read
+        self._settings = settings
         self._client = client
         self._timings = timings
         self._engines: dict[tuple[Kind, str], Engine] = {}

@@ -18,18 +18,18 @@ class EngineListing:
     """Keeps the catalogue equal to what the engines list.
 
     Args:
-        read: The settings.
+        settings: The gateway's configuration.
         ports: Where engines are looked for on this machine.
         client: The HTTP client for looking.
         pool: The engines, and those that are found.
         publisher: Serves the models.
         catalogue: The models that are served.
-        timings: How often engines are asked again.
+        timings: The interval between two listings.
     """
 
     def __init__(
         self,
-        read: Settings,
+        settings: Settings,
         ports: discovery.Ports,
         client: http.Client,
         pool: EnginePool,
@@ -37,7 +37,7 @@ class EngineListing:
         catalogue: Catalogue,
         timings: Timings,
     ) -> None:
-        self._settings = read
+        self._settings = settings
         self._ports = ports
         self._client = client
         self._pool = pool

@@ -1,4 +1,4 @@
-"""One replica, watched: what its probes show is passed on to those who decide by it.
+"""One replica, monitored: the results of its probes reach admission, catalogue and log.
 
 Each probe updates the breaker and what the engine reports of itself. When a replica becomes
 ready, its capabilities are read. Then, and every ten minutes, it is compared with the engine

@@ -24,18 +24,18 @@ from gateway.settings import ModelSettings, Settings, SettingsError, Timings
 GIB = 2**30
 
 
-def acquire_lease(read: Settings) -> Lease:
+def acquire_lease(settings: Settings) -> Lease:
     """Lock the GPU for this gateway; raises SettingsError where another gateway has it."""
     try:
-        lease = Lease(read.gpu.lease or usual_lease())
-        lease.acquire(f"{read.host}:{read.port}")
+        lease = Lease(settings.gpu.lease or usual_lease())
+        lease.acquire(f"{settings.host}:{settings.port}")
     except LeaseError as exc:
         raise SettingsError(str(exc)) from exc
     return lease
 
 
 async def make_gpu(
-    read: Settings,
+    settings: Settings,
     models: Mapping[str, ModelSettings],
     pool: EnginePool,
     memory: Memory,
@@ -44,7 +44,7 @@ async def make_gpu(
     """The GPU that these models share.
 
     Args:
-        read: The settings.
+        settings: The gateway's configuration.
         models: The models in exclusive placement, by public name.
         pool: Their engines.
         memory: Where the GPU's memory is read from, unless a budget stands for it.
@@ -54,9 +54,9 @@ async def make_gpu(
         SettingsError: An engine cannot release the GPU, a model does not fit, or a profile
             cannot be used.
     """
-    own = read.gpu
+    own = settings.gpu
     kinds = list(dict.fromkeys(kind for model in models.values() for kind in model.lanes))
-    layouts = {kind: await _gpu_engine(kind, read, models, pool, timings) for kind in kinds}
+    layouts = {kind: await _gpu_engine(kind, settings, models, pool, timings) for kind in kinds}
     ref = GpuStateRef()
     policy = ExclusivePolicy(
         kinds,
@@ -82,7 +82,7 @@ async def make_gpu(
 
 async def _gpu_engine(
     kind: Kind,
-    read: Settings,
+    settings: Settings,
     models: Mapping[str, ModelSettings],
     pool: EnginePool,
     timings: Timings,
@@ -92,20 +92,20 @@ async def _gpu_engine(
     process = pool.process(kind)
     engine = pool.engine(kind, pool.urls[kind][0])
     if process is None:
-        with contextlib.suppress(BackendError):  # one that is down cannot be asked yet
+        with contextlib.suppress(BackendError):  # unknown while the engine is down
             if obstacle := await engine.release_obstacle():
                 raise SettingsError(
                     f"{engine.url} cannot give its GPU memory back. {obstacle}, or let the "
                     f"gateway start and stop it: engines.{kind}.command"
                 )
-    configured = read.engines.get(kind)
+    configured = settings.engines.get(kind)
     needs = max((lane.memory_gib for lane in lanes if lane.memory_gib), default=None)
     return GpuEngine(
         engine,
         [lane.model for lane in lanes],
         process=process,
         needs=_memory_need(kind, needs, configured.command if configured is not None else ()),
-        away_s=read.gpu.away_s,
+        away_s=settings.gpu.away_s,
         timings=timings,
     )
 

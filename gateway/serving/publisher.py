@@ -28,7 +28,7 @@ class Publisher:
     """Publishes models in the catalogue, and watches their replicas until they are withdrawn.
 
     Args:
-        read: The settings.
+        settings: The gateway's configuration.
         pool: The engines.
         catalogue: Where the models are listed.
         timings: How often replicas are probed.
@@ -38,10 +38,10 @@ class Publisher:
     """
 
     def __init__(
-        self, read: Settings, pool: EnginePool, catalogue: Catalogue, timings: Timings
+        self, settings: Settings, pool: EnginePool, catalogue: Catalogue, timings: Timings
     ) -> None:
         self.gpu: Gpu | None = None
-        self._settings = read
+        self._settings = settings
         self._pool = pool
         self._catalogue = catalogue
         self._timings = timings

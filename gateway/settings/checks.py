@@ -19,7 +19,7 @@ def check_engines_exist(
     models: Mapping[str, ModelSettings],
     pairs: Mapping[str, Mapping[Kind, str]],
 ) -> None:
-    """Each lane has an engine, or URLs of its own. Without engines and models all are found."""
+    """Each lane has an engine, or its own URLs; engines that are discovered are not checked."""
     for name, model in models.items():
         for kind, lane in model.lanes.items():
             if not lane.urls and kind not in engines:

@@ -1,7 +1,7 @@
-"""The gateway's own intervals and patience: what no operator sets, and what a test shortens.
+"""Intervals and deadlines of the gateway itself: no operator sets them, tests shorten them.
 
 `Timings()` is what a gateway runs with. It is made once, at the top, and passed to the
-parts that wait; no part has such a number of its own.
+parts that wait, and no part keeps such a number itself.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Timings:
     background_hold_s: float = 0.5
     """A background call is held back this long, so that the answer it belongs to goes first.
 
-    Open WebUI asks for a chat's title just before it asks for the answer.
+    Open WebUI requests a chat's title just before the answer.
     """
 
     # Watching

@@ -101,7 +101,8 @@ class Session:
         plan: How to measure.
         entrants: The entrants by label.
         view: Receives the progress.
-        watts: Called about once a second while a target on this machine is measured.
+        watts: Called while a target on this machine is measured.
+        watts_interval_s: How often it is called.
         processes: Processes of the load generator.
     """
 
@@ -110,6 +111,7 @@ class Session:
     entrants: Mapping[str, Entrant]
     view: ProgressView
     watts: Watts | None = None
+    watts_interval_s: float = POWER_INTERVAL_S
     processes: int = 1
     subjects: dict[str, Subject] = field(default_factory=dict)
     _up: str | None = None
@@ -150,7 +152,7 @@ class Session:
                     power = await watts()
                     if power is not None:
                         raw.write(samples.Power(time.time(), power))
-                    await asyncio.sleep(POWER_INTERVAL_S)
+                    await asyncio.sleep(self.watts_interval_s)
             finally:
                 raw.close()
 

@@ -1,4 +1,4 @@
-"""The fake engine is what it says: in its words, in its times, and in its faults."""
+"""The fake engine answers as the real ones do: in its bodies, its times, and its faults."""
 
 from __future__ import annotations
 
@@ -69,35 +69,35 @@ async def raw_answer(
     data = b"" if sent is None else json.dumps(sent).encode()
     head = f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(data)}\r\n\r\n"
     writer.write(head.encode() + data)
-    got = b""
+    received = b""
     try:
         while part := await reader.read(65536):
-            got += part
-            if got.endswith(b"\r\n0\r\n\r\n"):
-                return got, "end of body"
-        return got, "end of connection"  # noqa: TRY300 - the third way out
+            received += part
+            if received.endswith(b"\r\n0\r\n\r\n"):
+                return received, "end of body"
+        return received, "end of connection"  # noqa: TRY300 - one of three ends
     except ConnectionResetError:
-        return got, "reset"
+        return received, "reset"
     finally:
         writer.close()
 
 
 async def until_quiet(engine: FakeEngine, awaited: bytes) -> bytes:
-    """What comes before the answer goes silent, this among it; then this client hangs up."""
+    """What arrives until the answer falls silent, `awaited` included; then the client hangs up."""
     reader, writer = await asyncio.open_connection("127.0.0.1", engine.port)
     data = json.dumps(body(stream=True)).encode()
     writer.write(f"POST {CHAT} HTTP/1.1\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
     await engine.until(lambda engine: engine.running == 1)
-    got = b""
+    received = b""
     try:
-        while awaited not in got:
-            got += await reader.read(65536)
+        while awaited not in received:
+            received += await reader.read(65536)
         async with asyncio.timeout(0.1):
             while part := await reader.read(65536):
-                got += part
-        return got + b"<end>"  # it did not go silent
+                received += part
+        return received + b"<end>"  # it did not go silent
     except TimeoutError:
-        return got
+        return received
     finally:
         writer.transport.abort()
 
@@ -111,25 +111,28 @@ def events_of(text: str) -> list[dict[str, Any]]:
 
 def text_of(events: list[dict[str, Any]]) -> str:
     return "".join(
-        choice["delta"].get("content") or "" for made in events for choice in made["choices"]
+        choice["delta"].get("content") or "" for item in events for choice in item["choices"]
     )
 
 
-# The words of each kind
+# The answers of each kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_chat_comes_whole(kind: str) -> None:
+async def test_chat_is_answered_whole(kind: str) -> None:
     async with FakeEngine(kind) as engine, client_of(engine) as client:
-        said = (await client.post(CHAT, json=body())).json()
+        answer_body = (await client.post(CHAT, json=body())).json()
 
-    assert said["choices"][0]["message"]["content"] == "token0 token1 token2 token3 token4"
-    assert said["choices"][0]["finish_reason"] == "stop"
-    assert (said["usage"]["prompt_tokens"], said["usage"]["completion_tokens"]) == (2, 5)
+    assert answer_body["choices"][0]["message"]["content"] == "token0 token1 token2 token3 token4"
+    assert answer_body["choices"][0]["finish_reason"] == "stop"
+    assert (answer_body["usage"]["prompt_tokens"], answer_body["usage"]["completion_tokens"]) == (
+        2,
+        5,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_chat_comes_as_a_stream(kind: str) -> None:
+async def test_chat_is_answered_as_a_stream(kind: str) -> None:
     async with FakeEngine(kind) as engine, client_of(engine) as client:
         answer = await client.post(
             CHAT, json=body(stream=True, max_tokens=2, stream_options={"include_usage": True})
@@ -144,14 +147,14 @@ async def test_chat_comes_as_a_stream(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_usage_is_streamed_only_if_asked_for(kind: str) -> None:
+async def test_usage_is_streamed_only_on_request(kind: str) -> None:
     async with FakeEngine(kind) as engine, client_of(engine) as client:
         answer = await client.post(CHAT, json=body(stream=True))
 
-    assert all("usage" not in made for made in events_of(answer.text))
+    assert all("usage" not in item for item in events_of(answer.text))
 
 
-async def test_first_delta_is_as_each_kind_sends_it() -> None:
+async def test_the_first_delta_differs_by_kind() -> None:
     first: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         async with FakeEngine(kind) as engine, client_of(engine) as client:
@@ -166,77 +169,77 @@ async def test_first_delta_is_as_each_kind_sends_it() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_completions_come_both_ways(kind: str) -> None:
-    asked = {"model": "m", "prompt": "Hello", "max_tokens": 2}
+async def test_completions_are_answered_whole_and_as_a_stream(kind: str) -> None:
+    request = {"model": "m", "prompt": "Hello", "max_tokens": 2}
     async with FakeEngine(kind) as engine, client_of(engine) as client:
-        whole = (await client.post("/v1/completions", json=asked)).json()
-        streamed = await client.post("/v1/completions", json=asked | {"stream": True})
+        whole = (await client.post("/v1/completions", json=request)).json()
+        streamed = await client.post("/v1/completions", json=request | {"stream": True})
 
     assert whole["choices"][0]["text"] == "token0 token1"
-    told = events_of(streamed.text)
-    assert "".join(made["choices"][0]["text"] for made in told) == "token0 token1"
-    assert told[-1]["choices"][0]["finish_reason"] == "length"
+    results = events_of(streamed.text)
+    assert "".join(item["choices"][0]["text"] for item in results) == "token0 token1"
+    assert results[-1]["choices"][0]["finish_reason"] == "length"
 
 
 async def test_ollama_streams_completions_with_zero_usage_until_the_end() -> None:
-    asked = {
+    request = {
         "model": "m",
         "prompt": "Hello",
         "stream": True,
         "stream_options": {"include_usage": True},
     }
     async with FakeEngine("ollama") as engine, client_of(engine) as client:
-        told = events_of((await client.post("/v1/completions", json=asked)).text)
+        results = events_of((await client.post("/v1/completions", json=request)).text)
 
-    assert [made["usage"]["completion_tokens"] for made in told] == [0] * 6 + [5]
+    assert [item["usage"]["completion_tokens"] for item in results] == [0] * 6 + [5]
 
 
 async def test_only_ollama_ignores_max_completion_tokens() -> None:
     length: dict[str, int] = {}
     for kind in KINDS:
         async with FakeEngine(kind) as engine, client_of(engine) as client:
-            said = (await client.post(CHAT, json=body(max_completion_tokens=2))).json()
-        length[kind] = said["usage"]["completion_tokens"]
+            answer_body = (await client.post(CHAT, json=body(max_completion_tokens=2))).json()
+        length[kind] = answer_body["usage"]["completion_tokens"]
 
     assert length == {"ollama": 5, "vllm": 2, "llamacpp": 2}
 
 
-async def test_stop_ends_an_answer() -> None:
+async def test_a_stop_word_ends_an_answer() -> None:
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
-        said = (await client.post(CHAT, json=body(stop=["token2"]))).json()
+        answer_body = (await client.post(CHAT, json=body(stop=["token2"]))).json()
 
-    assert said["choices"][0]["message"]["content"] == "token0 token1"
-    assert said["choices"][0]["finish_reason"] == "stop"
+    assert answer_body["choices"][0]["message"]["content"] == "token0 token1"
+    assert answer_body["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_length_can_be_fixed_where_the_engine_allows_it() -> None:
+async def test_ignore_eos_fixes_the_length_of_an_answer() -> None:
     async with FakeEngine("vllm", tokens=5) as engine, client_of(engine) as client:
-        said = (await client.post(CHAT, json=body(max_tokens=20, ignore_eos=True))).json()
+        answer_body = (await client.post(CHAT, json=body(max_tokens=20, ignore_eos=True))).json()
 
-    assert said["usage"]["completion_tokens"] == 20
-    assert said["choices"][0]["finish_reason"] == "length"
+    assert answer_body["usage"]["completion_tokens"] == 20
+    assert answer_body["choices"][0]["finish_reason"] == "length"
 
 
-async def test_several_choices_come_from_those_that_can() -> None:
+async def test_several_choices_are_given_by_engines_that_support_them() -> None:
     many: dict[str, int] = {}
     for kind in KINDS:
         async with FakeEngine(kind) as engine, client_of(engine) as client:
             answer = await client.post(CHAT, json=body(n=2, stream=True))
-        made = [choice for told in events_of(answer.text) for choice in told["choices"]]
-        many[kind] = len({choice["index"] for choice in made})
+        choices = [choice for item in events_of(answer.text) for choice in item["choices"]]
+        many[kind] = len({choice["index"] for choice in choices})
 
     assert many == {"ollama": 1, "vllm": 2, "llamacpp": 2}
 
 
 async def test_unknown_model_is_refused_in_the_engines_own_words() -> None:
-    told: dict[str, tuple[int, Any]] = {}
+    results: dict[str, tuple[int, Any]] = {}
     for kind in KINDS:
         async with FakeEngine(kind) as engine, client_of(engine) as client:
             answer = await client.post(CHAT, json=body() | {"model": "nope"})
-        told[kind] = (answer.status_code, answer.json().get("error"))
+        results[kind] = (answer.status_code, answer.json().get("error"))
 
     message = "The model `nope` does not exist. Valid aliases: m."
-    assert told == {
+    assert results == {
         "ollama": (
             404,
             {
@@ -256,7 +259,7 @@ async def test_unknown_model_is_refused_in_the_engines_own_words() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sent", [b"{", b"", b"[1]", b"null"])
-async def test_body_that_is_no_request_is_refused(kind: str, sent: bytes) -> None:
+async def test_a_body_that_is_not_a_request_is_refused(kind: str, sent: bytes) -> None:
     async with FakeEngine(kind) as engine, client_of(engine) as client:
         answer = await client.post(CHAT, content=sent)
 
@@ -265,7 +268,7 @@ async def test_body_that_is_no_request_is_refused(kind: str, sent: bytes) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_body_of_wrong_types_is_refused(kind: str) -> None:
+async def test_a_body_of_wrong_types_is_refused(kind: str) -> None:
     async with FakeEngine(kind, embedding=["m"]) as engine, client_of(engine) as client:
         options = await client.post(CHAT, json=body(stream=True, stream_options=7))
         stop = await client.post(CHAT, json=body(stop=7))
@@ -275,7 +278,7 @@ async def test_body_of_wrong_types_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_openai_client_reads_what_comes(kind: str) -> None:
+async def test_the_openai_client_reads_every_answer(kind: str) -> None:
     async with (
         FakeEngine(kind) as engine,
         openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key="k", max_retries=0) as client,
@@ -283,7 +286,7 @@ async def test_openai_client_reads_what_comes(kind: str) -> None:
         streamed = await client.chat.completions.create(
             model="m", messages=[{"role": "user", "content": "Hi"}], stream=True
         )
-        told = [part.choices[0].delta.content or "" async for part in streamed]
+        results = [part.choices[0].delta.content or "" async for part in streamed]
         engine.script(stream({"error": {"message": "boom", "code": 500}}))
         broken = await client.chat.completions.create(
             model="m", messages=[{"role": "user", "content": "Hi"}], stream=True
@@ -291,35 +294,35 @@ async def test_openai_client_reads_what_comes(kind: str) -> None:
         with pytest.raises(openai.APIError, match="boom"):
             [part async for part in broken]
 
-    assert "".join(told) == "token0 token1 token2 token3 token4"
+    assert "".join(results) == "token0 token1 token2 token3 token4"
 
 
-async def test_prompt_too_long_is_refused_by_those_that_do() -> None:
-    told: dict[str, tuple[int, Any]] = {}
+async def test_a_prompt_over_the_context_is_refused_or_cut_as_by_the_engine() -> None:
+    results: dict[str, tuple[int, Any]] = {}
     messages = [{"role": "user", "content": "word " * 50}]
     for kind in KINDS:
         async with FakeEngine(kind, context=40) as engine, client_of(engine) as client:
             answer = await client.post(CHAT, json={"model": "m", "messages": messages})
         error = answer.json().get("error") or {}
-        told[kind] = (answer.status_code, error.get("param") or error.get("type"))
+        results[kind] = (answer.status_code, error.get("param") or error.get("type"))
 
-    assert told == {
+    assert results == {
         "ollama": (200, None),
         "vllm": (400, "input_tokens"),
         "llamacpp": (400, "exceed_context_size_error"),
     }
 
 
-async def test_tools_are_refused_by_those_that_lack_them() -> None:
-    told: dict[tuple[str, bool], int] = {}
+async def test_tools_are_refused_by_engines_without_them() -> None:
+    results: dict[tuple[str, bool], int] = {}
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     for kind in KINDS:
         for able in (False, True):
             async with FakeEngine(kind, tools=able) as engine, client_of(engine) as client:
                 answer = await client.post(CHAT, json=body(tools=tools))
-            told[kind, able] = answer.status_code
+            results[kind, able] = answer.status_code
 
-    assert told == {
+    assert results == {
         ("ollama", False): 400,
         ("ollama", True): 200,
         ("vllm", False): 400,
@@ -341,34 +344,34 @@ async def test_models_are_listed(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("form", "packed"), [("float", list), ("base64", str)])
-async def test_embeddings_have_one_vector_a_text(kind: str, form: str, packed: type) -> None:
-    asked = {"model": "e", "input": ["a", "b c"], "encoding_format": form}
+async def test_embeddings_have_one_vector_for_each_text(kind: str, form: str, packed: type) -> None:
+    request = {"model": "e", "input": ["a", "b c"], "encoding_format": form}
     async with FakeEngine(kind, [], embedding=["e"]) as engine, client_of(engine) as client:
-        said = (await client.post("/v1/embeddings", json=asked)).json()
+        answer_body = (await client.post("/v1/embeddings", json=request)).json()
 
-    assert [entry["index"] for entry in said["data"]] == [0, 1]
-    assert isinstance(said["data"][0]["embedding"], packed)
-    assert said["usage"]["prompt_tokens"] == 3
+    assert [entry["index"] for entry in answer_body["data"]] == [0, 1]
+    assert isinstance(answer_body["data"][0]["embedding"], packed)
+    assert answer_body["usage"]["prompt_tokens"] == 3
 
 
-async def test_embeddings_without_such_a_model() -> None:
-    told: dict[str, int] = {}
+async def test_embeddings_without_an_embedding_model_are_answered_as_by_the_engine() -> None:
+    results: dict[str, int] = {}
     for kind in KINDS:
         async with FakeEngine(kind) as engine, client_of(engine) as client:
             answer = await client.post("/v1/embeddings", json={"model": "m", "input": "a"})
-        told[kind] = answer.status_code
+        results[kind] = answer.status_code
 
-    assert told == {"ollama": 200, "vllm": 404, "llamacpp": 501}
+    assert results == {"ollama": 200, "vllm": 404, "llamacpp": 501}
 
 
-async def test_ollama_lets_nobody_in_who_calls_it_by_a_strange_name() -> None:
-    told: dict[str, int] = {}
+async def test_ollama_refuses_public_host_names() -> None:
+    results: dict[str, int] = {}
     async with FakeEngine("ollama") as engine, client_of(engine) as client:
         for host in ("127.0.0.1:1", "[::1]:1", "localhost", "ollama.internal:1", "gateway", "a.b"):
             answer = await client.get("/v1/models", headers={"host": host})
-            told[host] = answer.status_code
+            results[host] = answer.status_code
 
-    assert list(told.values()) == [200, 200, 200, 200, 403, 403]
+    assert list(results.values()) == [200, 200, 200, 200, 403, 403]
 
 
 # Ollama's memory
@@ -390,7 +393,7 @@ async def test_ollama_loads_for_the_first_request() -> None:
     assert loaded["size_vram"] == loaded["size"]
 
 
-async def test_ollama_gives_up_a_load_whose_client_left() -> None:
+async def test_ollama_ends_a_load_whose_client_hung_up() -> None:
     async with FakeEngine("ollama", load_s=0.2) as engine, client_of(engine) as client:
         load = {"model": "m", "keep_alive": -1}
         with pytest.raises(httpx.ReadTimeout):
@@ -398,35 +401,35 @@ async def test_ollama_gives_up_a_load_whose_client_left() -> None:
         await engine.until(lambda engine: engine.hang_ups)
         await asyncio.sleep(0.3)
         never = list(engine.resident)
-        told = (await client.post("/api/generate", json=load)).json()
+        results = (await client.post("/api/generate", json=load)).json()
 
         assert never == []
-        assert told["done_reason"] == "load"
+        assert results["done_reason"] == "load"
         assert engine.resident == ["m:latest"]
 
 
-async def test_ollama_unloads_after_it_has_said_so() -> None:
+async def test_ollama_confirms_an_unload_before_it_is_done() -> None:
     async with FakeEngine("ollama", unload_s=0.1) as engine, client_of(engine) as client:
         await client.post("/api/generate", json={"model": "m", "keep_alive": -1})
-        told = (await client.post("/api/generate", json={"model": "m", "keep_alive": 0})).json()
+        results = (await client.post("/api/generate", json={"model": "m", "keep_alive": 0})).json()
         right_after = list(engine.resident)
         await engine.until(lambda engine: not engine.resident)
 
-    assert told["done_reason"] == "unload"
+    assert results["done_reason"] == "unload"
     assert right_after == ["m:latest"]
 
 
-async def test_ollama_tells_of_its_models() -> None:
+async def test_ollama_reports_its_models() -> None:
     async with FakeEngine("ollama", tools=True, context=99) as engine, client_of(engine) as client:
         version = (await client.get("/api/version")).json()
         tags = (await client.get("/api/tags")).json()["models"]
-        shown = (await client.post("/api/show", json={"model": "m"})).json()
+        model_info = (await client.post("/api/show", json={"model": "m"})).json()
         unknown = await client.post("/api/show", json={"model": "nope"})
 
     assert version["version"]
     assert [tag["name"] for tag in tags] == ["m:latest"]
-    assert shown["capabilities"] == ["completion", "tools"]
-    assert shown["model_info"]["llama.context_length"] == 99
+    assert model_info["capabilities"] == ["completion", "tools"]
+    assert model_info["model_info"]["llama.context_length"] == 99
     assert (unknown.status_code, unknown.json()) == (404, {"error": "model 'nope' not found"})
 
 
@@ -442,31 +445,33 @@ async def test_vllm_cannot_sleep_without_dev_mode() -> None:
 async def test_vllm_asleep_is_healthy_and_answers_when_it_wakes() -> None:
     async with FakeEngine("vllm", dev_mode=True) as engine, client_of(engine) as client:
         await client.post("/sleep?level=1&mode=wait")
-        asked = asyncio.create_task(client.post(CHAT, json=body()))
+        request = asyncio.create_task(client.post(CHAT, json=body()))
         await engine.until(lambda engine: engine.waiting == 1)
         healthy = (await client.get("/health")).status_code
         asleep = (await client.get("/is_sleeping")).json()
         metrics = (await client.get("/metrics")).text
         await client.post("/wake_up")
 
-        assert (await asked).status_code == 200
+        assert (await request).status_code == 200
     assert healthy == 200
     assert asleep == {"is_sleeping": True}
     assert 'vllm:num_requests_waiting{engine="0",model_name="m"} 1.0' in metrics
 
 
 @pytest.mark.parametrize(("mode", "finish"), [("wait", "stop"), ("abort", "abort")])
-async def test_vllm_falls_asleep_after_what_runs_or_ends_it(mode: str, finish: str) -> None:
+async def test_vllm_falls_asleep_after_running_requests_or_aborts_them(
+    mode: str, finish: str
+) -> None:
     async with (
         FakeEngine("vllm", dev_mode=True, gap_s=0.03) as engine,
         client_of(engine) as client,
     ):
-        asked = asyncio.create_task(client.post(CHAT, json=body(stream=True)))
+        request = asyncio.create_task(client.post(CHAT, json=body(stream=True)))
         await engine.until(lambda engine: engine.running == 1)
         await asyncio.sleep(0.05)
         await client.post(f"/sleep?level=1&mode={mode}")
         running = engine.running
-        answer = await asked
+        answer = await request
 
     assert running == 0
     assert events_of(answer.text)[-1]["choices"][0]["finish_reason"] == finish
@@ -480,10 +485,10 @@ async def test_vllm_lists_the_paths_its_model_can_serve() -> None:
     assert CHAT not in paths
 
 
-# llama.cpp's habits
+# llama.cpp's connections and slots
 
 
-async def test_llamacpp_says_503_while_it_loads() -> None:
+async def test_llamacpp_answers_503_while_it_loads() -> None:
     async with FakeEngine("llamacpp", loading=True) as engine, client_of(engine) as client:
         health = await client.get("/health")
         chat = await client.post(CHAT, json=body())
@@ -501,16 +506,16 @@ async def test_llamacpp_closes_after_a_stream_and_only_then() -> None:
         whole = await client.post(CHAT, json=body())
         await client.post(CHAT, json=body())
         one = engine.accepted
-        got, end = await on_the_wire(engine)
+        received, end = await on_the_wire(engine)
         await engine.until(lambda engine: engine.connections == 1)
 
     assert whole.headers["keep-alive"]
     assert one == 1
-    assert got.endswith(b"\r\n0\r\n\r\n")
+    assert received.endswith(b"\r\n0\r\n\r\n")
     assert end == "end of body"
 
 
-async def test_llamacpp_tells_of_its_slots() -> None:
+async def test_llamacpp_reports_its_slots() -> None:
     async with FakeEngine("llamacpp", slots=3, context=99) as engine, client_of(engine) as client:
         props = (await client.get("/props")).json()
         slots = (await client.get("/slots")).json()
@@ -525,7 +530,7 @@ async def test_llamacpp_tells_of_its_slots() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_tokens_come_at_their_times(kind: str) -> None:
+async def test_tokens_are_sent_at_their_times(kind: str) -> None:
     async with (
         FakeEngine(kind, ttft_s=0.1, gap_s=0.01, tokens=40) as engine,
         client_of(engine) as client,
@@ -545,7 +550,7 @@ async def test_tokens_come_at_their_times(kind: str) -> None:
     assert times[-1] - times[0] == pytest.approx(0.39, abs=0.04)  # no drift
 
 
-async def test_slots_are_given_in_order_and_the_others_wait() -> None:
+async def test_slots_are_granted_in_order() -> None:
     async with FakeEngine("vllm", slots=2, ttft_s=0.05) as engine, client_of(engine) as client:
         ended: list[int] = []
 
@@ -566,7 +571,7 @@ async def test_slots_are_given_in_order_and_the_others_wait() -> None:
     assert ended == sorted(ended)
 
 
-async def test_client_that_waits_and_leaves_is_out_of_the_queue() -> None:
+async def test_a_waiting_client_that_hangs_up_leaves_the_queue() -> None:
     async with FakeEngine("vllm", slots=1, ttft_s=0.3) as engine, client_of(engine) as client:
         first = asyncio.create_task(client.post(CHAT, json=body()))
         await engine.until(lambda engine: engine.running == 1)
@@ -582,19 +587,19 @@ async def test_client_that_waits_and_leaves_is_out_of_the_queue() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_hang_up_is_seen_at_once_and_frees_the_slot(kind: str, *, streamed: bool) -> None:
+async def test_a_hang_up_frees_the_slot_at_once(kind: str, *, streamed: bool) -> None:
     async with FakeEngine(kind, gap_s=5.0) as engine, client_of(engine) as client:
-        asked = asyncio.create_task(client.post(CHAT, json=body(stream=streamed)))
+        request = asyncio.create_task(client.post(CHAT, json=body(stream=streamed)))
         await engine.until(lambda engine: engine.running == 1)
         left = time.monotonic()
-        asked.cancel()
+        request.cancel()
         await engine.until(lambda engine: engine.hang_ups)
 
         assert engine.running == 0
         assert engine.hang_ups[0] - left < 0.05
 
 
-async def test_whoever_waits_in_vain_is_told_the_state() -> None:
+async def test_waiting_in_vain_raises_the_state() -> None:
     async with FakeEngine("vllm") as engine:
         with pytest.raises(TimeoutError, match=r"<FakeEngine vllm .* running=0/16 waiting=0"):
             await engine.until(lambda engine: engine.running, within_s=0.01)
@@ -603,7 +608,7 @@ async def test_whoever_waits_in_vain_is_told_the_state() -> None:
 # Scripts
 
 
-async def test_script_is_played_once_and_then_all_is_as_before() -> None:
+async def test_a_script_is_played_once_before_normal_service() -> None:
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         engine.script(status(500), status(503, retry_after=2), status(422, body={"detail": []}))
         answers = [await client.post(CHAT, json=body()) for _ in range(4)]
@@ -615,7 +620,7 @@ async def test_script_is_played_once_and_then_all_is_as_before() -> None:
     assert health.status_code == 200
 
 
-async def test_script_can_go_on_until_it_is_taken_back() -> None:
+async def test_a_script_can_last_until_it_is_cleared() -> None:
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         engine.script(Serve(), then=status(500))
         answers = [(await client.post(CHAT, json=body())).status_code for _ in range(3)]
@@ -625,7 +630,7 @@ async def test_script_can_go_on_until_it_is_taken_back() -> None:
     assert answers == [200, 500, 500, 200]
 
 
-async def test_script_can_be_for_another_path() -> None:
+async def test_a_script_can_be_for_another_path() -> None:
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         engine.script(status(503), path="/health")
 
@@ -646,45 +651,45 @@ THREE = b" token2"
         ([Serve(tokens=3), Reset()], "reset"),
     ],
 )
-async def test_stream_can_end_in_each_bad_way(kind: str, answer: Answer, end: str) -> None:
+async def test_a_stream_can_end_in_each_bad_way(kind: str, answer: Answer, end: str) -> None:
     async with FakeEngine(kind) as engine:
         engine.script(answer)
-        got, how = await on_the_wire(engine)
+        received, how = await on_the_wire(engine)
 
         assert how == end
-        assert THREE in got
-        assert b"token3" not in got
-        assert b"DONE" not in got
-        assert b'"stop"' not in got
+        assert THREE in received
+        assert b"token3" not in received
+        assert b"DONE" not in received
+        assert b'"stop"' not in received
         assert not engine.hang_ups
 
 
 @pytest.mark.parametrize("after", [0, 1, 20, 333])
-async def test_answer_can_be_cut_at_any_byte(after: int) -> None:
+async def test_an_answer_can_be_cut_at_any_byte(after: int) -> None:
     async with FakeEngine("vllm") as engine:
         engine.script([Cut(after), Reset()])
-        got, how = await on_the_wire(engine)
+        received, how = await on_the_wire(engine)
 
-    assert (len(got), how) == (after, "reset")
+    assert (len(received), how) == (after, "reset")
 
 
-async def test_engine_can_take_a_request_and_say_nothing() -> None:
+async def test_an_engine_can_accept_a_request_and_stay_silent() -> None:
     async with FakeEngine("vllm") as engine:
         engine.script(Silence(), [Serve(tokens=0), Silence()], [Serve(tokens=2), Silence()])
         silences = [b"", b"transfer-encoding: chunked\r\n\r\n", b"token1"]
-        told: list[bytes] = []
+        results: list[bytes] = []
         for number, awaited in enumerate(silences, start=1):
-            told.append(await until_quiet(engine, awaited))
+            results.append(await until_quiet(engine, awaited))
             await engine.until(lambda engine, n=number: len(engine.hang_ups) == n)  # type: ignore[misc]
 
-    nothing, head, some = told
+    nothing, head, some = results
     assert nothing == b""
     assert head.endswith(silences[1])
     assert b"token2" not in some
     assert not some.endswith(b"<end>")
 
 
-async def test_pause_is_as_long_as_said() -> None:
+async def test_a_pause_is_as_long_as_scripted() -> None:
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         engine.script([Pause(0.1), Serve()])
         started = time.monotonic()
@@ -693,7 +698,7 @@ async def test_pause_is_as_long_as_said() -> None:
     assert 0.1 <= time.monotonic() - started < 0.2
 
 
-async def test_bytes_can_come_one_at_a_time() -> None:
+async def test_bytes_can_be_sent_one_by_one() -> None:
     sent = event(chunk("é🙂")).replace(b"\n", b"\r\n") + DONE
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         engine.script(stream(sent, split=1))
@@ -712,14 +717,14 @@ async def test_raw_bytes_may_be_any_http() -> None:
         assert await on_the_wire(engine) == (raw, "end of connection")
 
 
-async def test_length_may_be_wrong() -> None:
+async def test_the_content_length_can_be_wrong() -> None:
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         engine.script([Head(length=10), Send(b"{}"), Close()])
         with pytest.raises(httpx.RemoteProtocolError):
             await client.post(CHAT, json=body())
 
 
-async def test_headers_can_be_added_to_the_usual_answer() -> None:
+async def test_headers_can_be_added_to_the_normal_answer() -> None:
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         engine.script(Serve(headers={"set-cookie": "a=b", "server": "secret"}))
         answer = await client.post(CHAT, json=body())
@@ -738,7 +743,7 @@ async def test_answer_can_be_compressed() -> None:
     assert text_of(events_of(answer.text)) == "Hi"
 
 
-async def test_stream_can_be_of_ones_own_making() -> None:
+async def test_a_stream_can_be_made_of_given_events() -> None:
     call = [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         engine.script(
@@ -755,17 +760,17 @@ async def test_stream_can_be_of_ones_own_making() -> None:
         )
         answer = await client.post(CHAT, json=body(stream=True))
     comment, *rest = answer.text.split("\n\n")
-    told = events_of("\n\n".join(rest))
+    results = events_of("\n\n".join(rest))
 
     assert comment == ": ping"
-    assert [list(choice["delta"]) for made in told for choice in made["choices"]] == [
+    assert [list(choice["delta"]) for item in results for choice in item["choices"]] == [
         ["role"],
         ["reasoning_content"],
         ["content"],
         ["tool_calls"],
         [],
     ]
-    assert told[-1]["usage"]["total_tokens"] == 5
+    assert results[-1]["usage"]["total_tokens"] == 5
 
 
 async def test_steps_can_be_repeated() -> None:
@@ -779,7 +784,7 @@ async def test_steps_can_be_repeated() -> None:
 @pytest.mark.parametrize(
     "answer", [Serve(tokens=10**9), [Head(), Repeat(Send(b"x" * 65536))], [Head(), Repeat(())]]
 )
-async def test_endless_answer_ends_with_its_client(answer: Answer) -> None:
+async def test_an_endless_answer_ends_with_its_client(answer: Answer) -> None:
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         engine.script(answer)
         with pytest.raises(TimeoutError):
@@ -788,7 +793,7 @@ async def test_endless_answer_ends_with_its_client(answer: Answer) -> None:
         await engine.until(lambda engine: engine.hang_ups)
 
 
-async def test_endless_answer_ends_with_a_client_that_never_read() -> None:
+async def test_an_endless_answer_ends_with_a_client_that_never_read() -> None:
     async with FakeEngine("vllm") as engine:
         engine.script([Head(), Repeat(Send(b"x" * 65536))])
         _, writer = await asyncio.open_connection("127.0.0.1", engine.port)
@@ -802,7 +807,7 @@ async def test_endless_answer_ends_with_a_client_that_never_read() -> None:
         assert engine.running == 0
 
 
-async def test_mistake_in_a_script_is_raised_when_the_engine_closes() -> None:
+async def test_a_mistake_in_a_script_is_raised_when_the_engine_closes() -> None:
     engine = FakeEngine("vllm")
     await engine.__aenter__()
     engine.script(Send("text"))  # type: ignore[arg-type]
@@ -815,14 +820,14 @@ async def test_mistake_in_a_script_is_raised_when_the_engine_closes() -> None:
 # The port
 
 
-async def test_engine_that_is_down_refuses_and_comes_back_on_its_port() -> None:
+async def test_an_engine_that_is_down_refuses_connections_and_returns_on_its_port() -> None:
     async with FakeEngine("vllm", gap_s=5.0) as engine, client_of(engine) as client:
         url = engine.url
-        asked = asyncio.create_task(client.post(CHAT, json=body()))
+        request = asyncio.create_task(client.post(CHAT, json=body()))
         await engine.until(lambda engine: engine.running == 1)
         engine.down()
         with pytest.raises(httpx.ReadError):
-            await asked
+            await request
         with pytest.raises(httpx.ConnectError):
             await client.get("/health")
         await engine.up()
@@ -833,7 +838,7 @@ async def test_engine_that_is_down_refuses_and_comes_back_on_its_port() -> None:
         assert engine.generations[0].ended == "down"
 
 
-async def test_deaf_engine_answers_no_attempt_to_connect() -> None:
+async def test_a_deaf_engine_answers_no_attempt_to_connect() -> None:
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         engine.deaf()
         with pytest.raises(httpx.ConnectTimeout):
@@ -843,7 +848,7 @@ async def test_deaf_engine_answers_no_attempt_to_connect() -> None:
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_connection_is_kept_until_it_was_idle_for_too_long() -> None:
+async def test_an_idle_connection_is_closed_after_its_keep_alive() -> None:
     async with FakeEngine("vllm", keep_alive_s=0.1) as engine, client_of(engine) as client:
         for _ in range(3):
             await client.post(CHAT, json=body(stream=True))
@@ -854,18 +859,18 @@ async def test_connection_is_kept_until_it_was_idle_for_too_long() -> None:
         assert not engine.hang_ups
 
 
-async def test_request_is_kept_as_it_came() -> None:
+async def test_a_request_is_recorded_as_it_arrived() -> None:
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         await client.get("/v1/models?a=1", headers={"X-One": "1"})
         await client.post(CHAT, json=body(), headers={"Authorization": "Bearer k"})
-        listed, asked = engine.received
+        listed, request = engine.received
 
     assert (listed.method, listed.path, listed.query) == ("GET", "/v1/models", {"a": "1"})
     assert listed.headers["x-one"] == "1"
-    assert asked.body == body()
-    assert json.loads(asked.raw) == body()
-    assert asked.headers["authorization"] == "Bearer k"
-    assert asked.ended == "done"
+    assert request.body == body()
+    assert json.loads(request.raw) == body()
+    assert request.headers["authorization"] == "Bearer k"
+    assert request.ended == "done"
 
 
 async def test_pipelined_requests_are_answered_in_order() -> None:
@@ -873,25 +878,25 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", engine.port)
         get = "GET {} HTTP/1.1\r\nhost: x\r\n\r\n"
         writer.write((get.format("/version") + get.format("/nope")).encode())
-        got = b""
-        while b"Not Found" not in got.partition(b"0.32")[2]:
-            got += await reader.read(65536)
+        received = b""
+        while b"Not Found" not in received.partition(b"0.32")[2]:
+            received += await reader.read(65536)
         writer.close()
 
-    assert got.index(b"200 OK") < got.index(b"404 Not Found")
+    assert received.index(b"200 OK") < received.index(b"404 Not Found")
 
 
-async def test_what_is_not_http_is_answered_400() -> None:
+async def test_bytes_that_are_not_http_are_answered_400() -> None:
     async with FakeEngine("vllm") as engine:
         reader, writer = await asyncio.open_connection("127.0.0.1", engine.port)
         writer.write(b"\x16\x03\x01 hello\r\n\r\n")
-        got = await reader.read()
+        received = await reader.read()
         writer.close()
 
-    assert got.startswith(b"HTTP/1.1 400 ")
+    assert received.startswith(b"HTTP/1.1 400 ")
 
 
-# From outside
+# From another process
 
 
 async def test_control_port_watches_and_scripts() -> None:
@@ -923,7 +928,7 @@ async def test_control_port_watches_and_scripts() -> None:
 
 
 def test_every_step_can_be_written_as_json() -> None:
-    said = [
+    described = [
         {"head": {"status": 200, "headers": {"a": "b"}, "length": 5}},
         {"send": "text", "split": 1},
         {"event": {"a": 1}},
@@ -936,7 +941,7 @@ def test_every_step_can_be_written_as_json() -> None:
         "reset",
     ]
 
-    assert read_answer(said) == [
+    assert read_answer(described) == [
         Head(200, {"a": "b"}, length=5),
         Send(b"text", split=1),
         Send(b'data: {"a":1}\n\n'),
@@ -950,14 +955,14 @@ def test_every_step_can_be_written_as_json() -> None:
     ]
 
 
-async def test_program_serves_until_it_is_told_to_stop() -> None:
+async def test_the_program_serves_until_sigterm() -> None:
     program = [sys.executable, "-m", "backends.fake", "--kind", "ollama", "--model", "x:1b"]
     process = await asyncio.create_subprocess_exec(
         *program, "--control-port", "0", stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None
-    told = (await process.stdout.readline()).decode()
-    kind, _, url, _, _, control = told.replace(",", "").split()
+    results = (await process.stdout.readline()).decode()
+    kind, _, url, _, _, control = results.replace(",", "").split()
     async with async_client() as client:
         listed = (await client.get(f"{url}/v1/models")).json()
         state = (await client.get(control)).json()

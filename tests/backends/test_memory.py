@@ -35,15 +35,15 @@ from backends.transport import http
 from backends.vllm import VLLM
 from tests.support.plain_http import async_client
 
-#: How the fake Ollama calls the model `m`.
+#: The name of the model `m` on the fake Ollama.
 M = "m:latest"
-#: Whoever else is at the GPU.
+#: The id of another process on the GPU.
 STRANGER = 1
 
 
 @asynccontextmanager
 async def ollama_at(fake: FakeEngine) -> AsyncIterator[Ollama]:
-    """The engine as the gateway has it; closed, it has left no connection behind."""
+    """The engine as the gateway uses it; after its close no connection is open."""
     async with http.Client() as client:
         engine = Ollama(fake.url, client)
         yield engine
@@ -59,8 +59,8 @@ async def vllm_at(fake: FakeEngine) -> AsyncIterator[VLLM]:
 
 
 def chat(**fields: object) -> Call:
-    asked = {"messages": [{"role": "user", "content": "Hi"}], **fields}
-    raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in asked.items()}
+    fields_of_it = {"messages": [{"role": "user", "content": "Hi"}], **fields}
+    raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in fields_of_it.items()}
     return Call(calls.CHAT, raw, stream=bool(fields.get("stream")))
 
 
@@ -69,12 +69,12 @@ async def rest_of(answer: calls.StreamedAnswer) -> None:
         pass
 
 
-def asked_for(fake: FakeEngine, path: str) -> int:
-    """How many requests for this path there were."""
+def requests_for(fake: FakeEngine, path: str) -> int:
+    """The number of requests for a path."""
     return sum(request.path == path for request in fake.received)
 
 
-async def given_up(work: asyncio.Task[None]) -> None:
+async def cancelled(work: asyncio.Task[None]) -> None:
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await work
@@ -83,7 +83,7 @@ async def given_up(work: asyncio.Task[None]) -> None:
 # The GPU
 
 
-def test_what_is_taken_is_not_free_until_it_is_given_back() -> None:
+def test_allocated_memory_is_free_after_its_release() -> None:
     gpu = FakeGpu(10 * GIB, cards=2)
     first, second = gpu.allocate(1, 6 * GIB), gpu.allocate(2, 2 * GIB)
     with pytest.raises(OutOfMemory, match="GiB wanted"):
@@ -99,7 +99,7 @@ def test_what_is_taken_is_not_free_until_it_is_given_back() -> None:
     assert (gpu.free(), gpu.peak) == (10 * GIB, 9 * GIB)
 
 
-async def test_gpu_goes_from_one_engine_to_the_other_and_back() -> None:
+async def test_the_gpu_passes_from_one_engine_to_the_other_and_back() -> None:
     gpu = FakeGpu(24 * GIB)
     async with (
         FakeEngine("vllm", gpu=gpu, size=22 * GIB, dev_mode=True) as fake_vllm,
@@ -123,7 +123,7 @@ async def test_gpu_goes_from_one_engine_to_the_other_and_back() -> None:
     assert gpu.free() == gpu.total()  # and who ends has nothing
 
 
-async def test_engine_that_does_not_unload_has_its_memory_while_it_runs() -> None:
+async def test_an_engine_that_cannot_unload_keeps_its_memory_while_it_runs() -> None:
     gpu = FakeGpu(24 * GIB)
     async with FakeEngine("llamacpp", gpu=gpu, size=5 * GIB) as fake:
         running = gpu.who()
@@ -134,7 +134,7 @@ async def test_engine_that_does_not_unload_has_its_memory_while_it_runs() -> Non
         assert gpu.free() == 24 * GIB
 
 
-async def test_vllm_may_begin_asleep_with_what_it_keeps() -> None:
+async def test_a_vllm_that_begins_asleep_has_its_remainder() -> None:
     gpu = FakeGpu(48 * GIB, cards=2)
     async with (
         FakeEngine("vllm", gpu=gpu, size=44 * GIB, dev_mode=True, asleep=True) as fake,
@@ -148,7 +148,7 @@ async def test_vllm_may_begin_asleep_with_what_it_keeps() -> None:
         assert gpu.free() == 4 * GIB
 
 
-async def test_vllm_does_not_start_without_room() -> None:
+async def test_vllm_does_not_start_without_free_memory() -> None:
     gpu = FakeGpu(24 * GIB)
     other = gpu.allocate(STRANGER, 10 * GIB)
     fake = FakeEngine("vllm", gpu=gpu, size=22 * GIB)
@@ -164,7 +164,7 @@ async def test_vllm_does_not_start_without_room() -> None:
 # Ollama
 
 
-async def test_model_without_room_is_partly_on_the_cpu() -> None:
+async def test_a_model_without_enough_free_memory_is_partly_on_the_cpu() -> None:
     gpu = FakeGpu(24 * GIB)
     gpu.allocate(STRANGER, 14 * GIB)
     async with FakeEngine("ollama", gpu=gpu, size=20 * GIB) as fake, ollama_at(fake) as ollama:
@@ -176,7 +176,7 @@ async def test_model_without_room_is_partly_on_the_cpu() -> None:
         assert gpu.free() == 0
 
 
-async def test_ollama_is_given_time_until_the_model_has_gone() -> None:
+async def test_an_unload_returns_when_the_model_has_left_memory() -> None:
     async with FakeEngine("ollama", unload_s=0.25) as fake, ollama_at(fake) as ollama:
         await ollama.load(M)
         loaded = await ollama.resident()
@@ -184,10 +184,10 @@ async def test_ollama_is_given_time_until_the_model_has_gone() -> None:
 
         assert loaded == [M]
         assert fake.memory == {}
-        assert asked_for(fake, "/api/ps") >= 3
+        assert requests_for(fake, "/api/ps") >= 3
 
 
-async def test_model_that_never_goes_is_waited_for_until_the_caller_gives_up() -> None:
+async def test_an_unload_of_a_model_that_stays_lasts_until_it_is_cancelled() -> None:
     async with FakeEngine("ollama", unload_s=math.inf) as fake, ollama_at(fake) as ollama:
         await ollama.load(M)
         with pytest.raises(TimeoutError):
@@ -197,7 +197,7 @@ async def test_model_that_never_goes_is_waited_for_until_the_caller_gives_up() -
         assert await ollama.resident() == [M]
 
 
-async def test_memory_may_be_taken_when_the_model_has_gone() -> None:
+async def test_memory_can_still_be_taken_when_the_model_has_left() -> None:
     gpu = FakeGpu(24 * GIB)
     async with (
         FakeEngine("ollama", gpu=gpu, size=20 * GIB, settle_s=math.inf) as fake,
@@ -224,12 +224,12 @@ async def test_memory_that_settles_is_free_in_the_end() -> None:
         await fake.until(lambda _: gpu.free() == 24 * GIB)
 
 
-async def test_load_that_is_given_up_ends_in_the_engine() -> None:
+async def test_a_cancelled_load_ends_in_the_engine() -> None:
     async with FakeEngine("ollama", load_s=math.inf) as fake, ollama_at(fake) as ollama:
         load = asyncio.create_task(ollama.load(M))
         await fake.until(lambda fake: fake.memory)
         while_loading = await ollama.resident()
-        await given_up(load)
+        await cancelled(load)
         await fake.until(lambda fake: not fake.memory)
 
         assert while_loading == [M]
@@ -237,7 +237,7 @@ async def test_load_that_is_given_up_ends_in_the_engine() -> None:
         assert fake.resident == []
 
 
-async def test_model_is_unloaded_after_a_load_that_was_under_way() -> None:
+async def test_a_model_is_unloaded_after_a_running_load() -> None:
     async with FakeEngine("ollama", load_s=0.1) as fake, ollama_at(fake) as ollama:
         load = asyncio.create_task(ollama.load(M))
         await fake.until(lambda fake: fake.memory)
@@ -270,12 +270,12 @@ async def test_only_vllm_in_dev_mode_sleeps() -> None:
             await vllm.sleeps()
 
 
-async def test_vllm_is_told_to_sleep_when_nothing_runs() -> None:
+async def test_the_sleep_is_requested_when_nothing_runs() -> None:
     async with FakeEngine("vllm", dev_mode=True, gap_s=60.0) as fake, vllm_at(fake) as vllm:
         answer = await vllm.open_stream(chat(stream=True), "m")
         unload = asyncio.create_task(vllm.unload("m"))
-        await fake.until(lambda fake: asked_for(fake, "/metrics") >= 3)
-        while_running = (fake.paused, asked_for(fake, "/sleep"))
+        await fake.until(lambda fake: requests_for(fake, "/metrics") >= 3)
+        while_running = (fake.paused, requests_for(fake, "/sleep"))
         answer.close()
         await unload
 
@@ -284,17 +284,17 @@ async def test_vllm_is_told_to_sleep_when_nothing_runs() -> None:
         assert await vllm.ready("m") is Readiness.ASLEEP
 
 
-async def test_unload_that_is_given_up_while_requests_run_changes_nothing() -> None:
+async def test_an_unload_cancelled_while_requests_run_changes_nothing() -> None:
     async with FakeEngine("vllm", dev_mode=True, gap_s=60.0) as fake, vllm_at(fake) as vllm:
         answer = await vllm.open_stream(chat(stream=True), "m")
         unload = asyncio.create_task(vllm.unload("m"))
-        await fake.until(lambda fake: asked_for(fake, "/metrics") >= 3)
-        await given_up(unload)
+        await fake.until(lambda fake: requests_for(fake, "/metrics") >= 3)
+        await cancelled(unload)
         other = await vllm.fetch_answer(chat(max_tokens=1), "m")
         answer.close()
 
         assert other.finish == "length"
-        assert asked_for(fake, "/sleep") == 0
+        assert requests_for(fake, "/sleep") == 0
 
 
 async def test_vllm_sleeps_and_wakes_whether_its_client_waits_or_not() -> None:
@@ -304,17 +304,17 @@ async def test_vllm_sleeps_and_wakes_whether_its_client_waits_or_not() -> None:
     ):
         unload = asyncio.create_task(vllm.unload("m"))
         await fake.until(lambda fake: fake.paused)
-        await given_up(unload)
+        await cancelled(unload)
         await fake.until(lambda fake: fake.asleep)
         load = asyncio.create_task(vllm.load("m"))
-        await fake.until(lambda fake: asked_for(fake, "/wake_up"))
-        await given_up(load)
+        await fake.until(lambda fake: requests_for(fake, "/wake_up"))
+        await cancelled(load)
         await fake.until(lambda fake: not fake.asleep)
 
         assert await vllm.ready("m") is Readiness.READY
 
 
-async def test_vllm_woken_without_room_dies_of_it() -> None:
+async def test_a_vllm_woken_without_free_memory_dies() -> None:
     gpu = FakeGpu(24 * GIB)
     other = gpu.allocate(STRANGER, 10 * GIB)
     async with (
@@ -336,7 +336,7 @@ async def test_vllm_woken_without_room_dies_of_it() -> None:
         assert gpu.free() == 2 * GIB
 
 
-async def test_vllm_woken_before_it_slept_sleeps_later_and_dies_of_the_next_request() -> None:
+async def test_a_vllm_woken_before_it_slept_sleeps_later_and_dies_at_the_next_request() -> None:
     # Seen in vLLM's engine core: a wake resumes the scheduler, and the sleep that waits for
     # it to be idle stays. It is why `unload` waits for that first.
     async with (
@@ -347,7 +347,7 @@ async def test_vllm_woken_before_it_slept_sleeps_later_and_dies_of_the_next_requ
         answer = await vllm.open_stream(chat(stream=True), "m")
         sleep = asyncio.create_task(client.post("/sleep?level=1&mode=wait"))
         await fake.until(lambda fake: fake.paused)
-        told = await vllm.asleep()
+        reported = await vllm.asleep()
         await client.post("/wake_up")
         woken = await vllm.asleep()
         answer.close()
@@ -356,11 +356,11 @@ async def test_vllm_woken_before_it_slept_sleeps_later_and_dies_of_the_next_requ
         with pytest.raises(BackendError):
             await vllm.fetch_answer(chat(), "m")
 
-        assert (told, woken, asleep) == (True, False, (True, True))
+        assert (reported, woken, asleep) == (True, False, (True, True))
         assert not fake.alive
 
 
-async def test_vllm_may_wake_and_never_generate_until_it_is_started_anew() -> None:
+async def test_a_vllm_can_wake_and_never_generate_until_it_is_started_anew() -> None:
     async with FakeEngine("vllm", dev_mode=True, asleep=True) as fake, vllm_at(fake) as vllm:
         fake.wakes_stuck = True
         await vllm.load("m")
@@ -378,13 +378,13 @@ async def test_vllm_may_wake_and_never_generate_until_it_is_started_anew() -> No
 # Faults, each at each step
 
 Work = Callable[[], Coroutine[Any, Any, None]]
-#: What a script for each is for.
+#: The path or operation that a script of each step is for.
 STEPS = {"load": "load", "unload": "unload", "wake": "/wake_up", "sleep": "/sleep"}
 
 
 @asynccontextmanager
 async def at_step(step: str) -> AsyncIterator[tuple[FakeEngine, Work]]:
-    """An engine on which this step is next, and what takes it."""
+    """An engine before this step, and the work that does it."""
     if step in ("load", "unload"):
         async with FakeEngine("ollama") as fake, ollama_at(fake) as ollama:
             if step == "unload":
@@ -399,7 +399,7 @@ async def at_step(step: str) -> AsyncIterator[tuple[FakeEngine, Work]]:
 
 
 @pytest.mark.parametrize("step", STEPS)
-async def test_step_that_fails_says_so_and_may_be_tried_again(step: str) -> None:
+async def test_a_failed_step_raises_and_can_be_repeated(step: str) -> None:
     async with at_step(step) as (fake, work):
         fake.script(status(500, "no luck"), path=STEPS[step])
         with pytest.raises(ServerError, match="no luck"):
@@ -408,20 +408,20 @@ async def test_step_that_fails_says_so_and_may_be_tried_again(step: str) -> None
 
 
 @pytest.mark.parametrize("step", STEPS)
-async def test_step_that_is_never_answered_can_be_given_up(step: str) -> None:
+async def test_a_step_that_is_never_answered_can_be_cancelled(step: str) -> None:
     async with at_step(step) as (fake, work):
         fake.script(Silence(), path=STEPS[step])
         doing = asyncio.create_task(work())
         path = STEPS[step] if step in ("wake", "sleep") else "/api/generate"
         await fake.until(lambda fake: fake.received and fake.received[-1].path == path)
-        await given_up(doing)
+        await cancelled(doing)
         await fake.until(lambda fake: len(fake.hang_ups) == 1)
         await work()
 
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("answer", [Kill(), [Serve(), Kill()]])
-async def test_engine_that_dies_at_a_step_is_started_anew(step: str, answer: Answer) -> None:
+async def test_an_engine_that_dies_at_a_step_can_be_started_anew(step: str, answer: Answer) -> None:
     async with at_step(step) as (fake, work):
         fake.script(answer, path=STEPS[step])
         with pytest.raises((Broken, Unreachable)):
@@ -441,14 +441,14 @@ async def test_engine_that_dies_at_a_step_is_started_anew(step: str, answer: Ans
         ("sleep", {"status": "sleeping", "level": 1}),
     ],
 )
-async def test_engine_that_only_says_so_is_not_believed(step: str, claim: object) -> None:
+async def test_a_false_confirmation_raises(step: str, claim: object) -> None:
     async with at_step(step) as (fake, work):
         fake.script(status(200, body=claim), path=STEPS[step])
         with pytest.raises(Broken, match="confirmed"):
             await work()
 
 
-async def test_engine_killed_while_it_loads_has_nothing_of_it_left() -> None:
+async def test_an_engine_killed_while_it_loads_has_no_memory_left() -> None:
     gpu = FakeGpu(24 * GIB)
     async with (
         FakeEngine("ollama", gpu=gpu, size=20 * GIB, load_s=math.inf) as fake,
@@ -467,7 +467,7 @@ async def test_engine_killed_while_it_loads_has_nothing_of_it_left() -> None:
         assert await ollama.resident() == []
 
 
-async def test_engine_killed_in_the_middle_of_an_answer_breaks_it_off() -> None:
+async def test_an_engine_killed_inside_an_answer_breaks_it_off() -> None:
     async with FakeEngine("vllm") as fake, vllm_at(fake) as vllm:
         fake.script([Serve(tokens=2), Kill()])
         answer = await vllm.open_stream(chat(stream=True), "m")

@@ -49,11 +49,11 @@ def configured() -> Settings:
 
 
 @pytest.mark.parametrize("name", sorted(manifests()), ids="/".join)
-def test_every_object_is_one_that_kubernetes_takes(name: tuple[str, str]) -> None:
+def test_every_object_matches_the_schemas_of_kubernetes(name: tuple[str, str]) -> None:
     validate(manifests()[name])
 
 
-def test_a_misspelt_field_would_be_seen() -> None:
+def test_the_schemas_reject_a_misspelt_field() -> None:
     made = manifests()["Deployment", "twolane"]
     pod = made["spec"]["template"]["spec"]
     pod["terminationGracePeriodSecond"] = pod.pop("terminationGracePeriodSeconds")
@@ -63,7 +63,7 @@ def test_a_misspelt_field_would_be_seen() -> None:
 
 
 @pytest.mark.integration
-def test_what_kustomize_makes_of_them_holds_together() -> None:
+def test_the_output_of_kustomize_is_consistent() -> None:
     kustomize = shutil.which("kubectl")
     if not kustomize:
         pytest.skip("no kubectl on this machine")
@@ -82,14 +82,14 @@ def test_what_kustomize_makes_of_them_holds_together() -> None:
     assert yaml.safe_load(objects["ConfigMap", config]["data"]["twolane.yaml"])["models"]
 
 
-def test_there_is_never_a_second_gateway() -> None:
+def test_an_update_never_runs_two_gateways() -> None:
     spec = manifests()["Deployment", "twolane"]["spec"]
 
     assert spec["replicas"] == 1
     assert spec["strategy"] == {"type": "Recreate"}
 
 
-def test_the_pod_ends_after_the_drain_and_not_before() -> None:
+def test_the_grace_period_is_longer_than_the_drain() -> None:
     [container] = gateway()["containers"]
     pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     drain = configured().limits.drain_s + LAST_WORD_S
@@ -97,7 +97,7 @@ def test_the_pod_ends_after_the_drain_and_not_before() -> None:
     assert gateway()["terminationGracePeriodSeconds"] > pause + drain + 5
 
 
-def test_the_gateway_is_nobody_and_can_write_nothing() -> None:
+def test_the_gateway_runs_without_root_on_a_read_only_filesystem() -> None:
     [container] = gateway()["containers"]
     security = gateway()["securityContext"] | container["securityContext"]
 
@@ -109,7 +109,7 @@ def test_the_gateway_is_nobody_and_can_write_nothing() -> None:
     assert not gateway()["automountServiceAccountToken"]
 
 
-def test_kubernetes_variables_for_a_service_of_our_name_would_stop_the_start(
+def test_the_service_variables_of_kubernetes_would_be_misspelt_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     links = {"TWOLANE_PORT": "tcp://10.0.0.1:8000", "TWOLANE_SERVICE_HOST": "10.0.0.1"}
@@ -128,7 +128,7 @@ def mounts(pod: Any) -> Iterator[tuple[str, Any]]:
         yield mount["mountPath"], volumes[mount["name"]]
 
 
-def test_the_keys_are_where_the_settings_look_for_them() -> None:
+def test_the_keys_are_mounted_where_the_settings_expect_them() -> None:
     places = dict(mounts(gateway()))
     keys = configured().api_keys_file
     assert keys is not None
@@ -138,7 +138,7 @@ def test_the_keys_are_where_the_settings_look_for_them() -> None:
     assert gateway()["containers"][0]["args"][-1] == "/etc/twolane/twolane.yaml"
 
 
-def test_the_settings_are_those_of_the_engines() -> None:
+def test_the_settings_match_the_engines() -> None:
     read = configured()
     [model] = read.models.values()
     [engine] = values()["servingEngineSpec"]["modelSpec"]
@@ -157,7 +157,7 @@ def test_the_settings_are_those_of_the_engines() -> None:
     assert model.lanes["ollama"].context == int(asked["OLLAMA_CONTEXT_LENGTH"])
 
 
-def test_the_chart_is_told_what_two_cards_need() -> None:
+def test_the_values_of_the_chart_suit_two_cards() -> None:
     serving = values()["servingEngineSpec"]
     [engine] = serving["modelSpec"]
     probe = serving["startupProbe"]
@@ -170,7 +170,7 @@ def test_the_chart_is_told_what_two_cards_need() -> None:
     assert values()["routerSpec"] == {"enableRouter": False}
 
 
-def test_only_the_gateway_reaches_the_engines() -> None:
+def test_only_the_gateway_can_reach_the_engines() -> None:
     policy = manifests()["NetworkPolicy", "engines"]["spec"]
     pods = {
         name: made["spec"]["template"]["metadata"]["labels"]

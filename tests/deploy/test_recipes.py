@@ -1,4 +1,4 @@
-"""What deploy/README.md tells: scripts that a shell takes, flags that come out right."""
+"""The scripts and settings of deploy/README.md, run with stand-ins for Slurm and vLLM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.integration  # programs of their own
 SCRIPTS = sorted([*DEPLOY.rglob("*.sh"), *DEPLOY.rglob("*.sbatch")])
 SBATCH = DEPLOY / "slurm" / "vllm.sbatch"
 NODES = ("gpu-7", "gpu-8")
-#: What Slurm has, as far as the script asks: a node's turn after the other, and no cluster.
+#: Stand-ins for the programs of Slurm and vLLM: they run the nodes one after the other.
 STUBS = {
     "scontrol": 'printf "%s\\n" ${SLURM_JOB_NODELIST//,/ }',
     "srun": 'shift; for SLURM_NODEID in $(seq 0 $((SLURM_NNODES - 1))); do export SLURM_NODEID; "$@"; done',  # noqa: E501
@@ -27,17 +27,17 @@ STUBS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_is_one_that_bash_takes_and_shellcheck_praises(script: Path) -> None:
+def test_bash_and_shellcheck_accept_every_script(script: Path) -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     for check in (["bash", "-n"], [shellcheck]):
-        done = subprocess.run([*check, script], capture_output=True, text=True, check=False)
-        assert done.stdout + done.stderr == ""
+        result = subprocess.run([*check, script], capture_output=True, text=True, check=False)
+        assert result.stdout + result.stderr == ""
 
 
-def submitted(
+def submit(
     home: Path, nodes: tuple[str, ...], *arguments: str, key: str = "a-long-key"
 ) -> subprocess.CompletedProcess[str]:
-    """The batch script, run where Slurm and vLLM are played."""
+    """Run the batch script with stand-ins for Slurm and vLLM."""
     programs = home / "bin"
     programs.mkdir()
     for name, body in STUBS.items():
@@ -60,57 +60,57 @@ def submitted(
     )  # fmt: skip
 
 
-def started(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
-    """Each vLLM's command line."""
-    assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("vllm serve")]
+def vllm_commands(job: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    """The command line of each vLLM that the job started."""
+    assert job.returncode == 0, job.stderr
+    return [shlex.split(line) for line in job.stdout.splitlines() if line.startswith("vllm serve")]
 
 
-def test_a_job_on_one_node_serves_with_all_its_cards(tmp_path: Path) -> None:
-    done = submitted(tmp_path, NODES[:1], "some/model")
-    [alone] = started(done)
+def test_a_job_on_one_node_uses_all_its_cards(tmp_path: Path) -> None:
+    job = submit(tmp_path, NODES[:1], "some/model")
+    [alone] = vllm_commands(job)
 
     assert alone[:3] == ["vllm", "serve", "some/model"]
     assert option(alone, "--tensor-parallel-size") == "2"
     assert option(alone, "--port") == "8001"
     assert "--nnodes" not in alone
-    assert "http://gpu-7:8001" in done.stdout
+    assert "http://gpu-7:8001" in job.stdout
 
 
 def test_a_job_on_two_nodes_serves_on_the_first_and_computes_on_the_other(tmp_path: Path) -> None:
-    first, second = started(submitted(tmp_path, NODES, "some/model"))
+    first, second = vllm_commands(submit(tmp_path, NODES, "some/model"))
 
-    for number, one in enumerate((first, second)):
-        assert option(one, "--pipeline-parallel-size") == "2"
-        assert option(one, "--nnodes") == "2"
-        assert option(one, "--node-rank") == str(number)
-        assert option(one, "--master-addr") == "gpu-7"
+    for number, command in enumerate((first, second)):
+        assert option(command, "--pipeline-parallel-size") == "2"
+        assert option(command, "--nnodes") == "2"
+        assert option(command, "--node-rank") == str(number)
+        assert option(command, "--master-addr") == "gpu-7"
     assert "--headless" not in first
-    assert option(first, "--host") == "0.0.0.0"  # noqa: S104 - other nodes ask it
+    assert option(first, "--host") == "0.0.0.0"  # noqa: S104 - for other nodes
     assert "--headless" in second
     assert "--host" not in second
 
 
 def test_the_key_is_in_no_command_line(tmp_path: Path) -> None:
-    done = submitted(tmp_path, NODES, "some/model")
+    job = submit(tmp_path, NODES, "some/model")
 
-    assert "a-long-key" not in done.stdout
-    assert done.stderr == "key a-long-key\n" * 2
+    assert "a-long-key" not in job.stdout
+    assert job.stderr == "key a-long-key\n" * 2
 
 
 def test_without_a_key_or_a_model_nothing_starts(tmp_path: Path) -> None:
     keyless, nothing = tmp_path / "keyless", tmp_path / "nothing"
     keyless.mkdir()
     nothing.mkdir()
-    no_key = submitted(keyless, NODES[:1], "some/model", key="")
-    no_model = submitted(nothing, NODES[:1])
+    no_key = submit(keyless, NODES[:1], "some/model", key="")
+    no_model = submit(nothing, NODES[:1])
 
     assert (no_key.returncode, no_key.stdout) == (2, "")
     assert "engines.vllm.api_key" in no_key.stderr
-    assert "which model?" in no_model.stderr
+    assert "no model: run sbatch" in no_model.stderr
 
 
-def test_ray_takes_as_many_as_its_lane_gives() -> None:
+def test_the_slots_of_ray_in_the_readme_are_those_of_its_replicas() -> None:
     [application] = yaml.safe_load((DEPLOY / "ray" / "serve.yaml").read_text())["applications"]
     [model] = application["args"]["llm_configs"]
     deployment = model["deployment_config"]

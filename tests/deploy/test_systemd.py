@@ -14,7 +14,7 @@ from gateway import settings
 from gateway.serve import LAST_WORD_S
 from gateway.settings import Settings
 from tests.support.requirements import unavailable
-from tests.support.units import SYSTEMD, command, environment, option, said
+from tests.support.units import SYSTEMD, command, environment, option, values
 
 GATEWAY = SYSTEMD / "twolane.service"
 SUPERVISING = SYSTEMD / "twolane.service.d" / "supervise-vllm.conf"
@@ -66,7 +66,7 @@ def exposure(machine: Path, unit: str) -> float:
 
 
 @pytest.mark.integration
-def test_systemd_has_nothing_to_say_against_the_units(machine: Path) -> None:
+def test_systemd_accepts_the_units(machine: Path) -> None:
     assert verified(machine) == ""
 
     shutil.rmtree(machine / "etc/systemd/system/twolane.service.d")
@@ -74,7 +74,7 @@ def test_systemd_has_nothing_to_say_against_the_units(machine: Path) -> None:
 
 
 @pytest.mark.integration
-def test_a_misspelt_name_would_be_seen(machine: Path) -> None:
+def test_systemd_rejects_a_misspelt_name(machine: Path) -> None:
     unit = machine / "etc/systemd/system/twolane.service"
     unit.write_text(unit.read_text().replace("RestartSec=", "RestartSecs="))
 
@@ -82,7 +82,7 @@ def test_a_misspelt_name_would_be_seen(machine: Path) -> None:
 
 
 @pytest.mark.integration
-def test_the_gateway_alone_is_exposed_as_little_as_its_network_and_cards_allow(
+def test_the_exposure_of_the_gateway_is_limited_to_its_network_and_cards(
     machine: Path,
 ) -> None:
     supervising = exposure(machine, "twolane.service")
@@ -103,7 +103,7 @@ def configured(monkeypatch: pytest.MonkeyPatch, *units: Path) -> Settings:
     return settings.load(SYSTEMD / "twolane.yaml", {}, ours)
 
 
-def test_the_settings_are_those_of_the_engines_units(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_match_the_units_of_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     read = configured(monkeypatch, GATEWAY)
     [model] = read.models.values()
     ollama, vllm = model.lanes["ollama"], model.lanes["vllm"]
@@ -123,7 +123,7 @@ def test_the_settings_are_those_of_the_engines_units(monkeypatch: pytest.MonkeyP
     assert vllm.context == int(option(given, "--max-model-len"))
 
 
-def test_the_gateway_that_supervises_runs_the_same_vllm_but_without_sleep(
+def test_a_supervised_vllm_has_the_same_options_except_sleep(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = configured(monkeypatch, GATEWAY, SUPERVISING).engines["vllm"]
@@ -133,25 +133,25 @@ def test_the_gateway_that_supervises_runs_the_same_vllm_but_without_sleep(
     assert sorted(engine.command) == sorted(alone)
     assert engine.urls == ("http://127.0.0.1:8001",)
     assert "VLLM_SERVER_DEV_MODE" not in engine.environment
-    assert said(SUPERVISING, "Conflicts") == ["vllm.service"]
+    assert values(SUPERVISING, "Conflicts") == ["vllm.service"]
 
 
-def test_the_dev_endpoints_are_open_to_this_machine_alone() -> None:
+def test_only_this_machine_can_reach_the_dev_endpoints() -> None:
     assert environment(VLLM)["VLLM_SERVER_DEV_MODE"] == "1"
     assert option(command(VLLM), "--host") == "127.0.0.1"
     assert environment(OLLAMA)["OLLAMA_HOST"].startswith("127.0.0.1:")
 
 
 @pytest.mark.parametrize("unit", [GATEWAY, SUPERVISING], ids=["alone", "supervising"])
-def test_systemd_waits_for_longer_than_the_drain_takes(unit: Path) -> None:
-    [seconds] = map(int, said(unit, "TimeoutStopSec"))
+def test_the_stop_timeout_is_longer_than_the_drain(unit: Path) -> None:
+    [seconds] = map(int, values(unit, "TimeoutStopSec"))
 
     assert seconds > Settings().limits.drain_s + LAST_WORD_S + 5
     # Else the engine that it runs would be told to end at the same moment.
-    assert said(GATEWAY, "KillMode") == ["mixed"]
+    assert values(GATEWAY, "KillMode") == ["mixed"]
 
 
-def test_no_key_is_in_a_unit_or_in_the_settings() -> None:
+def test_neither_units_nor_settings_contain_a_key() -> None:
     files = [path for path in SYSTEMD.rglob("*") if path.is_file()]
 
     assert len(files) == 5
@@ -159,7 +159,7 @@ def test_no_key_is_in_a_unit_or_in_the_settings() -> None:
         assert not re.search(r"(?i)(api_keys?|token)=['\"\[]?\w{8}", path.read_text()), path
 
 
-def test_json_in_a_unit_is_json() -> None:
+def test_json_in_a_unit_is_valid() -> None:
     variables = environment(SUPERVISING)
 
     assert json.loads(variables["TWOLANE_ENGINES__VLLM__COMMAND"])[1] == "serve"

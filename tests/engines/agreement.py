@@ -31,7 +31,7 @@ from rich.table import Table
 
 from loadtests.measure.experiment import ExperimentError, Plan, this_machine
 from loadtests.measure.stopwatch import Target
-from loadtests.proof import known, selfcheck
+from loadtests.proof import known, known_answers, selfcheck
 from loadtests.proof.agreement import (
     AGREEMENT_VERSION,
     KNOWN,
@@ -223,7 +223,9 @@ def on_known(plan: Plan, times: Times, say: Say) -> Iterator[Reading]:
         for name, tool in TOOLS.items():
             say(f"{level} at once on the engine of known times, by {name}")
             with known.known_server(times) as engine:
-                run = Run(KNOWN, engine.url, known.KNOWN_MODEL, level, 1, plan, plan.tokens_in)
+                run = Run(
+                    KNOWN, engine.url, known_answers.KNOWN_MODEL, level, 1, plan, plan.tokens_in
+                )
                 seen = tool(run)
                 yield msgspec.structs.replace(seen, late_s=engine.lateness().p50)
 

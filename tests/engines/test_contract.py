@@ -1,4 +1,4 @@
-"""The engines' contract on the real ones: whatever the fakes claim is checked here."""
+"""The engines' contract, on the real engines: it checks what the fakes claim."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TestOllama(Contract):
             yield Subject(engine, ollama.model)
             await engine.close()
 
-    async def test_it_leaves_memory_when_told(self, subject: Subject) -> None:
+    async def test_an_unload_frees_the_memory(self, subject: Subject) -> None:
         assert isinstance(subject.engine, Ollama)
         await subject.engine.load(subject.model)
         assert subject.model in await subject.engine.resident()
@@ -42,10 +42,10 @@ class TestVLLM(Contract):
         async with http.Client() as client:
             yield Subject(VLLM(vllm.url, client), vllm.model)
 
-    async def test_it_knows_that_it_has_no_tool_parser(self, subject: Subject) -> None:
+    async def test_a_server_without_tool_parser_takes_no_tools(self, subject: Subject) -> None:
         assert (await subject.engine.capabilities(subject.model)).tools is False
 
-    async def test_it_says_what_runs(self, subject: Subject) -> None:
+    async def test_running_requests_are_reported(self, subject: Subject) -> None:
         call = subject.call(stream=True, max_tokens=1500, ignore_eos=True)
         answer = await subject.engine.open_stream(call, subject.model)
         await answer.read()
@@ -59,14 +59,16 @@ class TestVLLM(Contract):
 class TestVLLMEmbeddings:
     """A real vLLM that embeds: the other half of its contract."""
 
-    async def test_it_embeds_and_does_not_chat(self, vllm_embeddings: rig.Engine) -> None:
+    async def test_an_embedding_model_embeds_and_does_not_chat(
+        self, vllm_embeddings: rig.Engine
+    ) -> None:
         async with http.Client() as client:
             subject = Subject(VLLM(vllm_embeddings.url, client), vllm_embeddings.model)
 
             can = await subject.engine.capabilities(subject.model)
-            said, whole = await subject.ask(calls.EMBEDDINGS)
+            body, answer = await subject.ask(calls.EMBEDDINGS)
 
         assert can.embeddings
         assert not can.chat
-        assert len(said["data"][0]["embedding"]) > 100
-        assert whole.usage is not None
+        assert len(body["data"][0]["embedding"]) > 100
+        assert answer.usage is not None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.test_recipes import NODES, started, submitted
+from tests.deploy.test_recipes import NODES, submit, vllm_commands
 from tests.deploy.test_systemd import SUPERVISING, VLLM
 from tests.engines import rig
 from tests.support.units import DEPLOY, command, environment
@@ -44,7 +44,7 @@ def test_vllm_knows_every_argument_that_we_start_it_with(tmp_path: Path) -> None
     chart = yaml.safe_load((DEPLOY / "kubernetes" / "vllm.values.yaml").read_text())
     [spec] = chart["servingEngineSpec"]["modelSpec"]
     supervised = json.loads(environment(SUPERVISING)["TWOLANE_ENGINES__VLLM__COMMAND"])
-    nodes = started(submitted(tmp_path, NODES, "some/model"))
+    nodes = vllm_commands(submit(tmp_path, NODES, "some/model"))
 
     alone, kept, charted, first, second = parsed(
         command(VLLM),

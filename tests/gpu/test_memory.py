@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from backends.fake import GIB, FakeGpu
-from gateway.gpu import cards
 from gateway.gpu.budget import Budget
 from gateway.gpu.cards import Brake, Card, Nvml, Reading
 from gateway.gpu.memory import Memory, MemoryNeed, MemoryUnknown
@@ -397,8 +396,7 @@ def test_machine_without_a_driver_is_told_so_and_loads_nothing_to_ask_it() -> No
     assert said.stdout.endswith(b"False\n")
 
 
-def test_driver_that_hangs_takes_one_thread_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cards, "DRIVER_BUSY_S", 0.01)
+def test_driver_that_hangs_takes_one_thread_and_no_more() -> None:
     asked, answers = threading.Event(), threading.Event()
 
     class Hangs(Driver):
@@ -407,7 +405,7 @@ def test_driver_that_hangs_takes_one_thread_and_no_more(monkeypatch: pytest.Monk
             answers.wait(10)
             return super().nvmlDeviceGetCount()
 
-    memory = Nvml(library=Hangs([Info(2 * GIB, 1 * GIB)]))
+    memory = Nvml(library=Hangs([Info(2 * GIB, 1 * GIB)]), busy_s=0.01)
     first = threading.Thread(target=memory.free)
     first.start()
     asked.wait(10)

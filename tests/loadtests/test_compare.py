@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.measure import matrix as compare
 from loadtests.measure import samples
 from loadtests.measure.experiment import Limits, Plan, Subject
 from loadtests.measure.generator import locust_command
@@ -147,9 +146,8 @@ class SilentView:
     ("near", True), ("far", False), ("before_near", True), ("before_far", False),
 ])  # fmt: skip
 async def test_watts_are_noted_while_a_target_of_this_machine_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str, *, is_local: bool
+    tmp_path: Path, label: str, *, is_local: bool
 ) -> None:
-    monkeypatch.setattr(compare, "POWER_INTERVAL_S", 0.001)
     entrants = [
         entrant("near", "http://127.0.0.1:1"),
         entrant("far", "http://gpu-2:1"),
@@ -157,7 +155,7 @@ async def test_watts_are_noted_while_a_target_of_this_machine_is_measured(
         entrant("before_far", "http://localhost:2", "near", "far"),
     ]
     session = Quiet(tmp_path, PLAN, {one.label: one for one in entrants}, SilentView())
-    session.watts = session.drawn
+    session.watts, session.watts_interval_s = session.drawn, 0.001
     async with session:
         await session.visit(Visit(label, 1, (1,)))
     raw = tmp_path / "raw.jsonl"

@@ -19,7 +19,7 @@ import pytest
 from loadtests.measure import samples
 from loadtests.measure.samples import Cell, Request
 from tests.support.locusts import RunLocust, locust_process
-from tests.support.servers import WHOLE, always, nobody, scripted
+from tests.support.servers import WHOLE, always, scripted, unused_url
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.integration  # programs of their own
@@ -166,7 +166,7 @@ def test_a_key_is_sent_and_written_nowhere(locust: RunLocust, raw: Path) -> None
             "concurrency", "--host", server.url, "--model", "m", "--levels", "1", "--rounds", 1,
             "--api-k", "sk-secret", "--raw", raw,
         )  # fmt: skip
-        headers = {headers["authorization"] for headers, _ in server.asked}
+        headers = {headers["authorization"] for headers, _ in server.received}
 
     assert headers == {"Bearer sk-secret"}
     assert "sk-secret" not in raw.read_text() + done.stdout + done.stderr
@@ -223,7 +223,7 @@ def test_a_target_that_refuses_its_first_request_is_named_with_what_to_do(
 
 
 def test_a_target_at_which_nobody_listens_is_named(locust: RunLocust, raw: Path) -> None:
-    url = nobody()
+    url = unused_url()
 
     done = locust("concurrency", "--target", f"dead={url}=m", "--raw", raw)
 
@@ -309,7 +309,7 @@ def test_on_the_page_our_options_are_asked_for_but_no_key_is_shown(
 @pytest.fixture
 def page() -> Iterator[httpx.Client]:
     """Locust's page, and a key in its surroundings."""
-    url = nobody()
+    url = unused_url()
     port = url.rpartition(":")[2]
     command = [sys.executable, "-m", "locust", "-f", "loadtests/concurrency.py",
                "--web-host", "127.0.0.1", "--web-port", port]  # fmt: skip

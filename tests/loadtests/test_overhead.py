@@ -314,7 +314,7 @@ def test_a_proxy_that_loses_a_chunk_has_no_result(engine: int) -> None:
 @pytest.mark.integration
 def test_a_proxy_that_never_ends_a_stream_has_no_result(engine: int) -> None:
     class Hasty(Streams):
-        def patience_s(self) -> float:
+        def timeout_s(self) -> float:
             return 0.3
 
     with relaying(engine, spoil=b"0\r\n\r\n") as port:
@@ -326,12 +326,12 @@ def test_a_proxy_that_never_ends_a_stream_has_no_result(engine: int) -> None:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("case", [case for case in CASES if case != "queued"])
-def test_a_hang_up_is_seen_by_the_engine_at_once(engine: int, case: str) -> None:
+def test_the_engine_sees_a_client_disconnect_within_the_floor(engine: int, case: str) -> None:
     assert 0 < DisconnectTimer(Way(DIRECT, engine), engine).time_ms(case) < ways.NEVER_MS / 2
 
 
 @pytest.mark.integration
-def test_a_proxy_that_does_not_pass_a_hang_up_on_misses_the_floor(engine: int) -> None:
+def test_a_proxy_that_does_not_pass_a_disconnect_on_misses_the_floor(engine: int) -> None:
     with relaying(engine) as port:
         took = DisconnectTimer(Way(GATEWAY, port), engine).time_ms("mid-stream")
 
@@ -396,7 +396,7 @@ def test_a_short_run_of_direct_against_nginx(nginx: str, tmp_path: Path) -> None
 
 
 @pytest.mark.integration
-def test_the_gateway_drops_a_queued_request_whose_client_hung_up(
+def test_the_gateway_drops_a_queued_request_whose_client_disconnected(
     engine: int, tmp_path: Path
 ) -> None:
     with ways.gateway_running(engine, tmp_path) as way:

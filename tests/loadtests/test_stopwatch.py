@@ -15,8 +15,8 @@ from tests.support.servers import (
     always,
     delta,
     finish,
-    nobody,
     scripted,
+    unused_url,
     usage,
 )
 
@@ -39,7 +39,7 @@ def test_a_whole_answer_has_every_time_and_count() -> None:
     assert seen.ttft_s is not None
     assert 0 < seen.ttft_s <= seen.ttft_s + sum(seen.gaps_s) <= seen.e2e_s
     assert seen.tpot_s == pytest.approx(sum(seen.gaps_s) / 2)
-    headers, body = server.asked[0]
+    headers, body = server.received[0]
     assert headers["authorization"] == "Bearer sk-secret"
     assert (body["max_tokens"], body["stream_options"]) == (3, {"include_usage": True})
 
@@ -91,7 +91,7 @@ def test_a_refusal_is_told_in_the_servers_words() -> None:
 
 
 def test_where_nobody_listens_the_error_says_it() -> None:
-    target = Target("a", nobody(), "m")
+    target = Target("a", unused_url(), "m")
 
     seen = stopwatch.ask(target, stopwatch.request_body(target, [], 1))
 
@@ -125,4 +125,4 @@ def test_the_first_model_that_is_listed_is_taken() -> None:
     with scripted(always()) as server:
         assert stopwatch.first_model(f"{server.url}/v1/", None) == "first"
     with pytest.raises(BadTarget, match="say --model"):
-        stopwatch.first_model(nobody(), None)
+        stopwatch.first_model(unused_url(), None)

@@ -1,6 +1,6 @@
-"""What every engine must do, whichever kind it is and whether it is real or played.
+"""What every engine must do, real or fake, whatever its kind.
 
-A module that has an engine subclasses `Contract` and gives it a `subject`.
+A test module with an engine subclasses `Contract` and defines the fixture `subject`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from backends.transport import sse
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine under test, and its own name of the one model it has."""
+    """An engine under test, and its own name of its one model."""
 
     engine: Engine
     model: str
@@ -43,7 +43,7 @@ class Subject:
         return Call(path, raw, stream=stream, wants_usage=wants)
 
     async def stream(self, **fields: Any) -> tuple[list[dict[str, Any]], StreamedAnswer]:
-        """The events of a streamed answer but `[DONE]`, and the answer, read and closed."""
+        """The events of a streamed answer without `[DONE]`, and the answer, read and closed."""
         answer = await self.engine.open_stream(self.call(stream=True, **fields), self.model)
         raw = b""
         try:
@@ -58,9 +58,9 @@ class Subject:
     async def ask(
         self, path: str = calls.CHAT, **fields: Any
     ) -> tuple[dict[str, Any], WholeAnswer]:
-        """A whole answer, decoded."""
-        whole = await self.engine.fetch_answer(self.call(path, **fields), self.model)
-        return msgspec.json.decode(whole.body), whole
+        """The body of a whole answer, decoded, and the answer."""
+        answer = await self.engine.fetch_answer(self.call(path, **fields), self.model)
+        return msgspec.json.decode(answer.body), answer
 
 
 def text(events: list[dict[str, Any]]) -> str:
@@ -73,21 +73,21 @@ def text(events: list[dict[str, Any]]) -> str:
 class Contract:
     """The suite; a subclass has the fixture `subject`."""
 
-    async def test_it_lists_its_model(self, subject: Subject) -> None:
+    async def test_its_model_is_listed(self, subject: Subject) -> None:
         assert subject.model in await subject.engine.models()
 
     async def test_it_is_ready_for_its_model_and_no_other(self, subject: Subject) -> None:
         assert await subject.engine.ready(subject.model) is Readiness.READY
         assert await subject.engine.ready("no-such-model") is Readiness.ABSENT
 
-    async def test_it_knows_its_context_and_that_it_chats(self, subject: Subject) -> None:
+    async def test_its_capabilities_name_context_and_chat(self, subject: Subject) -> None:
         can = await subject.engine.capabilities(subject.model)
 
         assert can.chat
         assert can.context is None or can.context >= 1024
-        assert can.images is not True  # the model reads text only
+        assert can.images is not True  # the model takes text only
 
-    async def test_it_says_what_it_is_and_stays_it(self, subject: Subject) -> None:
+    async def test_its_identity_is_reported_and_stable(self, subject: Subject) -> None:
         who = await subject.engine.identity(subject.model)
 
         assert who.version
@@ -104,7 +104,7 @@ class Contract:
         assert answer.filter.usage.completion_tokens == 8
         assert answer.filter.usage.prompt_tokens > 0
 
-    async def test_usage_is_in_the_stream_only_if_asked_for(self, subject: Subject) -> None:
+    async def test_usage_is_streamed_only_on_request(self, subject: Subject) -> None:
         silent, _ = await subject.stream()
         asked, _ = await subject.stream(stream_options={"include_usage": True})
 
@@ -113,30 +113,30 @@ class Contract:
         assert asked[-1]["usage"]["completion_tokens"] == 8
 
     async def test_a_whole_answer_has_text_usage_and_a_finish(self, subject: Subject) -> None:
-        said, whole = await subject.ask()
+        body, answer = await subject.ask()
 
-        assert said["choices"][0]["message"]["content"]
-        assert whole.finish == "length"
-        assert whole.usage is not None
-        assert whole.usage.completion_tokens == 8
+        assert body["choices"][0]["message"]["content"]
+        assert answer.finish == "length"
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 8
 
     async def test_max_completion_tokens_is_enforced(self, subject: Subject) -> None:
         call = subject.call(max_completion_tokens=3)
         del call.body["max_tokens"]
 
-        whole = await subject.engine.fetch_answer(call, subject.model)
+        answer = await subject.engine.fetch_answer(call, subject.model)
 
-        assert whole.usage is not None
-        assert whole.usage.completion_tokens == 3
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 3
 
-    async def test_it_completes_a_text(self, subject: Subject) -> None:
-        said, whole = await subject.ask(calls.COMPLETIONS)
+    async def test_a_text_is_completed(self, subject: Subject) -> None:
+        body, answer = await subject.ask(calls.COMPLETIONS)
 
-        assert said["choices"][0]["text"]
-        assert whole.usage is not None
-        assert 1 <= whole.usage.completion_tokens <= 8  # it may find an end by itself
+        assert body["choices"][0]["text"]
+        assert answer.usage is not None
+        assert 1 <= answer.usage.completion_tokens <= 8  # the model may stop by itself
 
-    async def test_a_text_may_be_completed_in_a_stream(self, subject: Subject) -> None:
+    async def test_a_text_is_completed_in_a_stream(self, subject: Subject) -> None:
         call = subject.call(calls.COMPLETIONS, stream=True)
         answer = await subject.engine.open_stream(call, subject.model)
         raw = b""
@@ -149,15 +149,15 @@ class Contract:
         assert 1 <= answer.filter.usage.completion_tokens <= 8
 
     async def test_a_prompt_in_a_list_of_one_is_a_prompt(self, subject: Subject) -> None:
-        said, _ = await subject.ask(calls.COMPLETIONS, prompt=["The sea is"])
+        body, _ = await subject.ask(calls.COMPLETIONS, prompt=["The sea is"])
 
-        assert said["choices"][0]["text"]
+        assert body["choices"][0]["text"]
 
-    async def test_an_unknown_field_does_no_harm(self, subject: Subject) -> None:
-        said, whole = await subject.ask(flavour="salty")
+    async def test_an_unknown_field_is_dropped_or_ignored(self, subject: Subject) -> None:
+        body, answer = await subject.ask(flavour="salty")
 
-        assert said["choices"]
-        assert whole.dropped == (("flavour",) if subject.engine.kind == "ollama" else ())
+        assert body["choices"]
+        assert answer.dropped == (("flavour",) if subject.engine.kind == "ollama" else ())
 
     async def test_a_request_it_cannot_serve_is_refused_with_a_reason(
         self, subject: Subject
@@ -168,12 +168,12 @@ class Contract:
         assert 400 <= caught.value.status < 500
         assert str(caught.value)
 
-    async def test_embeddings_are_made_or_known_not_to_be(self, subject: Subject) -> None:
+    async def test_embeddings_are_returned_or_refused_as_reported(self, subject: Subject) -> None:
         can = await subject.engine.capabilities(subject.model)
         if can.embeddings:
-            said, whole = await subject.ask(calls.EMBEDDINGS)
-            assert len(said["data"][0]["embedding"]) > 0
-            assert whole.usage is not None
+            body, answer = await subject.ask(calls.EMBEDDINGS)
+            assert len(body["data"][0]["embedding"]) > 0
+            assert answer.usage is not None
         else:
             with pytest.raises(Refused):
                 await subject.ask(calls.EMBEDDINGS)
@@ -184,14 +184,14 @@ class Contract:
         await answer.read()
         answer.close()
 
-        # It would otherwise be busy for seconds: with one slot the next answer waits for it.
+        # A busy engine with one slot would let the next answer wait for seconds.
         events, _ = await subject.stream(max_tokens=2)
 
         assert text(events)
         activity = await subject.engine.activity(subject.model)
         assert activity.running in (None, 0)
 
-    async def test_what_it_has_loaded_is_resident_and_ready(self, subject: Subject) -> None:
+    async def test_a_loaded_model_is_resident_and_ready(self, subject: Subject) -> None:
         await subject.engine.load(subject.model)
 
         assert subject.model in await subject.engine.resident()
