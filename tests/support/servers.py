@@ -1,4 +1,4 @@
-"""Servers that answer as they are told, for tests of what asks them."""
+"""Servers with scripted answers, for tests of their clients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WHOLE: list[Any] = [
 
 
 class Scripted(ThreadingHTTPServer):
-    """Answers every request with what `answer` says: a status and a body, or events.
+    """Answers request n with `answer(n)`: a status, and a body or the events of a stream.
 
     Attributes:
         asked: Headers and body of each request.
@@ -67,25 +67,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append(
             ({name.lower(): value for name, value in self.headers.items()}, json.loads(body))
         )
-        status, said = self.server.answer(len(self.server.asked))
+        status, content = self.server.answer(len(self.server.asked))
         self.send_response(status)
         self.send_header("x-gateway-lane", "vllm")
         self.send_header("Connection", "close")
         self.end_headers()
         if status != 200:
-            self.wfile.write(json.dumps(said).encode())
+            self.wfile.write(json.dumps(content).encode())
             return
-        for event in said:
+        for event in content:
             text = event if isinstance(event, str) else json.dumps(event)
             self.wfile.write(f"data: {text}\n\n".encode())
 
     def log_message(self, *_: Any) -> None:
-        """A test says what matters."""
+        """Log nothing."""
 
 
 @contextmanager
 def scripted(answer: Callable[[int], tuple[int, Any]]) -> Iterator[Scripted]:
-    """Such a server for as long as the context is open."""
+    """A scripted server while the context is open."""
     with Scripted(answer) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
@@ -97,12 +97,12 @@ def scripted(answer: Callable[[int], tuple[int, Any]]) -> Iterator[Scripted]:
 
 
 def always(*events: Any) -> Callable[[int], tuple[int, Any]]:
-    """The same stream to everybody."""
+    """The same stream for every request."""
     return lambda _: (200, list(events))
 
 
-def nobody() -> str:
-    """A URL at which nobody listens."""
+def unused_url() -> str:
+    """A URL at which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -26,7 +26,7 @@ from loadtests.measure import samples
 from loadtests.proof.known import Times, known_server
 from tests.gpu.test_memory import NotSupported, Told, two_4090
 from tests.support.command import run_command
-from tests.support.servers import nobody
+from tests.support.servers import unused_url
 from tests.support.waiting import wait_until
 
 #: Cards that report their power draw, and nothing else.
@@ -142,7 +142,7 @@ def test_an_unreachable_target_is_named_and_the_others_are_measured(
     shutil.copy(folder / "selfcheck.json", out)
 
     done = run_command(
-        "compare", *targets[:2], "--target", f"dead={nobody()}=m", "--levels", "1", "--rounds", 1,
+        "compare", *targets[:2], "--target", f"dead={unused_url()}=m", "--levels", "1", "--rounds", 1,
         "--repetitions", 1, "--unchecked", "--out", out,
     )  # fmt: skip
 
