@@ -25,7 +25,7 @@ def test_every_question_carries_the_conversation_so_far(locust: RunLocust, raw: 
             "chat", "--host", server.url, "-u", 2, "-t", "4s", "--think-s", 0.05, "--turns", 3,
             "--hang-up", 0, "--raw", raw,
         )  # fmt: skip
-        chats = [body["messages"] for _, body in server.asked[1:]]
+        chats = [body["messages"] for _, body in server.received[1:]]
 
     assert done.returncode == 0, done.stderr
     longest = max(chats, key=len)

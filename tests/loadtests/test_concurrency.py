@@ -166,7 +166,7 @@ def test_the_key_is_sent_and_written_nowhere(locust: RunLocust, raw: Path) -> No
             "concurrency", "--host", server.url, "--model", "m", "--levels", "1", "--rounds", 1,
             "--api-k", "sk-secret", "--raw", raw,
         )  # fmt: skip
-        headers = {headers["authorization"] for headers, _ in server.asked}
+        headers = {headers["authorization"] for headers, _ in server.received}
 
     assert headers == {"Bearer sk-secret"}
     assert "sk-secret" not in raw.read_text() + done.stdout + done.stderr

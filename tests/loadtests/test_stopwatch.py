@@ -16,6 +16,7 @@ from tests.support.servers import (
     delta,
     finish,
     scripted,
+    unused_url,
     usage,
 )
 
@@ -38,7 +39,7 @@ def test_a_whole_answer_has_every_time_and_count() -> None:
     assert seen.ttft_s is not None
     assert 0 < seen.ttft_s <= seen.ttft_s + sum(seen.gaps_s) <= seen.e2e_s
     assert seen.tpot_s == pytest.approx(sum(seen.gaps_s) / 2)
-    headers, body = server.asked[0]
+    headers, body = server.received[0]
     assert headers["authorization"] == "Bearer sk-secret"
     assert (body["max_tokens"], body["stream_options"]) == (3, {"include_usage": True})
 
