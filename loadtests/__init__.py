@@ -1,1 +1,1 @@
-"""A stranger with a stopwatch: nothing here knows the gateway from the inside."""
+"""Measures engines and gateways from outside, by URL and OpenAI's API; see README.md."""

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,10 @@ async def test_a_missing_model_file_stops_the_start(start_gateway: StartGateway)
 
 
 async def test_a_broken_model_file_stops_the_start_and_shows_the_log(
-    start_gateway: StartGateway, tmp_path_factory: pytest.TempPathFactory
+    start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = tmp_path_factory.mktemp("models") / "broken.gguf"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # its log stays behind
+    broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"no model")
 
     with pytest.raises(SettingsError, match="does not start"):

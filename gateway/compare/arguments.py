@@ -84,7 +84,7 @@ def _add_compare(commands: Any, pair: Callable[[str], Any]) -> None:
     parser.add_argument(
         "--ollama-slots", type=_levels, default=(1, 16), metavar="N,N",
         help="values of OLLAMA_NUM_PARALLEL to measure, where the gateway starts Ollama (1,16: as "
-        "installed, and with as many slots as vLLM)",
+        "installed, and to match vLLM)",
     )  # fmt: skip
     parser.add_argument(
         "--no-gateway", action="store_true", help="measure the engines alone, not the gateway"
@@ -103,16 +103,17 @@ def _add_compare(commands: Any, pair: Callable[[str], Any]) -> None:
 
 
 def _add_latency_limits(parser: argparse.ArgumentParser) -> None:
+    limits = parser.add_argument_group(
+        "limits for goodput",
+        "Goodput counts the answers within these limits. With a limit, levels are added until the "
+        "highest concurrency that meets it is known.",
+    )
     for name, what in (
         ("ttft", "time to the first token"),
         ("tpot", "time per output token"),
         ("e2e", "time of the whole answer"),
     ):
-        parser.add_argument(
-            f"--good-{name}-s", type=_seconds, metavar="S",
-            help=f"goodput counts answers within this {what}, seconds; levels are added until "
-            "the highest concurrency that meets the limits is known",
-        )  # fmt: skip
+        limits.add_argument(f"--good-{name}-s", type=_seconds, metavar="S", help=f"{what}, seconds")
 
 
 def _add_calibrate(commands: Any, pair: Callable[[str], Any]) -> None:
@@ -184,7 +185,7 @@ def _add_load(parser: argparse.ArgumentParser, *, rounds: int) -> None:
         "--tokens-in", type=_count, default=80, metavar="N", help="tokens of a prompt, about (80)"
     )
     parser.add_argument(
-        "--tokens-out", type=_count, default=64, metavar="N", help="tokens of an answer, most (64)"
+        "--tokens-out", type=_count, default=64, metavar="N", help="most tokens of an answer (64)"
     )
     parser.add_argument("--prompts", metavar="FILE", help="your own prompts, one a line")
     parser.add_argument(

@@ -13,7 +13,7 @@ from rich.table import Table
 from backends.kinds import KINDS
 from gateway import settings
 from gateway.errors import UsageError
-from gateway.routing import profile
+from gateway.routing.profile import ASSUMED, LaneProfile, Profile, ProfileError, load
 
 
 def show_profile(args: argparse.Namespace) -> None:
@@ -28,23 +28,23 @@ def show_profile(args: argparse.Namespace) -> None:
             )
         file = models[name].profile
     try:
-        print_profile(profile.ASSUMED if file is None else profile.load(file), Console())
-    except profile.ProfileError as exc:
+        print_profile(ASSUMED if file is None else load(file), Console())
+    except ProfileError as exc:
         raise UsageError(str(exc)) from exc
 
 
-def print_profile(found: profile.Profile, console: Console) -> None:
+def print_profile(profile: Profile, console: Console) -> None:
     """Print a profile: one row a level and lane, with a bar as long as its seconds."""
-    console.print(f"[bold]{found.summary(time.time())}[/] {found.machine}")
-    lanes = list(found.lanes)
-    levels = sorted({level for lane in found.lanes.values() for level in lane.at_once})
-    longest = max(lane.at(level) for lane in found.lanes.values() for level in levels)
+    console.print(f"[bold]{profile.summary(time.time())}[/] {profile.machine}")
+    lanes = list(profile.lanes)
+    levels = sorted({level for lane in profile.lanes.values() for level in lane.at_once})
+    longest = max(lane.at(level) for lane in profile.lanes.values() for level in levels)
     table = Table("concurrent", "lane", "seconds", "", "spread", "TTFT, s", "tok/s", box=None)
     for level in levels:
-        seconds = {label: found.lanes[label].at(level) for label in lanes}
+        seconds = {label: profile.lanes[label].at(level) for label in lanes}
         best = min(seconds, key=lambda label: seconds[label])
         for label in lanes:
-            lane = found.lanes[label]
+            lane = profile.lanes[label]
             index = lane.at_once.index(level) if level in lane.at_once else None
             table.add_row(
                 str(level) if label == lanes[0] else "",
@@ -62,8 +62,8 @@ def print_profile(found: profile.Profile, console: Console) -> None:
                 _value(lane.tokens_per_s, index, ".0f"),
             )
     console.print(table)
-    console.print(_describe_crossover(found))
-    for label, lane in found.lanes.items():
+    console.print(_describe_crossover(profile))
+    for label, lane in profile.lanes.items():
         if lane.on is not None:
             facts = [lane.on.engine, lane.on.version, lane.on.model, lane.on.weights]
             slots = lane.on.slots
@@ -71,7 +71,7 @@ def print_profile(found: profile.Profile, console: Console) -> None:
             console.print(f"{label}: {', '.join(fact for fact in facts if fact)}")
 
 
-def _spread(lane: profile.LaneProfile, index: int | None) -> str:
+def _spread(lane: LaneProfile, index: int | None) -> str:
     if index is None or not lane.low_s or lane.low_s[index] == lane.high_s[index]:
         return ""
     return f"{lane.low_s[index]:.2f}-{lane.high_s[index]:.2f}"
@@ -81,8 +81,8 @@ def _value(values: Sequence[float], index: int | None, style: str) -> str:
     return format(values[index], style) if index is not None and values else ""
 
 
-def _describe_crossover(found: profile.Profile) -> str:
-    crossover = found.crossover
+def _describe_crossover(profile: Profile) -> str:
+    crossover = profile.crossover
     if crossover is None:
         return "no crossover is known; the faster lane of each level is in bold"
     level, low, high = crossover.level, crossover.low, crossover.high

@@ -10,16 +10,16 @@ from gateway.gpu.memory import MemoryUnknown, largest_first
 
 
 class Budget:
-    """Bytes that stand for the GPU where there is none (Linux).
+    """Bytes that take the place of a GPU's where there is none (Linux).
 
-    What engines have of it is the memory they have of the machine: pages they share among
-    them are counted once where the kernel lets us see that, and as each one's own if not.
+    The engines' memory on the machine counts. Pages that processes share count once where the
+    kernel lets this user see that, else once for each process.
 
     Args:
-        size: Bytes there are in all.
-        engines: Tells the processes that engines were started as. All that descend from
-            one count, and all of its process group, in which an orphan stays.
-        proc: Where the kernel tells of processes.
+        size: Total bytes.
+        engines: Returns the processes as which engines were started. Their descendants count,
+            and all processes of their groups, in which an orphan stays.
+        proc: Where the kernel shows processes.
     """
 
     def __init__(
@@ -47,19 +47,21 @@ class Budget:
         return largest_first({pid: size for pid, size in sizes.items() if size})
 
     def _members(self, engines: set[int]) -> set[int]:
-        """The processes that belong to these, themselves included."""
+        """The processes that belong to these engines, themselves included."""
         parents: dict[int, int] = {}
         members: set[int] = set()
         try:
             pids = [int(entry.name) for entry in self._proc.iterdir() if entry.name.isdecimal()]
         except OSError as exc:
-            raise MemoryUnknown(f"no {self._proc} to see processes in: {exc.strerror}") from exc
+            raise MemoryUnknown(
+                f"the processes in {self._proc} cannot be listed: {exc.strerror}"
+            ) from exc
         for pid in pids:
             try:
                 stat = (self._proc / str(pid) / "stat").read_bytes()
             except OSError:
                 continue  # it has ended
-            # Its name, in brackets, may hold anything, brackets too.
+            # The name, in brackets, may contain anything, brackets too.
             _, parent, group, session = stat.rpartition(b")")[2].split()[:4]
             parents[pid] = int(parent)
             if not engines.isdisjoint((pid, int(group), int(session))):
@@ -69,13 +71,15 @@ class Budget:
         return members
 
     def _resident(self, pid: int) -> int:
-        """Bytes of this process in memory; 0 if it has ended."""
+        """Resident bytes of a process; 0 if it has ended."""
         where = self._proc / str(pid)
         try:
             for line in (where / "smaps_rollup").read_bytes().splitlines():
                 if line.startswith(b"Pss:"):
                     return int(line.split()[1]) * 1024
-        except OSError:  # it has ended, or is another user's: of those all may read only this
+        except (
+            OSError
+        ):  # it has ended, or belongs to another user: of those only `statm` is readable
             pass
         try:
             return int((where / "statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")

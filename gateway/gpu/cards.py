@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 from gateway.gpu.memory import MemoryUnknown, largest_first
 
 T = TypeVar("T")
-#: How long a question waits for the one before it. A driver that hangs must not take
-#: one thread after the other with it.
+#: How long a query waits for the one before it, seconds. A driver that hangs must not block
+#: one thread after the other.
 DRIVER_BUSY_S = 2.0
 
 
 class Brake(IntFlag):
-    """What keeps a card from its full clock now, with the driver's own numbers."""
+    """The reasons why a card runs below its full clock, with the driver's own numbers."""
 
     POWER_LIMIT = 0x4
     HARDWARE = 0x8
@@ -32,15 +32,15 @@ class Brake(IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One card as its driver sees it now; None where that does not tell.
+    """One card as its driver reports it now; None: not reported.
 
     Attributes:
-        memory: Bytes in all.
-        width: Lanes of its PCIe link now, and at most. A link may rest when nothing runs.
-        generation: Of its PCIe link now, and at most.
-        state: From 0, working at full clock, to 15, idle.
-        power_w: Its power limit, and the one it came with, watts.
-        heat_c: Its temperature, and the one at which its driver slows it down, °C.
+        memory: Total bytes.
+        width: Lanes of its PCIe link now, and at most. An idle link may use fewer.
+        generation: PCIe generation of its link now, and at most.
+        state: Performance state, from 0 (full clock) to 15 (idle).
+        power_w: Its power limit, and the default one, watts.
+        heat_c: Its temperature, and the one at which it is throttled, °C.
         peers: The cards, by index, whose memory it reads directly (P2P).
     """
 
@@ -61,16 +61,16 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a card's meters show now; None where it has no such meter.
+    """What a card measures of itself now; None: it has no such sensor.
 
     Attributes:
-        memory_total: Bytes in all.
-        memory_used: Bytes that somebody has.
-        watts: What it draws.
-        watts_limit: What it may draw.
-        celsius: Of the chip.
-        utilization: Share of the time in which it computed, 0.0 to 1.0.
-        joules: Energy since the driver was loaded.
+        memory_total: Total bytes.
+        memory_used: Bytes in use.
+        watts: Power draw.
+        watts_limit: Power limit.
+        celsius: Temperature of the chip.
+        utilization: Share of the time in which it computed, from 0.0 to 1.0.
+        joules: Energy used since the driver was loaded.
     """
 
     index: int
@@ -97,9 +97,9 @@ class Nvml:
     """The NVIDIA cards of this machine, as their driver sees them.
 
     Args:
-        cards: Which of them, by the driver's index; none named: all there are.
-        library: What speaks to the driver; as it is, `pynvml` of the package nvidia-ml-py.
-        busy_s: How long a question waits for the one before it.
+        cards: Their indexes at the driver; empty: all.
+        library: The binding to the driver; by default `pynvml` of the package nvidia-ml-py.
+        busy_s: How long a query waits for the one before it, seconds.
     """
 
     def __init__(
@@ -134,18 +134,18 @@ class Nvml:
         return largest_first(sizes)
 
     def cards(self) -> list[tuple[str, int]]:
-        """Name of each card, and the bytes of it that programs can have between them."""
+        """The name of each card, and the bytes that programs can allocate on it in all."""
         return self._query(self._card)
 
     def _card(self, nvml: Any, card: Any) -> tuple[str, int]:
-        try:  # what the driver keeps for itself is told by the second version alone
+        try:  # only the second version reports what the driver reserves
             memory = nvml.nvmlDeviceGetMemoryInfo(card, version=nvml.nvmlMemory_v2)
         except nvml.NVMLError_FunctionNotFound:
             return str(nvml.nvmlDeviceGetName(card)), nvml.nvmlDeviceGetMemoryInfo(card).total
         return str(nvml.nvmlDeviceGetName(card)), memory.total - memory.reserved
 
     def driver(self) -> Driver:
-        """The driver, and how each card does; raises `MemoryUnknown`."""
+        """The driver, and the state of each card; raises `MemoryUnknown`."""
         cards = self._query(_card)
         version, cuda = self._query(
             lambda nvml, _: (
@@ -156,7 +156,7 @@ class Nvml:
         return Driver(version, f"{cuda // 1000}.{cuda % 1000 // 10}", tuple(cards))
 
     def readings(self) -> list[Reading]:
-        """What each card's meters show; raises `MemoryUnknown`."""
+        """What each card measures of itself; raises `MemoryUnknown`."""
         return self._query(_reading)
 
     def _memories(self) -> list[Any]:
@@ -171,7 +171,7 @@ class Nvml:
         return found
 
     def _query(self, question: Callable[[Any, Any], T]) -> list[T]:
-        """What each card answers."""
+        """The answer of each card."""
         if not self._asking.acquire(timeout=self._busy_s):
             raise MemoryUnknown(f"the NVIDIA driver has not answered for {self._busy_s:g} s")
         try:
@@ -188,24 +188,24 @@ class Nvml:
                 nvml.nvmlInit()
                 self._open = True
             indexes = self._cards or range(nvml.nvmlDeviceGetCount())
-            # A handle is asked for each time: one from before a fault is worth nothing.
+            # Handles are fetched each time: those from before a fault are invalid.
             answers = [question(nvml, nvml.nvmlDeviceGetHandleByIndex(i)) for i in indexes]
         except nvml.NVMLError as exc:
-            self._shut()  # a driver that was updated or reset has to be opened anew
+            self._shut()  # a driver that was updated or reset has to be opened again
             raise MemoryUnknown(f"the NVIDIA driver says: {exc}") from exc
         if not answers:
-            raise MemoryUnknown("the NVIDIA driver knows of no card")
+            raise MemoryUnknown("the NVIDIA driver reports no card")
         return answers
 
     def _shut(self) -> None:
         if self._open:
             self._open = False
-            with contextlib.suppress(self._library.NVMLError):  # closed is what was wanted
+            with contextlib.suppress(self._library.NVMLError):  # it is closed already
                 self._library.nvmlShutdown()
 
 
 def _card(nvml: Any, card: Any) -> Card:
-    """What this card tells of itself."""
+    """The state of this card."""
     read = partial(_supported, nvml)
     index = nvml.nvmlDeviceGetIndex(card)
     brakes = read(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, card)
@@ -255,7 +255,7 @@ def _card_memory(nvml: Any, card: Any) -> tuple[str, int, int]:
 
 
 def _reading(nvml: Any, card: Any) -> Reading:
-    """What this card's meters show."""
+    """What this card measures of itself."""
     read = partial(_supported, nvml)
     memory = nvml.nvmlDeviceGetMemoryInfo(card)
     rates = read(nvml.nvmlDeviceGetUtilizationRates, card)
@@ -273,7 +273,7 @@ def _reading(nvml: Any, card: Any) -> Reading:
 
 
 def _pynvml() -> Any:
-    """What speaks to the driver; 18 MB, so it is not loaded where there is none."""
+    """The binding to the driver; it takes 18 MB, so it is not loaded without a driver."""
     if importlib.util.find_spec("pynvml") is None:
         raise MemoryUnknown("pynvml is not installed: pip install nvidia-ml-py")
     try:
@@ -284,24 +284,24 @@ def _pynvml() -> Any:
 
 
 def total_watts(cards: Sequence[Reading]) -> float | None:
-    """Watts of all of them together; None where one does not tell."""
+    """Power draw of all cards together, watts; None where one does not report it."""
     watts = [card.watts for card in cards if card.watts is not None]
     return sum(watts) if cards and len(watts) == len(cards) else None
 
 
 def _supported(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
-    """What is answered, which not every card does to everything; else None."""
+    """The answer to a query, or None where card or driver does not support it."""
     try:
         return question(*arguments)
     except (
         nvml.NVMLError_NotSupported,
         nvml.NVMLError_NoPermission,
-        nvml.NVMLError_FunctionNotFound,  # a driver older than the question
+        nvml.NVMLError_FunctionNotFound,  # a driver older than the query
         nvml.NVMLError_InvalidArgument,
     ):
         return None
 
 
 def _thousandth(thousandths: int | None) -> float | None:
-    """Watts of milliwatts, joules of millijoules."""
+    """Watts from milliwatts, joules from millijoules."""
     return None if thousandths is None else thousandths / 1000

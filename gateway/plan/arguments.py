@@ -179,6 +179,6 @@ def _share(text: str) -> float:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from gateway.plan.command import plan  # noqa: PLC0415 - only when it is called
+    from gateway.plan.command import run_plan  # noqa: PLC0415 - only when it is called
 
-    plan(args)
+    run_plan(args)

@@ -31,29 +31,29 @@ from gateway.sizing.known import KNOWN_MODELS, find_known, weights_by_name
 from gateway.sizing.shapes import SHAPE_HINT, PlannedEngine, Shape, Weights, parse_shape
 
 
-def plan(args: argparse.Namespace) -> None:
+def run_plan(args: argparse.Namespace) -> None:
     """Run `twolane plan`; exits with 1 where it does not fit."""
     ollama, vllm = _models(args)
     cards = args.cards or detect_cards(Nvml())
     ram_gib = args.ram or (machine_ram_gib() if args.cards is None else None)
-    made = make_plan(ollama, vllm, cards, _requirements(args, ram_gib))
+    plan = make_plan(ollama, vllm, cards, _requirements(args, ram_gib))
     name = _public_name(args)
     command = _repeatable_command(args, cards, ram_gib)
     console = Console()
     if args.json:
-        answer = {"name": name, "command": command, **_as_json(made)}
+        answer = {"name": name, "command": command, **_as_json(plan)}
         sys.stdout.write(json.dumps(answer, indent=1) + "\n")
         console = Console(stderr=True)
     else:
-        for part in render(name, made):
+        for part in render(name, plan):
             # Commands are to be copied: no line breaks of ours in them.
             console.print(part, soft_wrap=isinstance(part, str), highlight=False)
-    if made.faults:
+    if plan.faults:
         if args.write is not None:
             print("twolane: it does not fit, so nothing was written", file=sys.stderr)  # noqa: T201
         sys.exit(1)
     if args.write is not None:
-        for path in write_files(args.write, files(name, command, made), force=args.force):
+        for path in write_files(args.write, files(name, command, plan), force=args.force):
             console.print(f"written: {path}", highlight=False, soft_wrap=True)
 
 
@@ -105,7 +105,7 @@ def _weights(text: str, engine: PlannedEngine, shape: Shape | None) -> Weights:
     is_gguf = not path.is_dir() and path.suffix not in (".json", ".safetensors")
     if is_gguf != (engine == "ollama"):
         expected = "a GGUF file" if engine == "ollama" else "a folder of safetensors"
-        raise UsageError(f"--{engine} {text}: it takes {expected}")
+        raise UsageError(f"--{engine} {text}: {engine} loads {expected}, and this is not one")
     return weights
 
 
@@ -137,7 +137,7 @@ def _repeatable_command(args: argparse.Namespace, cards: Cards, ram_gib: float |
     return shlex.join(words)
 
 
-def _as_json(made: Plan) -> dict[str, Any]:
+def _as_json(plan: Plan) -> dict[str, Any]:
     """The plan for a program to read, with what was assumed."""
-    fields: dict[str, Any] = msgspec.to_builtins(made)
-    return {**fields, "fits": not made.faults, "assumed": list(assumptions(made))}
+    fields: dict[str, Any] = msgspec.to_builtins(plan)
+    return {**fields, "fits": not plan.faults, "assumed": list(assumptions(plan))}

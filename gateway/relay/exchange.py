@@ -23,7 +23,7 @@ Headers: TypeAlias = list[tuple[bytes, bytes]]
 class Exchange:
     """What is known of one exchange; filled on its way, logged at its end.
 
-    Times are seconds on the monotonic clock, zero where it never came to it.
+    Times are seconds on the monotonic clock, zero where the exchange did not get so far.
     """
 
     id: str
@@ -47,7 +47,7 @@ class Exchange:
 
 
 class Lifeline:
-    """Ends the block when the client hangs up, or when somebody cuts it.
+    """Ends its block when the client hangs up, or when `cut` is called.
 
     The client is watched from the first moment: while its request waits, before the
     engine has answered, and between any two bytes.
@@ -59,7 +59,7 @@ class Lifeline:
 
     def __enter__(self) -> Self:
         task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - we run in one
+        assert task is not None  # noqa: S101 - the block runs in one
         self._task = task
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
         return self
@@ -86,9 +86,9 @@ class Lifeline:
 
 @dataclass(slots=True)
 class Request:
-    """A request to generate: the engine's call, and what the choice of a lane needs.
+    """A request to generate: the engine's call, and what the choice of a lane requires.
 
-    `background`: the chat page asks by itself (a title, tags), nobody waits for it.
+    `background`: the chat page's own call (for a title, tags), for which no user waits.
     """
 
     model: str

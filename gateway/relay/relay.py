@@ -193,7 +193,7 @@ def _make_ticket(
     needs = request.needs
     stripped: tuple[str, ...] = ()
     if needs.tools and not needs.forced_tools and model.offers("tools") is False:
-        # A chat page sends its tools with every hello: better an answer without them.
+        # A chat page sends its tools with every message: an answer without them is better.
         stripped = tuple(
             name
             for name in ("tools", "tool_choice", "parallel_tool_calls")
@@ -207,22 +207,24 @@ def _make_ticket(
 
 
 def _status_event(text: str, *, done: bool) -> bytes:
-    """What Open WebUI shows over an answer; not OpenAI's, so only where it was asked for."""
+    """Open WebUI's status line over an answer. It is not part of OpenAI's API."""
     status = {"type": "status", "data": {"description": text, "done": done}}
     return b"data: " + msgspec.json.encode({"event": status}) + b"\n\n"
 
 
 def _translate(error: BackendError) -> GatewayError:
-    """An engine's failure in public words: no address, no text of the engine but a refusal's."""
+    """An engine's failure in public words: no address, and no engine's text but a refusal's."""
     match error:
         case Refused():
             return EngineRefused(
                 str(error), status=error.status, kind=error.type, param=error.param, code=error.code
             )
         case Busy():
-            return EngineBusy("The engine has too much to do.", retry_after=error.retry_after or 1)
+            return EngineBusy(
+                "The engine is busy. Try again later.", retry_after=error.retry_after or 1
+            )
         case Unreachable():
-            return NoLane("The engine cannot be reached.", retry_after=5)
+            return NoLane("The engine cannot be reached. Try again later.", retry_after=5)
         case NoAnswer():
             return EngineSilent("The engine did not answer in time.")
         case errors.BrokeOff():

@@ -1,4 +1,4 @@
-"""The answer on its way to the client, and the headers that it carries."""
+"""The response on its way to the client, and the headers that it carries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from gateway.relay.exchange import Exchange, Headers, Send
 
 
 class Reply:
-    """The answer on its way to the client; knows whether it has begun."""
+    """The response to one client: JSON or a stream; `begun` once its headers are out.
+
+    Attributes:
+        begun: Whether the headers were sent.
+        last: When an event was sent last, seconds on the monotonic clock.
+    """
 
     def __init__(self, send: Send, exchange: Exchange) -> None:
         self.begun = False
@@ -19,7 +24,7 @@ class Reply:
         self._exchange = exchange
 
     async def whole(self, status: int, body: bytes, extra: Headers | None = None) -> None:
-        """An answer in one piece, JSON."""
+        """Send a JSON response in one piece."""
         self.begun = True
         self._exchange.status = status
         headers = [
@@ -32,7 +37,7 @@ class Reply:
         await self._send({"type": "http.response.body", "body": body})
 
     async def events(self, data: bytes) -> None:
-        """Some events of a stream, which begins with the first of them."""
+        """Send events of a stream; the first ones begin it."""
         if not self.begun:
             self.begun = True
             self._exchange.status = 200
@@ -47,11 +52,11 @@ class Reply:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
-        """The stream is over."""
+        """End the stream."""
         await self._send({"type": "http.response.body", "body": b""})
 
     async def error(self, error: GatewayError) -> None:
-        """Tell the client of a failure: as an answer, or as an event where one has begun."""
+        """Send a failure: as the response, or as an event where a stream has begun."""
         if not self.begun:
             await self.whole(error.status, error.envelope(), error.headers())
             return
@@ -60,7 +65,7 @@ class Reply:
 
 
 def gateway_headers(exchange: Exchange) -> Headers:
-    """The headers that every answer carries: its id, its lane and why."""
+    """The headers of every response: request id, lane, and why that lane."""
     headers = [
         (b"x-request-id", exchange.id.encode()),
         (b"x-gateway-lane", exchange.lane.encode() or b"none"),

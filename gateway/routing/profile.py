@@ -1,9 +1,9 @@
-"""How long a request takes on each lane at each concurrency.
+"""How many seconds a request takes on each lane at each concurrency.
 
-A profile is what the policy decides by. Until one is measured on this machine
-(`twolane calibrate`) the built-in one is used, and everything that shows it says `assumed`.
-The file is the `Profile` below as JSON; only `version`, `source` and, of each lane, `at_once` and
-`seconds` must be there. What the requests then take in fact corrects it (`ProfileRefiner`).
+The policy decides by a profile. Until one is measured on this machine (`twolane calibrate`) the
+built-in one is used, and everything that shows it says `assumed`. The file is the `Profile`
+below as JSON; only `version`, `source` and, for each lane, `at_once` and `seconds` are required.
+Live answers then correct it (`ProfileRefiner`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 
 VERSION = 1
 
-#: Of what a lane was measured on, what makes it another one.
+#: The fields of a `MeasuredSetup` that make it another one where they differ.
 CHANGES = ("engine", "model", "version", "weights", "digest", "slots", "context")
 
 
@@ -26,13 +26,13 @@ class ProfileError(Exception):
 
 
 class MeasuredSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What a lane was measured on; where that changes, so may its figures.
+    """What a lane was measured on; if that changes, its figures may be out of date.
 
     Attributes:
-        version: The engine's own.
-        weights: Their precision, as far as it was told.
+        version: The engine's version.
+        weights: The precision of the weights, as far as the engine reported it.
         digest: What the engine's name of the model stands for: a checksum, a repository, a file.
-        command: Its command line, where we started it.
+        command: Its command line, where the gateway started it.
     """
 
     engine: str
@@ -46,13 +46,13 @@ class MeasuredSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
 
 
 class LaneProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Mean seconds a request, by requests at once: `seconds[i]` at `at_once[i]`.
+    """Mean seconds of a request by concurrency: `seconds[i]` with `at_once[i]` concurrent.
 
     Attributes:
         low_s: Mean of the fastest repetition.
         high_s: Mean of the slowest repetition.
         ttft_s: Median seconds to the first token.
-        tokens_per_s: Output of all requests together.
+        tokens_per_s: Output tokens per second of all requests together.
         on: What it was measured on.
     """
 
@@ -69,16 +69,16 @@ class LaneProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError("`at_once` and `seconds` must be of one length, and not empty")
         for more in (self.low_s, self.high_s, self.ttft_s, self.tokens_per_s):
             if more and len(more) != len(self.at_once):
-                raise ValueError("what is said of levels must be said of each of them")
+                raise ValueError("each list must have one value for each level of `at_once`")
         if any(a >= b for a, b in zip(self.at_once, self.at_once[1:], strict=False)):
-            raise ValueError("`at_once` must grow")
+            raise ValueError("`at_once` must grow from level to level")
         if self.at_once[0] < 1 or min(self.seconds) <= 0:
-            raise ValueError("levels begin at 1 and seconds are above zero")
+            raise ValueError("levels must be at least 1, and seconds above zero")
 
     def at(self, demand: float) -> float:
-        """Seconds a request at this demand: straight lines between what was measured.
+        """Seconds of a request at this concurrency: linear between the measured levels.
 
-        Beyond the last level the last slope goes on, since a queue does.
+        Beyond the last level the last slope continues, as a queue does.
         """
         return _along(self.at_once, self.seconds, demand)
 
@@ -98,9 +98,9 @@ class _Versioned(msgspec.Struct):
 
 
 class Crossover(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Requests at once from which on the other lane is the faster one.
+    """The concurrency from which on the other lane is faster.
 
-    `low` and `high` are its 95 % confidence interval, where enough was measured for one.
+    `low` and `high` are its 95 % confidence interval, if enough was measured for one.
     """
 
     level: float
@@ -116,10 +116,10 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         lanes: By engine kind.
         machine: Where it was measured, in words.
         measured_at: ISO date and time, UTC.
-        tokens_in: Of a prompt, about, when it was measured.
-        tokens_out: Of an answer, at most.
-        crossover: Where the faster lane changes, if it does so once.
-        command: What measured it.
+        tokens_in: Length of the measured prompts, about.
+        tokens_out: Longest measured answer.
+        crossover: Where the faster lane changes, if it changes exactly once.
+        command: The command that measured it.
     """
 
     version: int
@@ -133,26 +133,26 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     command: str = ""
 
     def seconds(self, lane: str, demand: float) -> float | None:
-        """Seconds a request on this lane at this demand; None where it is not known."""
+        """Seconds of a request on this lane at this concurrency; None: not known."""
         known = self.lanes.get(lane)
         return None if known is None else known.at(demand)
 
     def age_s(self, now: float) -> float | None:
-        """Seconds since it was measured, at this Unix time; None where it does not say."""
+        """Seconds since it was measured, at this Unix time; None: it does not say when."""
         try:
             return max(0.0, now - datetime.fromisoformat(self.measured_at).timestamp())
         except ValueError:
             return None
 
     def summary(self, now: float) -> str:
-        """In a few words: whether it was measured, and how long ago."""
+        """A few words: whether it was measured, and how long ago."""
         age_s = self.age_s(now) if self.source == "measured" else None
         return self.source if age_s is None else f"{self.source} {_ago(age_s)}"
 
     def changed(self, lane: str, now: MeasuredSetup) -> list[str]:
-        """What is otherwise than when this lane was measured; what one does not tell, is not.
+        """The differences from what a lane was measured on; unknown fields do not count.
 
-        Command lines are compared without their folders, which differ by who started it where.
+        Command lines are compared without their folders, which differ between installations.
         """
         known = self.lanes.get(lane)
         if known is None or known.on is None:
@@ -168,7 +168,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 def _other_words(then: str, now: str) -> list[str]:
-    """What one command line has and the other has not."""
+    """The words that one command line has and the other does not."""
     if not then or not now:
         return []
     was, is_now = ([PurePath(word).name for word in line.split()] for line in (then, now))
@@ -193,34 +193,36 @@ def load(path: Path) -> Profile:
     """Read a profile file.
 
     Raises:
-        ProfileError: It is not there, not JSON, or not a profile of this version.
+        ProfileError: It does not exist, is not JSON, or is not a profile of this version.
     """
     try:
-        said = path.read_bytes()
-        version = msgspec.json.decode(said, type=_Versioned).version
-        if version != VERSION:  # before its names, which may be others
+        text = path.read_bytes()
+        version = msgspec.json.decode(text, type=_Versioned).version
+        if version != VERSION:  # before the fields, whose names may differ
             raise ProfileError(
-                f"the profile {path} has version {version}, this gateway reads {VERSION}: "
-                "measure it again"
+                f"the profile {path} has version {version}, and this gateway reads {VERSION}: "
+                "measure it again with `twolane calibrate`"
             )
-        return msgspec.json.decode(said, type=Profile)
+        return msgspec.json.decode(text, type=Profile)
     except OSError as exc:
         raise ProfileError(f"the profile {path} cannot be read: {exc.strerror}") from exc
     except (msgspec.DecodeError, ValueError) as exc:
-        raise ProfileError(f"the profile {path} is no profile: {exc}") from exc
+        raise ProfileError(
+            f"{path} is not a valid profile: {exc}; measure one with `twolane calibrate`"
+        ) from exc
 
 
 def save(path: Path, profile: Profile) -> None:
-    """Write a profile file, whole or not at all.
+    """Write a profile file atomically.
 
     Raises:
         ProfileError: It cannot be written.
     """
     text = msgspec.json.format(msgspec.json.encode(profile), indent=1)
-    whole = path.with_name(f"{path.name}.new")
+    new = path.with_name(f"{path.name}.new")
     try:
-        whole.write_bytes(text)
-        whole.replace(path)
+        new.write_bytes(text)
+        new.replace(path)
     except OSError as exc:
         raise ProfileError(f"the profile {path} cannot be written: {exc.strerror}") from exc
 

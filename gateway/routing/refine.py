@@ -1,4 +1,4 @@
-"""A profile that live requests refine."""
+"""Corrects a measured profile by the answers of live requests."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ import msgspec
 
 from gateway.routing.profile import LaneProfile, Profile, _along
 
-#: How far from the profile an answer's time is believed, and so a correction: twice, or half.
-MOST = math.log(2)
-#: Rounds that are remembered; one is n requests at n at once. What is older fades.
-MEMORY = 200.0
-#: After so many rounds what they have in common counts fully, and their own spread as much
-#: as the usual one. Assumed.
-FEW = 20.0
+#: The largest deviation from the profile that counts, and so the largest correction: a factor
+#: of two, as a logarithm.
+MAX_CORRECTION = math.log(2)
+#: Rounds that are remembered: n answers with n concurrent are one round. Older ones fade.
+REMEMBERED_ROUNDS = 200.0
+#: After so many rounds the common deviation counts fully, and the measured spread as much as
+#: the usual one. Assumed.
+PRIOR_ROUNDS = 20.0
 USUAL_SPREAD = 0.3
-#: So many standard errors off may be chance.
-CHANCE = 3.0
-#: Corrections that change by less are not worth a new profile.
-WORTH = math.log(1.02)
-#: No answer is longer, tokens.
-LONGEST = 10**7
+#: A deviation of so many standard errors may be chance.
+CHANCE_ERRORS = 3.0
+#: A correction that changes by less makes no new profile.
+MIN_CHANGE = math.log(1.02)
+#: The longest answer that counts, tokens.
+LONGEST_ANSWER = 10**7
 
 
 class _Deviation:
-    """How far answers at one level were from the profile: logarithms of what they took more."""
+    """The mean deviation of answers at one level from the profile, as a logarithm."""
 
     __slots__ = ("mean", "rounds", "variance")
 
@@ -37,28 +38,28 @@ class _Deviation:
         self.variance = 0.0
 
     def learn(self, off: float, rounds: float) -> None:
-        self.rounds = min(MEMORY, self.rounds + rounds)
+        self.rounds = min(REMEMBERED_ROUNDS, self.rounds + rounds)
         gain = rounds / self.rounds
         before = off - self.mean
         self.mean += gain * before
         self.variance += gain * (before * (off - self.mean) - self.variance)
 
     def beyond(self, common: float) -> float:
-        """What of its distance to the common is its own, and not chance."""
+        """The part of its distance from the common deviation that is not chance."""
         if not self.rounds:
             return 0.0
-        spread = self.variance * self.rounds + USUAL_SPREAD**2 * FEW
-        chance = CHANCE**2 * spread / (self.rounds + FEW) / self.rounds
+        spread = self.variance * self.rounds + USUAL_SPREAD**2 * PRIOR_ROUNDS
+        chance = CHANCE_ERRORS**2 * spread / (self.rounds + PRIOR_ROUNDS) / self.rounds
         own = self.mean - common
         # Shrunk as James and Stein do: nothing of it at the limit, nearly all well beyond.
         return own * (1 - chance / own**2) if own**2 > chance else 0.0
 
 
 class _Curve:
-    """One lane's times by level, for answers of any length, and how far off they are seen.
+    """One lane's seconds by level, for answers of any length, and how far live answers deviate.
 
-    Levels beyond the lane's slots are not told apart: who is too many waits in the gateway,
-    and the engine is as busy as it is with all slots taken.
+    Levels beyond the lane's slots are one level: further requests wait in the gateway, and the
+    engine is as busy as with all slots taken.
     """
 
     def __init__(self, lane: LaneProfile, slots: int, tokens_out: int) -> None:
@@ -84,9 +85,9 @@ class _Curve:
         expected = _along(levels, self._first, n) + tokens * _along(levels, self._tokens_s, n)
         if expected <= 0:
             return
-        off = min(MOST, max(-MOST, math.log(seconds) - math.log(expected)))
+        off = min(MAX_CORRECTION, max(-MAX_CORRECTION, math.log(seconds) - math.log(expected)))
         length = _along(levels, self._lengths, n)
-        # One of another length says less; and n at once share what befalls them.
+        # An answer of another length says less, and n concurrent ones share what delays them.
         rounds = min(tokens / length, length / tokens) / n
         right = bisect_left(levels, n)
         if right == 0 or levels[right] == n:
@@ -101,35 +102,34 @@ class _Curve:
                 seen.learn(off, rounds * share)
 
     def totals(self) -> tuple[float, float]:
-        """What all of it was off, times the rounds it took, and these."""
+        """The sum of the deviations times their rounds, and the rounds."""
         return (
             math.fsum(deviation.mean * deviation.rounds for deviation in self._deviations),
             math.fsum(deviation.rounds for deviation in self._deviations),
         )
 
     def own(self, common: float) -> list[float]:
-        """By the profile's levels, what is this lane's own."""
+        """This lane's own deviation, by the profile's levels."""
         return [self._deviations[place].beyond(common) for place in self._place]
 
 
 class ProfileRefiner:
-    """A measured profile, corrected by the answers that are given.
+    """Corrects a measured profile by the answers of live requests.
 
-    Each answer is compared with what the profile says of one of its length, beside as many. What
-    all of them have in common (longer prompts than were measured, say) is taken for true of
-    every lane at every level, also where nobody was seen: it says nothing about which is
-    faster, and a lane must not look slow only because it is the one that is used. What is
-    one lane's own at one level is believed as far as it is beyond chance. Neither is believed
-    beyond a factor of two.
+    Each answer is compared with the profile's seconds for its length and concurrency. The
+    deviation that all answers have in common (longer prompts than were measured, say) corrects
+    every lane at every level, also where no answer was seen: it says nothing about which lane is
+    faster, and a lane must not look slow only because it is in use. One lane's own deviation
+    at one level counts as far as it is beyond chance. Neither counts beyond a factor of two.
 
     Args:
-        profile: As measured. One without `ttft_s` or `tokens_out` says nothing of answers of
-            other lengths, so nothing is learned.
-        slots: Of each lane that may be seen.
+        profile: The measured profile. Without `ttft_s` or `tokens_out` it says nothing about
+            answers of other lengths, so nothing is learned.
+        slots: The slots of each lane.
 
     Attributes:
-        profile: As it was told last.
-        requests: How many have been compared.
+        profile: The profile as last corrected.
+        requests: How many answers have been compared.
     """
 
     def __init__(self, profile: Profile, slots: Mapping[str, int]) -> None:
@@ -147,25 +147,25 @@ class ProfileRefiner:
         }
 
     def __repr__(self) -> str:
-        return f"<ProfileRefiner by {self.requests} requests: {self.factors}>"
+        return f"<ProfileRefiner of {self.requests} requests: {self.factors}>"
 
     def learn(self, lane: str, at_once: float, seconds: float, tokens: int) -> None:
         """A request was answered.
 
         Args:
-            lane: By whom.
-            at_once: How many this lane answered meanwhile, itself included.
-            seconds: From its being sent to its last token.
-            tokens: Of the answer.
+            lane: The lane that answered.
+            at_once: Mean concurrency of the lane meanwhile, this request included.
+            seconds: From sending the request to the last token.
+            tokens: Length of the answer.
         """
         curve = self._curves.get(lane)
-        if curve is not None and 0 < seconds < math.inf and 0 < tokens <= LONGEST:
+        if curve is not None and 0 < seconds < math.inf and 0 < tokens <= LONGEST_ANSWER:
             self.requests += 1
             curve.learn(at_once, seconds, tokens)
 
     @property
     def factors(self) -> dict[str, dict[int, float]]:
-        """By lane and level, what the measured seconds are multiplied with in `profile`."""
+        """The factors between the measured seconds and those of `profile`, by lane and level."""
         return {
             name: {
                 n: math.exp(off)
@@ -175,26 +175,28 @@ class ProfileRefiner:
         }
 
     def corrected(self) -> Profile | None:
-        """The profile as it has become; None where it is hardly another than was told before."""
+        """The profile corrected by all answers so far; None: hardly other than the last one."""
         totals = [curve.totals() for curve in self._curves.values()]
         rounds = math.fsum(rounds for _, rounds in totals)
         mean = math.fsum(off for off, _ in totals) / rounds if rounds else 0.0
-        common = mean * min(1.0, rounds / FEW)
-        found = {}
+        common = mean * min(1.0, rounds / PRIOR_ROUNDS)
+        corrections = {}
         for name, lane in self._measured.lanes.items():
             curve = self._curves.get(name)
             own = curve.own(mean) if curve else [0.0] * len(lane.at_once)
-            found[name] = [min(MOST, max(-MOST, common + off)) for off in own]
+            corrections[name] = [
+                min(MAX_CORRECTION, max(-MAX_CORRECTION, common + off)) for off in own
+            ]
         if not any(
-            abs(now - was) > WORTH
-            for name, offs in found.items()
+            abs(now - was) > MIN_CHANGE
+            for name, offs in corrections.items()
             for now, was in zip(offs, self._corrections[name], strict=True)
         ):
             return None
-        self._corrections = found
+        self._corrections = corrections
         lanes = {}
         for name, lane in self._measured.lanes.items():
-            pairs = zip(lane.seconds, found[name], strict=True)
+            pairs = zip(lane.seconds, corrections[name], strict=True)
             corrected = tuple(seconds * math.exp(off) for seconds, off in pairs)
             lanes[name] = msgspec.structs.replace(lane, seconds=corrected)
         self.profile = msgspec.structs.replace(self._measured, lanes=lanes)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ from gateway.errors import UsageError
 from gateway.routing import profile
 from gateway.routing.profile import Profile, ProfileError
 from gateway.simulate import profiles, trace_file
-from gateway.simulate.choices import OURS, PROFILES, TRACES, TRACES_OF_ONE_TEAM
+from gateway.simulate.choices import PROFILES, TRACES, TRACES_OF_ONE_TEAM
 from gateway.simulate.comparison import Case, SimulationRecord, compare_all
 from gateway.simulate.plot import check_plot, draw
 from gateway.simulate.traces import Trace
@@ -113,7 +114,7 @@ def _name(trace: str | Trace) -> str:
 
 
 def _tables(records: Sequence[SimulationRecord]) -> list[Table]:
-    """One table per profile: a line per trace and hand-over time, a column per policy."""
+    """One table per profile."""
     by_profile: dict[str, list[SimulationRecord]] = defaultdict(list)
     for record in records:
         by_profile[record.profile].append(record)
@@ -121,35 +122,34 @@ def _tables(records: Sequence[SimulationRecord]) -> list[Table]:
 
 
 def _table(label: str, records: Sequence[SimulationRecord]) -> Table:
-    policies = list(dict.fromkeys(record.policy for record in records))
+    """A line per policy, a section per trace and hand-over time."""
     table = Table(
-        title=f"{label}: mean seconds per request (ratio to the better single engine)",
+        title=f"{label}: mean seconds per request, ratio to the better single engine",
         title_justify="left",
         pad_edge=False,
+        padding=(0, 2, 0, 0),
+        box=None,
     )
-    table.add_column("trace", min_width=max(len(record.trace) for record in records))
-    for name in ("people", "hand-over"):
-        table.add_column(name)
-    for policy in policies:
-        table.add_column(policy, justify="right")
-    if OURS in policies:
-        table.add_column("p95 s of ours", justify="right")
-        table.add_column("moves/h", justify="right")
-    rows: dict[tuple[str, int, float], dict[str, SimulationRecord]] = defaultdict(dict)
-    for record in records:
-        rows[record.trace, record.people, record.handover_s][record.policy] = record
-    for (trace, people, handover_s), row in rows.items():
-        cells = [_cell(row[policy]) if policy in row else "" for policy in policies]
-        if OURS in policies:
-            cells += [f"{row[OURS].p95_s:.1f}", f"{row[OURS].moves_per_hour:.2f}"]
-        table.add_row(trace, str(people or "?"), f"{handover_s:g} s", *cells)
+    for name in ("trace", "people", "hand-over", "policy"):
+        table.add_column(name, no_wrap=True)
+    for name in ("mean s", "ratio", "p95 s", "moves/h"):
+        table.add_column(name, justify="right", no_wrap=True)
+    sections = groupby(records, key=lambda r: (r.trace, r.people, r.handover_s))
+    for (trace, people, handover_s), of_day in sections:
+        day = (trace, str(people or "?"), f"{handover_s:g} s")
+        for record in of_day:
+            table.add_row(
+                *day, record.policy, f"{record.mean_s:.2f}", _ratio(record),
+                f"{record.p95_s:.1f}", f"{record.moves_per_hour:.2f}",
+            )  # fmt: skip
+            day = ("", "", "")
+        table.add_row()
     return table
 
 
-def _cell(record: SimulationRecord) -> str:
-    ratio = f"{record.ratio_fixed:.2f}"
+def _ratio(record: SimulationRecord) -> str:
     style = "red" if record.ratio_fixed > 1.12 else "green" if record.ratio_fixed < 0.98 else "dim"
-    return f"{record.mean_s:.2f} [{style}]{ratio}[/]"
+    return f"[{style}]{record.ratio_fixed:.2f}[/]"
 
 
 def _write(where: str, records: Sequence[SimulationRecord]) -> None:

@@ -1,1 +1,1 @@
-"""What the gateway costs, beside nginx and beside no proxy."""
+"""What does the gateway cost? Benchmarks beside nginx and beside no proxy; not in the wheel."""

@@ -1,7 +1,7 @@
-"""The load generator: jobs in, results out, and the meter that is read around a job.
+"""The benchmark's load generator: it takes jobs, and meters a proxy during each of them.
 
-A connection only keeps what arrives, with its time. Streams are read when the clock has
-stopped, so that a careful client is not a slow one.
+A connection only keeps the bytes with their time of arrival. Streams are parsed and checked
+after the measurement, so the checks do not slow the client down.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from loadtests.bench.script import (
 
 
 class ProcessMeter:
-    """CPU seconds, wake-ups and memory of a process and all below it."""
+    """CPU seconds, wake-ups and memory of a process tree."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
@@ -43,11 +43,11 @@ class ProcessMeter:
         return [self._root, *self._root.children(recursive=True)]
 
     def cpu_s(self) -> float:
-        """User and system time; of children that have ended, too."""
+        """User and system time, including children that have ended."""
         return sum(sum(process.cpu_times()[:4]) for process in self._tree())
 
     def wakes(self) -> int:
-        """How often it had gone to sleep and was woken."""
+        """Voluntary context switches: how often it went to sleep and was woken."""
         return sum(process.num_ctx_switches().voluntary for process in self._tree())
 
     def rss_mb(self) -> float:
@@ -55,7 +55,7 @@ class ProcessMeter:
         return sum(process.memory_info().rss for process in self._tree()) / 1e6
 
     def peak_mb(self) -> float:
-        """The most it has had since it began, as the kernel saw it: no sample can miss it."""
+        """Peak resident memory since its start by the kernel's count, in 10^6 bytes."""
         total = 0
         for process in self._tree():
             status = Path(f"/proc/{process.pid}/status").read_text()
@@ -67,7 +67,7 @@ class ProcessMeter:
 
 
 class Streams(msgspec.Struct, tag=True):
-    """So many streams at once, each of `tokens` tokens, one every `period_ms`."""
+    """A job of concurrent streams, each of `tokens` tokens, one every `period_ms`."""
 
     port: int
     proxy: int | None
@@ -76,37 +76,37 @@ class Streams(msgspec.Struct, tag=True):
     period_ms: int
     spread: bool = False
 
-    def patience_s(self) -> float:
-        """A proxy that needs longer than this does not keep up, it is stuck."""
+    def timeout_s(self) -> float:
+        """Seconds after which a proxy is stuck, not slow."""
         return 20 + 10 * self.tokens * self.period_ms / 1000
 
 
 class Jsons(msgspec.Struct, tag=True):
-    """Short answers, as fast as `connections` clients get them that ask without a pause."""
+    """A job of short JSON answers, on `connections` connections without a pause."""
 
     port: int
     proxy: int | None
     connections: int
     seconds: float
 
-    def patience_s(self) -> float:
-        """As above."""
+    def timeout_s(self) -> float:
+        """Seconds after which a proxy is stuck, not slow."""
         return 20 + 2 * self.seconds
 
 
 class FirstTokens(msgspec.Struct, tag=True):
-    """One short stream at a time, a request to each port in turn."""
+    """A job of short streams, one at a time, a request to each port in turn."""
 
     ports: dict[str, int]
     requests: int
 
-    def patience_s(self) -> float:
-        """As above."""
+    def timeout_s(self) -> float:
+        """Seconds after which a proxy is stuck, not slow."""
         return 20 + 0.2 * self.requests * len(self.ports)
 
 
 class StreamsResult(msgspec.Struct, tag=True):
-    """What the streams came to. `elapsed_s` is from the first request to the last [DONE]."""
+    """The result of `Streams`; `elapsed_s` is from the first request to the last [DONE]."""
 
     events: int
     reads: int
@@ -117,22 +117,22 @@ class StreamsResult(msgspec.Struct, tag=True):
 
 
 class JsonsResult(msgspec.Struct, tag=True):
-    """What the short answers came to."""
+    """The result of `Jsons`."""
 
     requests: int
     elapsed_s: float
     cpu_s: float = 0.0
-    asked: int = 0  # the warm-up included
+    asked: int = 0  # including the warm-up
 
 
 class FirstTokensResult(msgspec.Struct, tag=True):
-    """The TTFT of every request, in milliseconds."""
+    """The result of `FirstTokens`: TTFT of every request by way, milliseconds."""
 
     ttft_ms: dict[str, list[float]]
 
 
 class JobFailed(msgspec.Struct, tag=True):
-    """An answer was broken."""
+    """A job without a result, because an answer was broken."""
 
     why: str
 
@@ -145,7 +145,7 @@ Result: TypeAlias = StreamsResult | JsonsResult | FirstTokensResult | JobFailed
 
 
 class Connection(asyncio.Protocol):
-    """A client's connection: one request at a time, answers in the pieces they came in."""
+    """A client's connection: one request at a time; answers stay in the pieces received."""
 
     @classmethod
     async def open(cls, port: int) -> Connection:
@@ -159,7 +159,7 @@ class Connection(asyncio.Protocol):
         self._answered: asyncio.Future[None] | None = None
 
     async def ask(self, request: bytes) -> Answer:
-        """The whole answer; raises `BrokenAnswer` where the connection ended before it."""
+        """The whole answer; raises `BrokenAnswer` if the connection ends before it."""
         self._parser = httptools.HttpResponseParser(self)
         self._pieces: list[tuple[float, bytes]] = []
         self._answered = self._loop.create_future()
@@ -201,7 +201,7 @@ class Connection(asyncio.Protocol):
 
 @asynccontextmanager
 async def connected(ports: Iterable[int]) -> AsyncIterator[list[Connection]]:
-    """A connection to each port, for as long as the block runs."""
+    """A connection to each port while the context is open."""
     connections: list[Connection] = []
     try:
         for port in ports:
@@ -216,9 +216,9 @@ async def connected(ports: Iterable[int]) -> AsyncIterator[list[Connection]]:
 async def load_streams(job: Streams) -> StreamsResult:
     """Run the streams and check every one of them; raises `BrokenAnswer`.
 
-    What is counted begins with the requests and ends with the last [DONE], so that the
-    proxy pays for reading, admitting and logging the requests as well; connections on
-    both sides are made before, by a short stream on each.
+    The measurement begins with the requests and ends with the last [DONE], so it includes
+    reading, admitting and logging the requests. Connections on both sides are opened
+    before, by a short stream on each.
     """
     scripts = [
         Script(
@@ -251,9 +251,9 @@ async def load_streams(job: Streams) -> StreamsResult:
 
 
 async def load_jsons(job: Jsons) -> JsonsResult:
-    """Ask without a pause and check every answer; raises `BrokenAnswer`."""
+    """Send requests without a pause and check every answer; raises `BrokenAnswer`."""
     request = chat_request(Script(), stream=False)
-    good: set[bytes] = set()  # bodies that were looked into: most answers are the same bytes
+    good: set[bytes] = set()  # bodies that passed the check: most answers are the same bytes
     answered = 0
     over = False
 
@@ -283,7 +283,7 @@ async def load_jsons(job: Jsons) -> JsonsResult:
 
 
 async def load_first_tokens(job: FirstTokens) -> FirstTokensResult:
-    """One short stream after the other, the ways in another order each time."""
+    """Measure one short stream after the other, rotating the order of the ways."""
     script = Script(tokens=2)
     request = chat_request(script)
     ttft_ms: dict[str, list[float]] = {way: [] for way in job.ports}
@@ -301,15 +301,15 @@ async def load_first_tokens(job: FirstTokens) -> FirstTokensResult:
 
 
 def rotated(ways: Sequence[str], turn: int) -> tuple[str, ...]:
-    """The ways, beginning with another one each turn: none is always first after a pause."""
+    """The ways rotated by the turn, so that none is always first after a pause."""
     shift = turn % len(ways)
     return (*ways[shift:], *ways[:shift])
 
 
 async def run_job(job: Job) -> Result:
-    """Whatever the job is; a broken answer is a result as well."""
+    """The result of a job; a broken answer is a `JobFailed`."""
     try:
-        async with asyncio.timeout(job.patience_s()):
+        async with asyncio.timeout(job.timeout_s()):
             match job:
                 case Streams():
                     return await load_streams(job)
@@ -320,13 +320,11 @@ async def run_job(job: Job) -> Result:
     except BrokenAnswer as broken:
         return JobFailed(str(broken))
     except TimeoutError:
-        return JobFailed(
-            f"no end after {job.patience_s():g} s: an answer never came or never ended"
-        )
+        return JobFailed(f"no end after {job.timeout_s():g} s: an answer never came or never ended")
 
 
 def serve_jobs() -> None:
-    """Be the client: a job a line on stdin, its result a line on stdout."""
+    """Run the jobs on stdin, one a line, and print each result as a line."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         for line in sys.stdin:
             result = runner.run(run_job(msgspec.json.decode(line, type=Job)))

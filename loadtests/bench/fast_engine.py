@@ -110,9 +110,9 @@ ENGINE_LOG_PATH = "/bench/seen"
 
 
 class MarkedRequest(msgspec.Struct):
-    """When the engine had a marked request in hand, and when its connection was gone.
+    """When the engine received a marked request, and when it lost its connection.
 
-    Both on CLOCK_MONOTONIC, which all processes of a Linux machine share.
+    Both by CLOCK_MONOTONIC, which all processes of a Linux machine share.
     """
 
     came_at: float
@@ -120,7 +120,7 @@ class MarkedRequest(msgspec.Struct):
 
 
 class EngineLog(msgspec.Struct):
-    """What the engine has seen: connections made to it, and marked requests by marker."""
+    """The engine's log: the connections made to it, and marked requests by marker."""
 
     connections: int
     notes: dict[str, MarkedRequest]
@@ -137,19 +137,19 @@ _decode_script = msgspec.json.Decoder(Script).decode
 
 
 class _Metronome:
-    """Gives every stream a token each period: all of them at once, or spread over it.
+    """Sends a token to every stream in each period: all in one step, or spread over it.
 
-    At once is how an engine that batches sends them: a step of vLLM makes a token for
-    every stream that runs, each a chunk and a write of its own. RoundsSpread evenly, a proxy
-    wakes for nearly every chunk, and what that costs in the kernel, the same for all, hides
-    what proxies differ in (a bare relay in Python came to 0.8 of nginx, and to 0.5 in
-    steps). As fast as it goes, chunks pile up in the sockets and are relayed by the dozen.
+    One step is how a batching engine sends them: a step of vLLM makes a token for every
+    running stream, each a chunk and a write of its own. With spread tokens a proxy wakes for
+    nearly every chunk, and that cost in the kernel, the same for all, hides how proxies
+    differ (a bare relay in Python reached 0.8 of nginx, and 0.5 in steps). Without a pace,
+    chunks pile up in the sockets and are relayed by the dozen.
 
-    Event loops count in milliseconds, and spread tokens are closer, so the beats come from
-    the kernel (`timerfd`).
+    Event loops count in milliseconds, and spread tokens are closer together, so the beats
+    come from the kernel (`timerfd`).
     """
 
-    BEAT_US = 100  # when spread; a stream gets one of these in the period and keeps it
+    BEAT_US = 100  # when spread; a stream keeps one of these beats of the period
 
     def __init__(self, loop: asyncio.AbstractEventLoop, period_ms: int, *, spread: bool) -> None:
         beats = period_ms * 1000 // self.BEAT_US if spread else 1
@@ -181,9 +181,9 @@ class _Metronome:
         try:
             beats = int.from_bytes(os.read(self._timer, 8), sys.byteorder)
         except BlockingIOError:
-            return  # it was set anew in the meantime
-        # Late or not, a stream gets one token in a go: two would be read as one. The load
-        # sees that it was late, by the time that the streams took.
+            return  # the timer was set again in the meantime
+        # Late or not, a stream gets one token at a time: two would be read as one. The load
+        # generator notices the lag by the time that the streams take.
         for _ in range(min(beats, len(self._beats))):
             beat = self._beats[self._next]
             for exchange in tuple(beat):
@@ -196,7 +196,7 @@ class _Metronome:
 
 
 class _EngineConnection(asyncio.Protocol):
-    """A connection of the engine's; where it streams, the stream."""
+    """A client's connection to the engine, with the stream on it."""
 
     def __init__(self, engine: _Engine) -> None:
         self._engine = engine
@@ -243,8 +243,8 @@ class _EngineConnection(asyncio.Protocol):
                 self._transport.write(PAGES.get(self._url, NOT_FOUND))
             return
         ask = _decode_request(self._body)
-        said = ask.messages[-1].content or "{}"
-        self._script = _decode_script(said) if said.startswith("{") else Script(tokens=1)
+        text = ask.messages[-1].content or "{}"
+        self._script = _decode_script(text) if text.startswith("{") else Script(tokens=1)
         self._note = None
         if self._script.marker:
             self._note = self._engine.seen.notes[self._script.marker] = MarkedRequest(
@@ -263,12 +263,12 @@ class _EngineConnection(asyncio.Protocol):
         self._sent = 0
         self._wants_usage = (ask.stream_options or {}).get("include_usage") is True
         self._transport.write(STREAM_HEAD + ROLE_EVENT)
-        # The first word goes at once: a TTFT through a proxy is then all the proxy's.
+        # The first word is sent without delay, so TTFT through a proxy is the proxy's alone.
         if self.token():
             self._engine.metronome(self._script).add(self)
 
     def token(self) -> bool:
-        """Send what is next; whether anything is after it."""
+        """Send the next token or the end; whether another token follows later."""
         if self._gone:
             return False
         script = self._script
@@ -284,7 +284,7 @@ class _EngineConnection(asyncio.Protocol):
 
 
 class _Engine:
-    """What the connections share: what was seen, and who keeps the time."""
+    """What all connections share: the log and the metronomes."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.seen = EngineLog(0, {})
@@ -299,7 +299,7 @@ class _Engine:
 
 
 async def serve_engine() -> None:
-    """Be the engine, say the port on stdout, and end with stdin: no orphan is left."""
+    """Serve until stdin ends, so that no orphan is left; print the port on stdout first."""
     loop = asyncio.get_running_loop()
     engine = _Engine(loop)
     server = await loop.create_server(

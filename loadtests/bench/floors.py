@@ -27,7 +27,15 @@ TTFT = "TTFT p50, ms"
 ADDED_TTFT = "TTFT p50 added to direct, ms"
 RSS_IDLE = "RSS idle, MB"
 RSS_PEAK = "RSS peak in the streams, MB"
+#: By case: from a client's disconnect until the engine's connection is closed.
 HANG_UP = {case: f"hang-up {case}, ms" for case in CASES}
+#: How tables and messages name a measure; the JSON file has the names above.
+LABELS = {
+    HANG_UP["queued"]: "client disconnects while queued, ms",
+    HANG_UP["before headers"]: "client disconnects before the headers, ms",
+    HANG_UP["mid-stream"]: "client disconnects during a stream, ms",
+    HANG_UP["non-stream"]: "client disconnects from a JSON request, ms",
+}
 MEASURES = (
     STREAM_COST, STREAM_SHARE, STREAM_RATE, STREAM_READS, STREAM_WAKES, JSON_COST, JSON_SHARE,
     JSON_RATE, JSON_CONNECTIONS, TTFT, ADDED_TTFT, RSS_IDLE, RSS_PEAK, *HANG_UP.values(),
@@ -36,7 +44,7 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Floor:
-    """A line that the gateway's median must not cross, and the one it is on its way to."""
+    """A limit that the gateway's median must hold for a release, and the goal beyond it."""
 
     measure: str
     limit: float
@@ -44,14 +52,14 @@ class Floor:
     at_least: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a median is on the right side; the line itself is."""
+        """Whether a median holds the limit; the limit itself does."""
         return value >= self.limit if self.at_least else value <= self.limit
 
     def __str__(self) -> str:
         return f"{'>=' if self.at_least else '<='} {self.limit:g}"
 
 
-# Below a floor a release does not go out; the goals are where this project wants to be.
+#: A release must hold every floor; the goals are where the project wants to be.
 FLOORS = (
     Floor(STREAM_SHARE, 0.25, goal=0.4, at_least=True),
     Floor(JSON_SHARE, 0.045, goal=0.13, at_least=True),
@@ -59,13 +67,15 @@ FLOORS = (
     Floor(RSS_PEAK, 100, goal=80),
     *(Floor(HANG_UP[case], 50, goal=50) for case in CASES),
 )
+#: A value per round, by measure and way.
 Measures: TypeAlias = dict[str, dict[str, list[float]]]
+#: The measures, and notes on how they came about.
 Measured: TypeAlias = tuple[Measures, list[str]]
 
 
 @dataclass(frozen=True)
 class RoundsSpread:
-    """What the rounds came to."""
+    """The lowest, median and highest value of all rounds."""
 
     low: float
     median: float
@@ -79,7 +89,7 @@ class RoundsSpread:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A floor and what was measured; None where it was not, which is not a pass."""
+    """A floor beside the measured median; None if not measured, which is not a pass."""
 
     floor: Floor
     median: float | None
@@ -89,13 +99,14 @@ class Verdict:
         return self.median is not None and not self.floor.holds(self.median)
 
     def __str__(self) -> str:
+        label = LABELS.get(self.floor.measure, self.floor.measure)
         if self.median is None:
-            return f"{self.floor.measure}: not measured"
-        return f"{self.floor.measure}: {self.median:.3g}, the floor is {self.floor}"
+            return f"{label}: not measured"
+        return f"{label}: {self.median:.3g}, the floor is {self.floor}"
 
 
 def add_ratios(measures: Measures) -> None:
-    """Add the ratios and differences, each formed within its round."""
+    """Add the ratios and differences of ways, each computed within its round."""
 
     def per_round(
         measure: str, way: str, base: str, form: Callable[[float, float], float]
@@ -113,7 +124,7 @@ def add_ratios(measures: Measures) -> None:
 
 
 def verdicts_of(measures: Measures) -> list[Verdict]:
-    """Every floor beside the median of its rounds."""
+    """The verdict of every floor, by the median of the rounds."""
     verdicts = []
     for floor in FLOORS:
         values = measures.get(floor.measure, {}).get(GATEWAY)

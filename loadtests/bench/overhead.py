@@ -1,13 +1,13 @@
-"""What the gateway costs, measured beside nginx and beside no proxy at all.
+"""The overhead of the gateway, measured beside nginx and beside no proxy at all.
 
-Three ways to one fast fake engine, taken in turns on the same machine in the same
-minutes, so that what is reported is a ratio and not the weather. Everything is watched
-from outside: CPU seconds and memory of the proxy's whole process tree, what arrives at
-a client, and when the engine sees a connection end. Nothing of the gateway is imported.
+Three ways lead to one fast fake engine. They are measured in turns on the same machine in
+the same minutes, so that the result is a ratio. Everything is observed from outside: CPU
+seconds and memory of the proxy's whole process tree, the bytes that arrive at a client, and
+when the engine sees a connection end. Nothing of the gateway is imported.
 
-Here are the floors, the rounds, the arithmetic and the report. Who doubts a number reads
-on in `fast_engine` (what is answered, and what makes it whole), `fast_client` (the load
-and the meter) and `ways` (the processes and the hang-ups).
+This module is the command. `floors` has the measures and limits, `rounds` what a round does,
+`tables` the output; `script` has the requests and the check of every answer, `fast_engine`
+and `fast_client` the two ends, and `ways` the processes and the client disconnects.
 """
 
 from __future__ import annotations
@@ -49,25 +49,25 @@ from loadtests.bench.ways import (
 
 HELP = """\
 Three ways lead to one fast fake engine: direct, through nginx, through the gateway. Each
-round measures all of them, in an order that is rotated, and the median of the rounds is
-held against the floors. It takes about four minutes, wants nginx (apt-get install nginx)
-and a machine that does nothing else, and uses the loopback interface only.
+round measures all of them in rotated order, and the median of the rounds is compared with
+the floors. It takes about four minutes, needs nginx (apt-get install nginx) and an
+otherwise idle machine, and uses the loopback interface only.
 
-  streams   {streams} chat streams at once: chunks per CPU second of the proxy, and its memory
-  JSON      short answers, {json_connections} connections: requests per CPU second of the proxy
-  TTFT      one stream at a time, request by request in turn: what is added to direct
-  hang-up   from the client's close() until the engine sees its connection end; for a
-            request in the queue, until the gateway's GET /status no longer counts it
+  streams      {streams} concurrent chat streams: chunks per CPU second of the proxy, its memory
+  JSON         short answers, {json_connections} connections: requests per CPU second of the proxy
+  TTFT         one stream at a time, alternating between the ways: the time added to direct
+  disconnects  from the client's close() until the engine sees its connection end; for a
+               queued request, until the gateway's GET /status no longer counts it
 """
 
 EXAMPLES = """\
 examples:
   python -m loadtests.bench.overhead                                what `make bench` runs
   python -m loadtests.bench.overhead --json bench.json              and keep every round
-  python -m loadtests.bench.overhead --rounds 1 --seconds 2         a quick look; do not quote it
+  python -m loadtests.bench.overhead --rounds 1 --seconds 2         quick, too short to quote
   python -m loadtests.bench.overhead --only direct,nginx            is the harness itself sound?
 
-Every answer is checked, word by word; one that is broken ends the run without a result.
+Every answer is checked word by word; a broken one ends the run without a result.
 exit status: 0 all floors hold (or were not measured), 1 a floor is missed, 2 no result
 """
 
@@ -89,35 +89,35 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("--rounds", type=int, default=usual.rounds, help="default %(default)s; floors want 5")
+    add("--rounds", type=int, default=usual.rounds, help="default %(default)s; the floors need 5")
     add(
         "--seconds",
         type=float,
         default=usual.seconds,
-        help="of each measurement of streams and JSON (default %(default)g)",
+        help="seconds of each measurement of streams and JSON (default %(default)g)",
     )
-    add("--streams", type=int, default=usual.streams, help="at once (default %(default)s)")
+    add("--streams", type=int, default=usual.streams, help="concurrent (default %(default)s)")
     add(
         "--rate",
         type=int,
         default=usual.rate,
-        help="tokens a second in all streams (default %(default)s); lower it where the "
-        "machine is too slow for its own load",
+        help="tokens per second of all streams (default %(default)s); lower it if the machine "
+        "is too slow for its own load",
     )
     add(
         "--spread",
         action="store_true",
-        help="spread the tokens of the streams evenly, instead of all in one step as vLLM "
-        "sends them: dearer for every proxy, kinder in the ratio; the floors are not meant for it",
+        help="spread the tokens of the streams evenly, not all in one step as vLLM sends them: "
+        "every proxy needs more CPU, and ratios are closer to 1; the floors do not apply",
     )
     add(
         "--only",
         type=_ways,
         default=WAYS,
         metavar="WAYS",
-        help="some of direct,nginx,gateway; floors that need another are not measured",
+        help="some of direct,nginx,gateway; floors that need others are not measured",
     )
-    add("--json", type=Path, metavar="PATH", help="write all rounds and the machine there")
+    add("--json", type=Path, metavar="PATH", help="write all rounds and the machine to this file")
     return made
 
 
@@ -125,7 +125,7 @@ def main(
     argv: Sequence[str],
     measure: Callable[[Settings, Callable[[str], None]], Measured] = measure,
 ) -> int:
-    """Run the benchmark; the exit status."""
+    """Run the benchmark; the exit status, see `--help`."""
     asked = parser().parse_args(argv)
     settings = Settings(
         ways=asked.only,

@@ -58,7 +58,7 @@ from loadtests.bench.ways import (
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run; the defaults are what the floors are meant for."""
+    """What to run; the floors are meant for the defaults."""
 
     ways: tuple[str, ...] = WAYS
     rounds: int = 5
@@ -72,23 +72,23 @@ class Settings:
 
     @property
     def period_ms(self) -> int:
-        """Between two tokens of a stream."""
+        """Milliseconds between two tokens of a stream."""
         return max(1, round(self.streams / self.rate * 1000))
 
     @property
     def offered(self) -> float:
-        """Tokens a second in all streams."""
+        """Tokens per second of all streams together."""
         return self.streams * 1000 / self.period_ms
 
     @property
     def tokens(self) -> int:
-        """Of each stream."""
+        """Tokens of each stream."""
         return max(3, round(self.seconds * 1000 / self.period_ms))
 
 
 @dataclass
 class Bench:
-    """Runs the rounds and collects what they measure."""
+    """Runs the rounds and collects their measures."""
 
     settings: Settings
     ways: Mapping[str, Way]
@@ -106,7 +106,7 @@ class Bench:
             self.notes.append(text)
 
     def run(self) -> None:
-        """All rounds; raises `BenchError` where one has no result."""
+        """Run all rounds; raises `BenchError` if one has no result."""
         for way in self.ways.values():
             if way.proxy is not None:
                 self.record(RSS_IDLE, way.name, ProcessMeter(way.proxy).rss_mb())
@@ -121,7 +121,7 @@ class Bench:
                 self._jsons(way)
             self._first_tokens(turn)
             for way in order:
-                self._hang_ups(way)
+                self._disconnects(way)
         add_ratios(self.measures)
 
     def _streams(self, way: Way) -> None:
@@ -162,17 +162,17 @@ class Bench:
         for name, values in got.ttft_ms.items():
             self.record(TTFT, name, statistics.median(values))
 
-    def _hang_ups(self, way: Way) -> None:
-        hang_ups = DisconnectTimer(way, self.engine.port)
+    def _disconnects(self, way: Way) -> None:
+        timer = DisconnectTimer(way, self.engine.port)
         for case in CASES:
             if case == "queued" and way.name != GATEWAY:
                 continue  # only the gateway has a queue
-            with self._naming_errors(way, f"hang-up, {case}"):
-                times = [hang_ups.time_ms(case) for _ in range(self.settings.hang_ups)]
+            with self._naming_errors(way, f"client disconnect, {case}"):
+                times = [timer.time_ms(case) for _ in range(self.settings.hang_ups)]
             self.record(HANG_UP[case], way.name, max(times))
 
     def _usable_cpu_s(self, way: Way, cpu_s: float) -> float:
-        # The kernel tells CPU time in ticks of 10 ms.
+        # The kernel counts CPU time in ticks of 10 ms.
         if cpu_s < 0.2:
             self.add_note(
                 f"{way.name} used {cpu_s:.2f} CPU seconds: too few to divide by, run longer"
@@ -187,7 +187,8 @@ class Bench:
             raise type(exc)(f"{way.name}, {what}: {exc}") from exc
 
 
-BUSY = 0.25  # load average a core from which on a report says so
+#: Load average per core before the start from which on the report has a note.
+BUSY = 0.25
 
 
 def measure(settings: Settings, say: Callable[[str], None]) -> Measured:
@@ -203,7 +204,7 @@ def measure(settings: Settings, say: Callable[[str], None]) -> Measured:
         if GATEWAY in settings.ways:
             ways[GATEWAY] = stack.enter_context(gateway_running(port, scratch))
         load = stack.enter_context(client_running())
-        # What others do here is in the caches and in the times, if less so in the ratios.
+        # Other load changes caches and times, though less so the ratios.
         busy = os.getloadavg()[0]
         bench = Bench(settings, ways, Way("engine", port, pid), load, say)
         if busy > BUSY * (os.cpu_count() or 1):

@@ -1,4 +1,8 @@
-"""What the fake engine is asked to say, and the check that it arrived whole."""
+"""The script of a fake engine's answer, which a request carries, and the check of the answer.
+
+A stream is checked against its script word by word: a proxy that breaks answers has no result,
+however fast it is.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,11 @@ import msgspec
 
 
 class BenchError(Exception):
-    """There is no result; the message says why, and what to do where that is known."""
+    """The benchmark has no result; the message says why, and what to do if that is known."""
 
 
 class BrokenAnswer(BenchError):
-    """An answer was not what the engine said: a fast proxy that breaks answers is not fast."""
+    """An answer is not what the engine sent."""
 
 
 BENCH_MODEL = "bench"
@@ -28,11 +32,16 @@ JSON_TEXT = "It is done: " + "".join(ANSWER_WORDS[:12])
 
 
 class Script(msgspec.Struct, omit_defaults=True):
-    """What the fake engine is to do; it travels as the user's message, which no proxy touches.
+    """What the fake engine must do; sent as the user's message, which no proxy changes.
 
-    `spread`: the streams of this period take turns within it; else they all step at once.
-    `hold`: after `tokens` tokens say nothing more until the client is gone; with none of
-    them not even the head. `marker`: keep a note of when this came and when it was cut.
+    Attributes:
+        tokens: Tokens to send.
+        period_ms: Milliseconds between two tokens.
+        spread: The streams of this period take turns within it; otherwise all step together.
+        first: Index of the first word.
+        hold: Send nothing after `tokens` tokens, until the client disconnects; with no tokens
+            not even the response head.
+        marker: Log when this request arrives and when its connection is lost.
     """
 
     tokens: int = 0
@@ -43,14 +52,14 @@ class Script(msgspec.Struct, omit_defaults=True):
     marker: str = ""
 
     def text(self) -> str:
-        """All that a whole answer says."""
+        """The text of the whole answer."""
         words = itertools.islice(
             itertools.cycle(ANSWER_WORDS), self.first, self.first + self.tokens
         )
         return "".join(words)
 
 
-# About what a chat page sends in front of a first question.
+#: About as long as the system prompt of a chat page.
 BENCH_SYSTEM_PROMPT = (
     "You are a helpful assistant. Answer in the language of the question, briefly and "
     "to the point. Where you are not certain, say so. Use lists only where they help, and "
@@ -105,7 +114,7 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer as it came: when it was asked for, and each piece of its body with its time."""
+    """An answer as received: the time of its request, and each piece of the body with its time."""
 
     asked_at: float
     status: int
@@ -118,7 +127,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A whole stream: how many events it had, and when the first word was there."""
+    """A whole stream: the number of its events, and the arrival of its first word."""
 
     events: int
     first_word_at: float
@@ -129,7 +138,7 @@ def read_stream(answer: Answer, script: Script) -> Stream:
 
     Raises:
         BrokenAnswer: A word is missing, doubled or foreign, or the finish reason, the
-            token count or [DONE] is not where it must be.
+            token count or [DONE] is missing or misplaced.
     """
     if answer.status != 200:
         raise BrokenAnswer(f"status {answer.status}: {answer.body()[:300]!r}")
@@ -148,10 +157,10 @@ def read_stream(answer: Answer, script: Script) -> Stream:
             continue
         chunk = _read_chunk(data)
         usage = chunk.usage or usage
-        for said in chunk.choices:
-            finish = said.finish_reason or finish
-            if said.delta.content:
-                words.append(said.delta.content)
+        for choice in chunk.choices:
+            finish = choice.finish_reason or finish
+            if choice.delta.content:
+                words.append(choice.delta.content)
                 first_word_at = first_word_at or at
     if not done:
         raise BrokenAnswer(f"a stream ended without [DONE], after {events} events")
@@ -165,7 +174,7 @@ def read_stream(answer: Answer, script: Script) -> Stream:
 
 
 def _events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
-    """The data of each event, and when the last of it came."""
+    """The data of each event, with the arrival of its last byte."""
     rest = b""
     for at, piece in pieces:
         *whole, rest = (rest + piece).split(b"\n\n")
@@ -194,5 +203,5 @@ def check_json(answer: Answer) -> None:
     if answer.status != 200:
         raise BrokenAnswer(f"status {answer.status}: {body[:300]!r}")
     chat = _read_chunk(body)
-    if [said.message.content for said in chat.choices] != [JSON_TEXT] or chat.usage is None:
+    if [one.message.content for one in chat.choices] != [JSON_TEXT] or chat.usage is None:
         raise BrokenAnswer(f"an answer that says something else: {body[:300]!r}")

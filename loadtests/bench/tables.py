@@ -1,4 +1,4 @@
-"""The benchmark's tables, and its file."""
+"""The benchmark's result as tables and as a JSON file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from loadtests.bench.floors import MEASURES, Measures, RoundsSpread, verdicts_of
+from loadtests.bench.floors import LABELS, MEASURES, Measures, RoundsSpread, verdicts_of
 from loadtests.bench.rounds import Settings
 from loadtests.bench.script import BenchError
 from loadtests.bench.ways import (
@@ -25,7 +25,7 @@ from loadtests.bench.ways import (
 
 
 def machine(argv: Sequence[str]) -> dict[str, Any]:
-    """Where and how this was run."""
+    """The machine, the versions and the command line of this run."""
     model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     packages = ("uvloop", "httptools", "uvicorn", "fastapi", "msgspec")
     return {
@@ -42,21 +42,22 @@ def machine(argv: Sequence[str]) -> dict[str, Any]:
 
 def _nginx_version() -> str | None:
     try:
-        said = subprocess.run([find_nginx(), "-v"], capture_output=True, text=True, check=True)
+        output = subprocess.run([find_nginx(), "-v"], capture_output=True, text=True, check=True)
     except BenchError:
         return None
-    return said.stderr.partition("nginx/")[2].strip()
+    return output.stderr.partition("nginx/")[2].strip()
 
 
 def show(console: Console, settings: Settings, measures: Measures, notes: Sequence[str]) -> None:
-    """The tables, and what has to be known to read them."""
-    table = Table(title=f"What was measured, over {settings.rounds} rounds", title_justify="left")
+    """Print the tables, and what a reader has to know of them."""
+    table = Table(title=f"Measured over {settings.rounds} rounds", title_justify="left")
     for name in ("measure", "way"):
         table.add_column(name)
     for name in ("min", "median", "max"):
         table.add_column(name, justify="right")
     for measure, ways in ((name, measures[name]) for name in MEASURES if name in measures):
-        for shown, way in zip((measure, *[""] * len(ways)), ways, strict=False):
+        label = LABELS.get(measure, measure)
+        for shown, way in zip((label, *[""] * len(ways)), ways, strict=False):
             spread = RoundsSpread.of(ways[way])
             table.add_row(
                 shown, way, *(_figure(v) for v in (spread.low, spread.median, spread.high))
@@ -69,7 +70,7 @@ def show(console: Console, settings: Settings, measures: Measures, notes: Sequen
     for verdict in verdicts_of(measures):
         floor, median = verdict.floor, verdict.median
         floors.add_row(
-            floor.measure,
+            LABELS.get(floor.measure, floor.measure),
             "" if median is None else _figure(median),
             str(floor),
             f"{floor.goal:g}",
@@ -83,26 +84,27 @@ def show(console: Console, settings: Settings, measures: Measures, notes: Sequen
 
 
 def _reading(settings: Settings) -> Iterator[str]:
-    """What has to be known to read the tables."""
+    """The conditions of each measure, a sentence each."""
     yield (
-        f"Streams: {settings.streams} at once, {settings.tokens} tokens each, one every "
+        f"Streams: {settings.streams} concurrent, {settings.tokens} tokens each, one every "
         f"{settings.period_ms} ms, "
         + ("spread evenly" if settings.spread else "all in one step as vLLM sends them")
-        + f" ({settings.offered:,.0f} a second). Chunks are SSE events that arrived at the client."
+        + f" ({settings.offered:,.0f} per second). Chunks are SSE events received by the client."
     )
     yield (
-        f"JSON: {settings.json_connections} connections that ask without a pause. Both: CPU "
-        "seconds and memory are those of the proxy's whole process tree."
+        f"JSON: {settings.json_connections} connections that send requests without a pause. Both: "
+        "CPU seconds and memory are those of the proxy's whole process tree."
     )
     yield (
-        f"TTFT: {settings.ttft_requests} requests a round, one at a time on a machine that does "
-        "nothing else, the ways in turn request by request."
+        f"TTFT: {settings.ttft_requests} requests a round, one at a time on an otherwise idle "
+        "machine, alternating between the ways request by request."
     )
     yield (
-        f"Hang-up: from close() until the engine saw its connection end (queued: until GET "
-        f"/status did not count it), one at a time; the slowest of {settings.hang_ups} a round."
+        "Client disconnects: from the client's close() until the engine sees its connection end "
+        "(while queued: until GET /status no longer counts the request), one at a time; the "
+        f"slowest of {settings.hang_ups} in each round."
     )
-    yield "Shares and differences are formed within a round, and the median is of these."
+    yield "Shares and differences are computed within a round; the median is of these."
 
 
 def _figure(value: float) -> str:
@@ -116,7 +118,7 @@ def save(
     measures: Measures,
     notes: Sequence[str],
 ) -> None:
-    """Write everything that was measured, each round of it."""
+    """Write all rounds, their summary and the floors to a JSON file."""
     verdicts = verdicts_of(measures)
     report = {
         "machine": machine(argv),

@@ -1,7 +1,7 @@
-"""The ways to the engine: each process that a run starts, and hanging up on one of them.
+"""The ways to the engine: the processes of a run, and the timing of client disconnects.
 
-Everything is watched from outside: a proxy is a command line, a port and a pid, and what
-was started here has ended when its block does.
+A proxy is observed from outside, by its command line, port and pid. Every process ends with
+its context.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ CASES = ("queued", "before headers", "mid-stream", "non-stream")
 # --- the processes ------------------------------------------------------------------------
 
 NGINX_CONF = """\
-# As somebody would set up nginx in front of an engine that streams, and nothing more:
-# no key is looked at, no queue kept, no line logged.
+# A usual nginx in front of a streaming engine: it checks no key, has no queue and no log.
 daemon off;
 worker_processes 1;
 pid {scratch}/nginx.pid;
@@ -74,8 +73,8 @@ http {{
 }}
 """
 
-NARROW = "narrow"  # the same lane with a single slot, so that a request can be made to wait
-# Nothing is switched off: keys, admission, telemetry, health. (JSON is YAML as well.)
+NARROW = "narrow"  # the same lane with a single slot, so that a second request must queue
+# Everything is on: keys, admission, telemetry, health. (JSON is valid YAML.)
 GATEWAY_LANES = {BENCH_MODEL: {"slots": 1024, "queue": 1024}, NARROW: {"slots": 1, "queue": 16}}
 
 
@@ -89,7 +88,7 @@ class Way:
 
 
 def free_port() -> int:
-    """A port that nobody has just now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -107,12 +106,12 @@ def fetch(port: int, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
 
 
 def engine_log(engine: int) -> EngineLog:
-    """What the engine has seen so far."""
+    """The engine's log so far: its connections, and marked requests."""
     return msgspec.json.decode(fetch(engine, ENGINE_LOG_PATH)[1], type=EngineLog)
 
 
 def wait_until(happened: Callable[[], bool], what: str, within_s: float = 5.0) -> None:
-    """Return when it has happened; raises `BenchError` where it does not."""
+    """Return when `happened` is true; raises `BenchError` after `within_s` seconds."""
     deadline = time.monotonic() + within_s
     while not happened():
         if time.monotonic() > deadline:
@@ -122,7 +121,7 @@ def wait_until(happened: Callable[[], bool], what: str, within_s: float = 5.0) -
 
 @contextmanager
 def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process for as long as the block runs."""
+    """A child process while the context is open."""
     process = subprocess.Popen(command, **options)
     try:
         yield process
@@ -147,7 +146,7 @@ def engine_running() -> Iterator[tuple[int, int]]:
         assert process.stdout is not None  # noqa: S101 - for the type checker
         port = process.stdout.readline()
         if not port:
-            raise BenchError("the fake engine did not start; what it said is above")
+            raise BenchError("the fake engine did not start; its output is above")
         yield int(port), process.pid
 
 
@@ -155,7 +154,7 @@ def engine_running() -> Iterator[tuple[int, int]]:
 def client_running() -> Iterator[Callable[[Job], Result]]:
     """The load generator in a process of its own, as a function that does a job.
 
-    The function raises `BrokenAnswer` where an answer was broken.
+    The function raises `BrokenAnswer` if an answer was broken.
     """
     command = [sys.executable, "-m", "loadtests.bench.overhead", "client"]
     with running(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -168,7 +167,7 @@ def client_running() -> Iterator[Callable[[Job], Result]]:
             stdin.flush()
             line = stdout.readline()
             if not line:
-                raise BenchError("the load generator died; what it said is above")
+                raise BenchError("the load generator died; its output is above")
             result: Result = msgspec.json.decode(line, type=Result)
             if isinstance(result, JobFailed):
                 raise BrokenAnswer(result.why)
@@ -181,10 +180,10 @@ def client_running() -> Iterator[Callable[[Job], Result]]:
 def proxy_running(
     name: str, command: Sequence[str], port: int, path: str, scratch: Path
 ) -> Iterator[Way]:
-    """A proxy in a process of its own, once it answers 200 at `path`.
+    """A proxy in a process of its own, as soon as it answers 200 at `path`.
 
     Raises:
-        BenchError: It did not start; with the end of what it said.
+        BenchError: It did not start; with the end of its output.
     """
     log = scratch / f"{name}.log"
 
@@ -222,20 +221,20 @@ def nginx_running(engine: int, scratch: Path) -> contextlib.AbstractContextManag
 
 
 def find_nginx(path: str | None = None) -> str:
-    """The nginx on this path, by default the user's; raises `BenchError` where there is none."""
+    """The nginx on this path, by default PATH; raises `BenchError` if there is none."""
     if path is None:  # Debian keeps it in /usr/sbin, which is not on everybody's
         path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin"))
     found = shutil.which("nginx", path=path)
     if found is None:
         raise BenchError(
-            "nginx is not on PATH, and it is what the gateway is measured against: "
-            "apt-get install nginx"
+            "nginx is not on PATH, and the gateway is compared with it: install it "
+            "(apt-get install nginx), or leave it out with --only direct,gateway"
         )
     return found
 
 
 def gateway_running(engine: int, scratch: Path) -> contextlib.AbstractContextManager[Way]:
-    """The engine behind the gateway, which is started as a user starts it."""
+    """The engine behind the gateway, started by `twolane serve`."""
     port = free_port()
     config = {
         "host": "127.0.0.1",
@@ -253,14 +252,14 @@ def gateway_running(engine: int, scratch: Path) -> contextlib.AbstractContextMan
     return proxy_running(GATEWAY, command, port, "/ready", scratch)
 
 
-# --- hang-ups -----------------------------------------------------------------------------
+# --- client disconnects -------------------------------------------------------------------
 
-# A proxy that has not closed by then is taken not to close at all: this is its time.
+#: The time of a proxy that has not closed its connection by then.
 NEVER_MS = 2000.0
 
 
 class RawClient:
-    """A client of one request, on a plain socket, which can be hung up at an exact time."""
+    """A client of one request on a plain socket, which can disconnect at an exact time."""
 
     def __init__(self, port: int, request: bytes) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=5)
@@ -273,26 +272,26 @@ class RawClient:
         self._socket.close()
 
     def read_events(self, events: int) -> None:
-        """Return when so many events have come; raises `BenchError` where they do not."""
-        heard = b""
-        while heard.count(b"data: ") < events:
+        """Return when `events` events have arrived; raises `BenchError` if they do not."""
+        received = b""
+        while received.count(b"data: ") < events:
             try:
                 data = self._socket.recv(65536)
             except TimeoutError:
                 data = b""
             if not data:
-                raise BenchError(f"a stream went silent before its event {events}: {heard!r}")
-            heard += data
+                raise BenchError(f"a stream went silent before its event {events}: {received!r}")
+            received += data
 
-    def hang_up(self) -> float:
-        """Close; the time just before."""
+    def disconnect(self) -> float:
+        """Close the socket; returns the time just before."""
         now = time.monotonic()
         self._socket.close()
         return now
 
 
 class DisconnectTimer:
-    """Hangs up on one way to the engine and tells how long the engine did not know."""
+    """Measures how long after a client's disconnect the engine's connection stays open."""
 
     def __init__(self, way: Way, engine: int) -> None:
         self._way = way
@@ -301,11 +300,11 @@ class DisconnectTimer:
         self._leavers: set[str] = set()
 
     def time_ms(self, case: str) -> float:
-        """Milliseconds from the client's close, in one of `CASES`."""
+        """Milliseconds from the client's disconnect, in one of `CASES`."""
         if case == "queued":
             return self._queued_ms()
-        # Mid-stream, the engine is silent when the client leaves: a proxy that finds out
-        # only when it writes the next token would not find out at all.
+        # Mid-stream the engine is silent when the client disconnects, so a proxy that notices
+        # only when it writes the next token does not notice at all.
         script = Script(
             tokens=3 if case == "mid-stream" else 0, hold=True, marker=next(self._markers)
         )
@@ -314,15 +313,16 @@ class DisconnectTimer:
             self._wait_for_any(script.marker)
             if case == "mid-stream":
                 caller.read_events(4)  # the role and three words
-            closed_at = caller.hang_up()
+            closed_at = caller.disconnect()
         with suppress(BenchError):
             wait_until(lambda: self._lost_at(script.marker) is not None, case, NEVER_MS / 1000)
         lost_at = self._lost_at(script.marker)
         return NEVER_MS if lost_at is None else (lost_at - closed_at) * 1000
 
     def _queued_ms(self) -> float:
-        # One holds the only slot, two wait. The first of them hangs up and must never be
-        # sent; that the one behind it is sent, when the slot is free, shows the queue moved.
+        # One request holds the only slot, two wait. The client of the first one waiting
+        # disconnects, so it must never be sent. The one behind it is sent when the slot is
+        # free, which shows that the queue moved.
         holder, leaver, behind = (
             Script(tokens=1, hold=True, marker=next(self._markers)) for _ in range(3)
         )
@@ -339,15 +339,15 @@ class DisconnectTimer:
             wait_until(lambda: self._waiting() == 1, waits)
             call(behind)
             wait_until(lambda: self._waiting() == 2, f"{waits}, behind another")
-            closed_at = leaving.hang_up()
+            closed_at = leaving.disconnect()
             with suppress(BenchError):
                 wait_until(lambda: self._waiting() == 1, "the queue to be shorter", NEVER_MS / 1000)
             dropped_ms = min(NEVER_MS, (time.monotonic() - closed_at) * 1000)
-            holding.hang_up()
+            holding.disconnect()
             self._wait_for_any(behind.marker, leaver.marker)
-            self._leavers.add(leaver.marker)  # with those of earlier tries: not later either
+            self._leavers.add(leaver.marker)  # of earlier tries as well: never sent later
             if not self._notes().keys().isdisjoint(self._leavers):
-                raise BrokenAnswer("a request was sent whose client had hung up in the queue")
+                raise BrokenAnswer("a request was sent after its client had disconnected")
         return dropped_ms
 
     def _notes(self) -> dict[str, MarkedRequest]:
@@ -362,5 +362,5 @@ class DisconnectTimer:
     def _waiting(self) -> int:
         status, body = fetch(self._way.port, "/status")
         if status != 200:
-            raise BenchError(f"GET /status says {status}: {body[:300]!r}")
+            raise BenchError(f"GET /status returned {status}: {body[:300]!r}")
         return int(msgspec.json.decode(body)["models"][NARROW]["waiting"])

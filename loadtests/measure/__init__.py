@@ -1,1 +1,1 @@
-"""Load and time: what is sent, and what each request took."""
+"""How is load made, and what does each request take? Sends requests and writes the raw file."""

@@ -1,9 +1,8 @@
-"""Where two lanes cross: measured coarsely first, then closer and closer, then again.
+"""Measures where two lanes cross: coarsely first, then closer, then again for the spread.
 
-What a gateway decides by is how long a request takes on each lane at each number at once,
-and the point where the other lane becomes the faster one matters most. So levels are added
-there until no whole number is left between two of them, and what lies around it is measured
-again for as long as there is time: a point without a spread is no point.
+The gateway decides by the seconds of a request on each lane at each concurrency, and the
+crossover matters most. So levels are added there until no whole number is left between two
+of them, and the levels around it are repeated as long as time is left.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from loadtests.measure.experiment import RAW
 from loadtests.measure.itinerary import Visit
 from loadtests.measure.matrix import Session
 
-#: Repetitions of what lies around the crossover; a spread needs three.
+#: Repetitions of the levels around the crossover; a spread needs three.
 CALIBRATION_REPETITIONS = 3
 #: Levels on each side of the crossover that are measured again.
 LEVELS_EACH_SIDE = 2
 
 
 def bracket(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, int] | None:
-    """The first two levels, one after the other, between which the faster one changes."""
+    """The first two neighbouring levels between which the faster lane changes."""
     levels = sorted(a.keys() & b.keys())
     for low, high in pairwise(levels):
         if (a[low] - b[low]) * (a[high] - b[high]) < 0:
@@ -35,14 +34,14 @@ def bracket(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, int] |
 
 
 def next_level(a: Mapping[int, float], b: Mapping[int, float]) -> int | None:
-    """The level to measure next: near where the straight lines cross; None: near enough.
+    """The level to measure next, near the crossing; None if the bracket is narrow enough.
 
-    SloBracket to the middle half, so that noise at one end cannot hold it there.
+    It lies in the middle half of the bracket, so that noise at one end cannot hold it there.
     """
-    found = bracket(a, b)
-    if found is None:
+    levels = bracket(a, b)
+    if levels is None:
         return None
-    low, high = found
+    low, high = levels
     if high - low <= max(1, low // 8):
         return None
     quarter = (high - low) / 4
@@ -51,28 +50,28 @@ def next_level(a: Mapping[int, float], b: Mapping[int, float]) -> int | None:
 
 
 def crossing_level(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
-    """Where the straight lines cross, if the faster one changes."""
-    found = bracket(a, b)
-    if found is None:
+    """The level at which the interpolated lines cross; None if the faster lane is the same."""
+    levels = bracket(a, b)
+    if levels is None:
         return None
-    low, high = found
+    low, high = levels
     gap_low, gap_high = abs(a[low] - b[low]), abs(a[high] - b[high])
     return low + (high - low) * gap_low / (gap_low + gap_high)
 
 
 def levels_around(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[int, ...]:
-    """The levels that decide: on both sides of the crossover, or all where there is none."""
+    """The levels on both sides of the crossover that decide it; all if there is none."""
     levels = sorted(a.keys() & b.keys())
-    found = bracket(a, b)
-    if found is None:
+    ends = bracket(a, b)
+    if ends is None:
         return tuple(levels)
-    below = [level for level in levels if level <= found[0]]
-    above = [level for level in levels if level >= found[1]]
+    below = [level for level in levels if level <= ends[0]]
+    above = [level for level in levels if level >= ends[1]]
     return tuple(below[-LEVELS_EACH_SIDE:] + above[:LEVELS_EACH_SIDE])
 
 
 def mean_seconds(cells: rows.Cells, label: str) -> dict[int, float]:
-    """Mean seconds a request, by level; every repetition counts the same."""
+    """Mean seconds of a request by level; every repetition has the same weight."""
     return {
         level: sum(sum(one) / len(one) for one in by_repetition) / len(by_repetition)
         for level, by_repetition in crossover.seconds_by_level(cells, label).items()
@@ -80,9 +79,9 @@ def mean_seconds(cells: rows.Cells, label: str) -> dict[int, float]:
 
 
 async def measure(session: Session, levels: Sequence[int], minutes: float) -> None:
-    """Measure the session's one or two lanes; all of it is in the raw file afterwards.
+    """Measure the session's one or two lanes into its raw file.
 
-    Nothing is begun after so many minutes, but the first levels are measured whatever it takes.
+    After `minutes` nothing new is begun, but the first levels are measured in any case.
 
     Raises:
         VisitFailed: A lane does not serve.
@@ -94,7 +93,7 @@ async def measure(session: Session, levels: Sequence[int], minutes: float) -> No
     async def visit(levels: tuple[int, ...], repetition: int) -> None:
         for label in labels:
             await session.visit(Visit(label, repetition, levels))
-        labels.reverse()  # who serves now is asked first the next time
+        labels.reverse()  # the lane that serves now is measured first the next time
 
     await visit(tuple(levels), 1)
     while time.monotonic() < deadline:
@@ -111,7 +110,7 @@ async def measure(session: Session, levels: Sequence[int], minutes: float) -> No
 
 
 def measured_seconds(raw: Path, labels: Sequence[str]) -> tuple[dict[int, float], dict[int, float]]:
-    """Mean seconds by level of the first two, as the raw file has them."""
+    """Mean seconds by level of the first two lanes, from the raw file."""
     cells = rows.closed_cells(samples.read(raw))
     first, second = (mean_seconds(cells, label) for label in labels[:2])
     return first, second

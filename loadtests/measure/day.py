@@ -1,15 +1,15 @@
-r"""A mixed day in small: people come and go, and each engine alone is the yardstick.
+r"""A small mixed day: users come and go, and each engine alone is the reference.
 
     python -m loadtests.measure.day --target ollama=http://127.0.0.1:11434=smollm2:135m \
         --target vllm=http://127.0.0.1:8001=SmolLM2-135M \
         --target gateway=http://127.0.0.1:8000=smollm2
 
-So many people in each phase, each asking, reading for a while, and asking again. One
-target at a time, since they share the machine, and phase by phase, so that what the
-machine does over the minutes falls on all of them alike. Before a phase some seconds of
-the one before are lived through without being counted: what that leaves behind in the
-gateway (which lane it was on) is part of the measurement. The mean response time (from
-send to last byte) of each phase is printed beside that of the lane it should match.
+Each phase has a number of users who send a request, read for a while, and send the next. The
+targets share the machine, so they are measured one at a time, phase by phase, and a drift of
+the machine affects all alike. Before a phase the previous one is repeated for some seconds
+without being measured, since the state it leaves in the gateway (its current lane) is part of
+the measurement. The mean E2E of each phase is printed beside that of the lane it should
+match.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from rich.table import Table
 from loadtests.measure.prompts import PROMPT_WORDS, TOPICS
 from loadtests.measure.stopwatch import BadTarget, Target
 
-#: Ollama's own time is the measure of phases with up to so many people, vLLM's above.
+#: Phases with up to so many users are compared with Ollama alone, others with vLLM alone.
 MAX_OLLAMA_PEOPLE = 2
 
 
 @dataclass
 class Observation:
-    """What one request showed; seconds from just before it was sent."""
+    """The observations of one request; seconds are from just before it was sent."""
 
     e2e_s: float = 0.0
     ttft_s: float | None = None
@@ -52,7 +52,7 @@ class Observation:
     error: str | None = None
 
     def process_event(self, event: dict[str, Any], at_s: float) -> None:
-        """Take note of one event of the stream."""
+        """Take one event of the stream that arrived at `at_s`."""
         if event.get("error"):
             self.error = str(event["error"])
         if event.get("usage"):
@@ -65,7 +65,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class DayRequest:
-    """One request of one person."""
+    """One request of one user."""
 
     target: str
     phase: int
@@ -77,7 +77,7 @@ class DayRequest:
 
 @dataclass(frozen=True)
 class Day:
-    """Who is there, for how long, and how long they think."""
+    """The users of each phase, its length, and their think time."""
 
     people: Sequence[int] = (1, 12, 2, 24, 1)
     phase_s: float = 60.0
@@ -87,9 +87,10 @@ class Day:
     seed: int = field(default=7)
 
     def prompt(self, target: str, asked: str) -> str:
-        """About 80 tokens: the same words for every target, after a number of its own.
+        """A prompt of about 80 tokens: the same words for every target, after its own number.
 
-        The gateway's engines are those of the other targets, and would have them cached.
+        The engines behind the gateway are those of the other targets; without the number
+        they would have it in their prefix cache.
         """
         number = random.Random(f"{self.seed}/{target}/{asked}").randrange(10**6)
         dice = random.Random(f"{self.seed}/{asked}")
@@ -101,7 +102,7 @@ class Day:
 
 
 async def ask(client: httpx.AsyncClient, target: Target, prompt: str, tokens: int) -> Observation:
-    """Ask once, streaming."""
+    """Send one streamed request, and observe its answer."""
     seen = Observation()
     body = {
         "model": target.model,
@@ -127,14 +128,14 @@ async def ask(client: httpx.AsyncClient, target: Target, prompt: str, tokens: in
 
 
 async def run(day: Day, targets: Sequence[Target], console: Console) -> list[DayRequest]:
-    """The whole day on every target."""
+    """Run the whole day on every target."""
     asked: list[DayRequest] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
         for target in targets:
-            await ask(client, target, "Say hello.", 4)  # loads what is to be loaded
+            await ask(client, target, "Say hello.", 4)  # loads the model
         for phase, people in enumerate(day.people):
-            turn = phase % len(targets)  # who is first, gains or loses: each is first in turn
+            turn = phase % len(targets)  # each target is first in turn, since that may help or hurt
             for target in (*targets[turn:], *targets[:turn]):
                 if phase:
                     before = DayPhase(phase, day.people[phase - 1], day.lead_in_s, counts=False)
@@ -142,7 +143,7 @@ async def run(day: Day, targets: Sequence[Target], console: Console) -> list[Day
                 seen = await run_phase(day, target, DayPhase(phase, people, day.phase_s), client)
                 asked += seen
                 console.print(
-                    f"  {people:3d} people on {target.label}: {len(seen):3d} answers, "
+                    f"  {people:3d} users on {target.label}: {len(seen):3d} answers, "
                     f"mean {statistics.mean(one.seen.e2e_s for one in seen):.2f} s"
                 )
     return asked
@@ -150,7 +151,7 @@ async def run(day: Day, targets: Sequence[Target], console: Console) -> list[Day
 
 @dataclass(frozen=True)
 class DayPhase:
-    """So many people for so long; those of a lead-in are not counted."""
+    """A number of users for a time; a lead-in does not count."""
 
     number: int
     people: int
@@ -161,7 +162,7 @@ class DayPhase:
 async def run_phase(
     day: Day, target: Target, phase: DayPhase, client: httpx.AsyncClient
 ) -> list[DayRequest]:
-    """One phase on one target, to its last answer."""
+    """Run one phase on one target to its last answer; returns its requests."""
     asked: list[DayRequest] = []
     ends = time.perf_counter() + phase.seconds
 
@@ -183,7 +184,7 @@ async def run_phase(
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """A phase: mean seconds on each target, and the gateway against the lane to match."""
+    """A phase: mean seconds on each target, and the gateway's ratio to the lane to match."""
 
     phase: int
     people: int
@@ -198,7 +199,7 @@ class PhaseResult:
 def phase_results(
     day: Day, asked: Sequence[DayRequest], labels: Sequence[str]
 ) -> list[PhaseResult]:
-    """The day's table. Means are over answers that came; errors are counted beside them."""
+    """The results of all phases; means are over answered requests, errors are counted."""
     table = []
     for phase, people in enumerate(day.people):
         here = [a for a in asked if a.phase == phase]
@@ -225,18 +226,18 @@ def phase_results(
 
 
 def misses(table: Sequence[PhaseResult], within: float) -> list[str]:
-    """What is worse than allowed, in words."""
-    said = [
-        f"phase {row.phase + 1} ({row.people} people): {row.ratio:.2f}x of {row.against}'s own time"
+    """The phases in which the gateway was slower than allowed, and failures, in words."""
+    slow = [
+        f"phase {row.phase + 1} ({row.people} users): {row.ratio:.2f}x the time of {row.against}"
         for row in table
         if row.ratio is not None and row.ratio > within
     ]
     errors = sum(row.errors for row in table)
-    return [*said, *([f"{errors} requests failed"] if errors else [])]
+    return [*slow, *([f"{errors} requests failed"] if errors else [])]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the day; 1 where the gateway was worse than allowed."""
+    """Run the day; the exit status, 1 if the gateway was slower than allowed."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtests.measure.day",
         description=__doc__,
@@ -244,19 +245,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--target", action="append", required=True, type=target_of, metavar="LABEL=URL=MODEL",
-        help="ollama, vllm and gateway are the labels the verdict looks for",
+        help="a target; the verdict needs the labels ollama, vllm and gateway",
     )  # fmt: skip
     parser.add_argument("--people", type=people_of, default=(1, 12, 2, 24, 1), metavar="N,N,…")
     parser.add_argument("--phase-s", type=float, default=60.0, help="seconds a phase (60)")
     parser.add_argument(
         "--lead-in-s", type=float, default=10.0,
-        help="seconds of the phase before, which are not counted (10)",
+        help="seconds of the previous phase before each phase, not measured (10)",
     )  # fmt: skip
     parser.add_argument(
-        "--think-s", type=float, default=3.0, help="mean seconds of thought, give or take half (3)"
+        "--think-s",
+        type=float,
+        default=3.0,
+        help="mean think time in seconds, plus or minus half (3)",
     )
-    parser.add_argument("--tokens", type=int, default=64, help="most tokens an answer (64)")
-    parser.add_argument("--within", type=float, default=1.15, help="allowed ratio (1.15)")
+    parser.add_argument("--tokens", type=int, default=64, help="most tokens of an answer (64)")
+    parser.add_argument(
+        "--within", type=float, default=1.15, help="highest allowed ratio to the lane (1.15)"
+    )
     parser.add_argument("--json", type=Path, help="write every request and the table here")
     args = parser.parse_args(arguments)
     day = Day(args.people, args.phase_s, args.lead_in_s, args.think_s, args.tokens)
@@ -276,19 +282,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show(console: Console, table: Sequence[PhaseResult], labels: Sequence[str]) -> None:
-    """Print the day."""
-    drawn = Table("people", *(f"{label}, s" for label in labels), "answered by", "against")
+    """Print the results of the day."""
+    drawn = Table("users", *(f"{label}, s" for label in labels), "answered by", "against")
     for row in table:
         on = ", ".join(f"{lane} {count}" for lane, count in row.on.items())
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}x {row.against}"
         means = (f"{row.means[label]:.2f}" if label in row.means else "-" for label in labels)
         drawn.add_row(str(row.people), *means, on, ratio)
-    console.print(f"Mean seconds a request, {platform.processor() or platform.machine()}")
+    console.print(f"Mean seconds of a request, {platform.processor() or platform.machine()}")
     console.print(drawn)
 
 
 def write(path: Path, day: Day, table: Sequence[PhaseResult], asked: Sequence[DayRequest]) -> None:
-    """Keep everything that was measured."""
+    """Write the results and every request to a JSON file."""
     path.write_text(
         json.dumps(
             {
@@ -306,7 +312,7 @@ def write(path: Path, day: Day, table: Sequence[PhaseResult], asked: Sequence[Da
 
 
 def target_of(text: str) -> Target:
-    """`LABEL=URL=MODEL`."""
+    """The target that a text `LABEL=URL=MODEL` describes."""
     try:
         return Target.read(text)
     except BadTarget as exc:
@@ -314,7 +320,7 @@ def target_of(text: str) -> Target:
 
 
 def people_of(text: str) -> tuple[int, ...]:
-    """`1,12,2` as numbers."""
+    """The numbers of a text like `1,12,2`."""
     try:
         people = tuple(int(part) for part in text.split(","))
     except ValueError:

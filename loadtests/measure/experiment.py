@@ -1,8 +1,8 @@
-"""What was measured, on what, and how: the half of a report that no stopwatch tells.
+"""The description of an experiment: targets, plan, SLO, machine and prices.
 
-An experiment lives in a folder of its own: `experiment.json` (this), `raw.jsonl` (every
-request, see `samples`), `selfcheck.json` (what the stopwatch was held to), and the report
-that is made of them and can be made again.
+An experiment has a folder of its own: `experiment.json` (this), `raw.jsonl` (every request,
+see `samples`), `selfcheck.json` (the check of the stopwatch), and the report, which can be
+written again from them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _File = TypeVar("_File", bound=msgspec.Struct)
 
 
 class ExperimentError(Exception):
-    """A folder holds no experiment, or another one; the text says what to do."""
+    """A folder has no experiment, or another one; the message says what to do."""
 
 
 class _Versioned(msgspec.Struct):
@@ -34,10 +34,10 @@ class _Versioned(msgspec.Struct):
 
 
 def write(path: Path, what: msgspec.Struct) -> None:
-    """Write a file of an experiment, whole or not at all; its folder is made if need be.
+    """Write a file of an experiment, whole or not at all; its folder is created if missing.
 
     Raises:
-        ExperimentError: It cannot be written.
+        ExperimentError: The file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,39 +49,39 @@ def write(path: Path, what: msgspec.Struct) -> None:
 
 
 def read(path: Path, kind: type[_File], version: int, *, else_do: str) -> _File:
-    """What `write` wrote.
+    """The content of a file that `write` wrote.
 
     Args:
         path: The file.
-        kind: What is in it; has a field `version`.
-        version: The one this program reads.
-        else_do: What to do where it is of another version.
+        kind: The type of its content, which has a field `version`.
+        version: The version that this program reads.
+        else_do: What the user should do if it is of another version.
 
     Raises:
-        ExperimentError: It is not there, of another version, or something else.
+        ExperimentError: The file is missing, of another version, or something else.
     """
     try:
-        said = path.read_bytes()
-        found = msgspec.json.decode(said, type=_Versioned).version
+        content = path.read_bytes()
+        found = msgspec.json.decode(content, type=_Versioned).version
         if found != version:
             raise ExperimentError(
                 f"{path} has version {found}, this program reads {version}: {else_do}"
             )
-        return msgspec.json.decode(said, type=kind)
+        return msgspec.json.decode(content, type=kind)
     except OSError as exc:
         raise ExperimentError(
             f"{path} cannot be read ({exc.strerror}): is {path.parent} the folder of an experiment?"
         ) from exc
     except msgspec.DecodeError as exc:
-        raise ExperimentError(f"{path} is no {path.stem}: {exc}") from exc
+        raise ExperimentError(f"{path} is not a valid {path.stem} file: {exc}") from exc
 
 
 class Machine(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Where it ran.
+    """The machine that an experiment ran on.
 
     Attributes:
-        gpus: Name, memory and power limit of each, as the driver tells them.
-        packages: Versions of what made the load.
+        gpus: Name, memory and power limit of each card, by the driver.
+        packages: Versions of the load generator's packages.
     """
 
     cpu: str
@@ -95,18 +95,18 @@ class Machine(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Subject(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One target, and what has to be known of it to call a comparison fair.
+    """One target, and the facts that decide whether a comparison with it is fair.
 
     Attributes:
-        label: As in the raw file.
-        engine: `ollama`, `vllm`, `llamacpp` or `gateway`; empty where nobody knows.
-        version: The engine's own.
-        weights: Their precision.
-        slots: Requests it answers at once; None where it was not told.
-        context: Tokens of context of each request.
-        command: Its command line, where we started it.
+        label: Its label in the raw file.
+        engine: `ollama`, `vllm`, `llamacpp` or `gateway`; empty if not known.
+        version: The engine's version.
+        weights: Precision of the weights.
+        slots: Requests it processes concurrently; None if not known.
+        context: Context length of a request, tokens.
+        command: Its command line, if it was started for the experiment.
         before: For a gateway: labels of the targets behind it.
-        digest: What its name of the model stands for: a checksum, a repository, a file.
+        digest: What the model's name stands for: a checksum, a repository, a file.
     """
 
     label: str
@@ -123,17 +123,19 @@ class Subject(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How it is measured.
+    """How the targets are measured.
 
     Attributes:
-        levels: Requests at once.
-        repetitions: Of the whole matrix, in alternating order.
-        rounds: Measured requests of each user in a cell, after `warm_up` of them.
-        at_least: Measured requests of a cell; where users are few each has more rounds.
-        tokens_in: Of a prompt, about.
-        tokens_out: Most of an answer.
-        cell_s: Longest a cell may take, seconds.
-        cooldown_s: Pause before a target is asked, seconds.
+        levels: Numbers of concurrent requests.
+        repetitions: Runs of the whole matrix, in alternating order.
+        rounds: Measured requests per user in a cell.
+        warm_up: Requests per user before the measured ones.
+        at_least: Measured requests of a cell at least: with few users, each has more rounds.
+        tokens_in: Tokens of a prompt, about.
+        tokens_out: Most tokens of an answer.
+        cell_s: Longest time of a cell, seconds.
+        cooldown_s: Pause between two cells, seconds.
+        prompts: A file of prompts; empty: generated ones.
     """
 
     levels: tuple[int, ...] = (1, 4, 8, 16, 32)
@@ -149,7 +151,7 @@ class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a request must keep to count as good, seconds; None: any will do."""
+    """The SLO of a request: its highest TTFT, TPOT and E2E, seconds; None: no limit."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
@@ -157,14 +159,14 @@ class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Prices(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What was said of prices; None: nothing.
+    """The configured prices and power; None: not configured.
 
     Attributes:
-        currency: Of all of them.
-        per_kwh: Of electricity.
-        rent_per_hour: Of a rented machine like this one.
-        api_per_million: Of a million output tokens from somebody's API.
-        watts: Of the whole machine, in place of what its cards draw.
+        currency: The currency of all prices.
+        per_kwh: Price of a kWh of electricity.
+        rent_per_hour: Price of an hour of a rented machine like this one.
+        api_per_million: Price of a million output tokens of an API.
+        watts: Power of the whole machine, instead of the measured power of its cards.
     """
 
     currency: str = "EUR"
@@ -175,7 +177,7 @@ class Prices(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Experiment(msgspec.Struct, frozen=True, omit_defaults=True):
-    """All of it; `at` is Unix time, `command` how it was asked for, keys left out."""
+    """An experiment; `at` is Unix time, `command` its command line without keys."""
 
     version: int
     at: float
@@ -187,23 +189,23 @@ class Experiment(msgspec.Struct, frozen=True, omit_defaults=True):
     cost: Prices = Prices()
 
     def save(self, folder: Path) -> None:
-        """Write it into its folder, which is made if it is not there.
+        """Write `experiment.json` into a folder, which is created if missing.
 
         Raises:
-            ExperimentError: It cannot be written.
+            ExperimentError: The file cannot be written.
         """
         write(folder / EXPERIMENT, self)
 
 
 def load(folder: Path) -> Experiment:
-    """The experiment of a folder.
+    """The experiment in a folder.
 
     Raises:
-        ExperimentError: There is none, or not one of this version.
+        ExperimentError: There is none, or it is of another version.
     """
     return read(
         folder / EXPERIMENT, Experiment, EXPERIMENT_VERSION,
-        else_do="use the one that wrote it, or measure again",
+        else_do="read it with the program that wrote it, or measure again",
     )  # fmt: skip
 
 
@@ -235,18 +237,18 @@ def _lines(path: Path) -> list[str]:
 
 
 def _gpus() -> tuple[tuple[str, ...], str]:
-    """Names and driver, as nvidia-smi tells them; nothing where there is none."""
+    """The cards and the driver's version, from nvidia-smi; empty without it."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return (), ""
-    asked = "--query-gpu=name,memory.total,power.limit,driver_version"
-    told = subprocess.run(
-        [program, asked, "--format=csv,noheader"],
+    query = "--query-gpu=name,memory.total,power.limit,driver_version"
+    answer = subprocess.run(
+        [program, query, "--format=csv,noheader"],
         capture_output=True,
         text=True,
         timeout=20,
         check=False,
     )
-    rows = [[cell.strip() for cell in line.split(",")] for line in told.stdout.splitlines()]
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
     cards = tuple(", ".join(row[:3]) for row in rows if len(row) == 4)
     return cards, rows[0][3] if cards else ""

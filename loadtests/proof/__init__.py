@@ -1,1 +1,1 @@
-"""The stopwatch proves itself against a server of known times."""
+"""Can the stopwatch be trusted? Checks it against known times and against other tools."""

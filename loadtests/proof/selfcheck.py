@@ -29,7 +29,7 @@ from loadtests.measure.experiment import RAW, SELFCHECK, ExperimentError, Plan
 from loadtests.measure.generator import EXCERPT_CHARS, locust_command
 from loadtests.measure.itinerary import Visit
 from loadtests.measure.stopwatch import Target
-from loadtests.proof import known
+from loadtests.proof import known, known_answers
 from loadtests.proof.known import Lateness, Times
 
 SELFCHECK_VERSION = 1
@@ -159,7 +159,7 @@ def check_against(
     """
     at = time.time()
     plan = Plan((level,), 1, rounds, WARM_UP, tokens_out=times.tokens, cooldown_s=0)
-    target = Target(known.KNOWN_MODEL, engine.url, known.KNOWN_MODEL)
+    target = Target(known_answers.KNOWN_MODEL, engine.url, known_answers.KNOWN_MODEL)
     within_s = SPARE_S + 5 * times.e2e_s * (rounds + WARM_UP)
     cell, requests = generate(target, plan, within_s, python=python, processes=processes)
     asked = SelfCheck(SELFCHECK_VERSION, at, level, times, processes, level * rounds)

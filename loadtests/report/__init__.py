@@ -1,1 +1,1 @@
-"""From raw requests to figures, charts and a report."""
+"""What does a reader see? Writes the report of an experiment from its raw file."""

@@ -35,7 +35,10 @@ MARKDOWN = "report.md"
 JSON = "report.json"
 #: Stem of the pictures that a README can show: latency and tokens/s by concurrency.
 PICTURE = "comparison"
-NEEDS = "a report needs the extra: pip install 'twolane[load]'"
+NEEDS = (
+    "a report needs the packages of the extra `load`: run `make load` in a checkout, "
+    "pip install 'twolane[load]' elsewhere"
+)
 
 
 class ReportError(ExperimentError):

@@ -14,7 +14,7 @@ from gateway import settings
 from gateway.serve import LAST_WORD_S
 from gateway.settings import Settings
 from tests.support.requirements import unavailable
-from tests.support.units import SYSTEMD, command, environment, option, said
+from tests.support.units import SYSTEMD, command, environment, option, values
 
 GATEWAY = SYSTEMD / "twolane.service"
 SUPERVISING = SYSTEMD / "twolane.service.d" / "supervise-vllm.conf"
@@ -133,7 +133,7 @@ def test_a_supervised_vllm_has_the_same_options_except_sleep(
     assert sorted(engine.command) == sorted(alone)
     assert engine.urls == ("http://127.0.0.1:8001",)
     assert "VLLM_SERVER_DEV_MODE" not in engine.environment
-    assert said(SUPERVISING, "Conflicts") == ["vllm.service"]
+    assert values(SUPERVISING, "Conflicts") == ["vllm.service"]
 
 
 def test_only_this_machine_can_reach_the_dev_endpoints() -> None:
@@ -144,11 +144,11 @@ def test_only_this_machine_can_reach_the_dev_endpoints() -> None:
 
 @pytest.mark.parametrize("unit", [GATEWAY, SUPERVISING], ids=["alone", "supervising"])
 def test_the_stop_timeout_is_longer_than_the_drain(unit: Path) -> None:
-    [seconds] = map(int, said(unit, "TimeoutStopSec"))
+    [seconds] = map(int, values(unit, "TimeoutStopSec"))
 
     assert seconds > Settings().limits.drain_s + LAST_WORD_S + 5
     # Else the engine that it runs would be told to end at the same moment.
-    assert said(GATEWAY, "KillMode") == ["mixed"]
+    assert values(GATEWAY, "KillMode") == ["mixed"]
 
 
 def test_neither_units_nor_settings_contain_a_key() -> None:

@@ -1,11 +1,11 @@
-"""Three load generators on the same servers, side by side: `make agreement`.
+"""Compares three load generators on the same servers: `make agreement`.
 
-Ours, guidellm and vLLM's own `bench serve` ask, so many at once, prompts of the same length
-for answers of the same length: an engine of known times at each level, then the real vLLM of
-the rig several times in turn, since it is never the same twice. Prints who saw what, and is
-not content where ours is too far from the truth or from the others. guidellm comes from PyPI
-into an environment of its own, `bench serve` is in the rig's; neither asks anybody for
-anything else.
+Ours, guidellm and vLLM's own `bench serve` send the same workload: prompts and answers of the
+same length, at the same concurrency. They measure a server of known times at each level, and
+then the real vLLM of the rig several times in turn, since no two runs on it are alike. Prints
+the figures of each tool; the exit status is 1 if ours deviate too far from the truth or from
+the others. guidellm is installed from PyPI into an environment of its own, `bench serve` is
+part of the rig's vLLM; neither uses the network otherwise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.table import Table
 
 from loadtests.measure.experiment import ExperimentError, Plan, this_machine
 from loadtests.measure.stopwatch import Target
-from loadtests.proof import known, selfcheck
+from loadtests.proof import known, known_answers, selfcheck
 from loadtests.proof.agreement import (
     AGREEMENT_VERSION,
     KNOWN,
@@ -49,7 +49,7 @@ GUIDELLM_PYTHON = rig.ENGINES / "guidellm" / "bin" / "python"
 BENCH = "vllm bench serve"
 VLLM = "vLLM"
 
-#: `vllm bench` asks for the version of a package of that name, and on a CPU it has another.
+#: The `vllm bench` command needs a package named vllm, and on a CPU it has another name.
 START_BENCH = (
     "from vllm.benchmarks.serve import add_cli_args, main\n"
     "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
@@ -57,21 +57,21 @@ START_BENCH = (
     "add_cli_args(parser)\n"
     "main(parser.parse_args())\n"
 )
-#: Nobody is to be asked for anything; the tokenizer is the rig's.
+#: No downloads; the tokenizer is the rig's.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-#: As ours and `bench serve` ask. Left to itself guidellm wants the usage with every chunk, which
-#: took vLLM 5 % of its time here, and its own sampling.
+#: The same request as ours and `bench serve`'s. By default guidellm requests usage in every
+#: chunk, which took 5 % of vLLM's time here, and uses its own sampling.
 BODY = {
     "temperature": 0,
     "stream_options": {"include_usage": True, "continuous_usage_stats": False},
 }
-#: Longest our own run may take, seconds.
+#: Timeout of our own run, seconds.
 WITHIN_S = 900.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """So many at once, once."""
+    """One run against one server at one level."""
 
     server: str
     url: str
@@ -83,11 +83,11 @@ class Run:
 
     @property
     def measured(self) -> int:
-        """How many requests are."""
+        """The number of measured requests."""
         return self.level * self.plan.rounds
 
     def reading(self, tool: str, medians: Sequence[float], **more: Any) -> Reading:
-        """What a tool said of it; `medians` by `QUANTITIES`."""
+        """The reading of a tool; `medians` in the order of `QUANTITIES`."""
         by_name = dict(zip(QUANTITIES, medians, strict=True))
         return Reading(tool, self.server, self.level, self.repetition, by_name, **more)
 
@@ -96,11 +96,11 @@ Tool: TypeAlias = Callable[[Run], Reading]
 Say: TypeAlias = Callable[[str], None]
 
 
-# --- the three ----------------------------------------------------------------------------
+# --- the tools ----------------------------------------------------------------------------
 
 
 def ours(run: Run) -> Reading:
-    """The load generator of this project."""
+    """Run the load generator of this project."""
     plan = msgspec.structs.replace(run.plan, levels=(run.level,), cooldown_s=0)
     cell, requests = selfcheck.generate(
         Target(run.server, run.url, run.model), plan, WITHIN_S, repetition=run.repetition
@@ -118,7 +118,7 @@ def ours(run: Run) -> Reading:
 
 
 def guidellm(run: Run) -> Reading:
-    """The one that the vLLM project points to."""
+    """Run guidellm, the load generator of the vLLM project."""
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch, "guidellm.json")
         options: dict[str, dict[str, object]] = {
@@ -155,7 +155,7 @@ def guidellm(run: Run) -> Reading:
 
 
 def read_guidellm(run: Run, written: bytes) -> Reading:
-    """What guidellm wrote down."""
+    """The reading in guidellm's JSON file."""
     metrics = json.loads(written)["benchmarks"][0]["metrics"]
 
     def seen(name: str, which: str) -> float:
@@ -177,7 +177,7 @@ def read_guidellm(run: Run, written: bytes) -> Reading:
 
 
 def bench(run: Run) -> Reading:
-    """The one in vLLM."""
+    """Run vLLM's own `bench serve`."""
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch, "bench.json")
         command = [str(rig.VLLM_PYTHON), "-c", START_BENCH, "--disable-tqdm", "--ignore-eos"]
@@ -194,16 +194,16 @@ def bench(run: Run) -> Reading:
 
 
 def read_bench(run: Run, written: bytes) -> Reading:
-    """What `bench serve` wrote down."""
-    said = json.loads(written)
-    medians = [said[f"median_{name}_ms"] / 1000 for name in ("ttft", "tpot", "e2el")]
+    """The reading in the JSON file of `bench serve`."""
+    result = json.loads(written)
+    medians = [result[f"median_{name}_ms"] / 1000 for name in ("ttft", "tpot", "e2el")]
     return run.reading(
         BENCH,
-        [*medians, said["output_throughput"]],
-        requests=said["completed"],
-        failed=said["failed"],
-        tokens_in=said["total_input_tokens"] / max(1, said["completed"]),
-        tokens_out=said["total_output_tokens"] / max(1, said["completed"]),
+        [*medians, result["output_throughput"]],
+        requests=result["completed"],
+        failed=result["failed"],
+        tokens_in=result["total_input_tokens"] / max(1, result["completed"]),
+        tokens_out=result["total_output_tokens"] / max(1, result["completed"]),
     )
 
 
@@ -214,26 +214,28 @@ def _mean(values: Sequence[float]) -> float:
 TOOLS: dict[str, Tool] = {OURS: ours, GUIDELLM: guidellm, BENCH: bench}
 
 
-# --- what is asked of them ----------------------------------------------------------------
+# --- the runs -----------------------------------------------------------------------------
 
 
 def on_known(plan: Plan, times: Times, say: Say) -> Iterator[Reading]:
-    """Each level by each tool, each with an engine of its own."""
+    """Measure each level by each tool, each run with a server of known times of its own."""
     for level in plan.levels:
         for name, tool in TOOLS.items():
-            say(f"{level} at once on the engine of known times, by {name}")
+            say(f"{level} concurrent on the server of known times, by {name}")
             with known.known_server(times) as engine:
-                run = Run(KNOWN, engine.url, known.KNOWN_MODEL, level, 1, plan, plan.tokens_in)
+                run = Run(
+                    KNOWN, engine.url, known_answers.KNOWN_MODEL, level, 1, plan, plan.tokens_in
+                )
                 seen = tool(run)
                 yield msgspec.structs.replace(seen, late_s=engine.lateness().p50)
 
 
 def on_vllm(plan: Plan, level: int, say: Say) -> Iterator[Reading]:
-    """One level by each tool in turn, as often as there are repetitions, on one server.
+    """Measure one level by each tool in turn, in every repetition, on one server.
 
-    The server has one half of the cores and the tools the other. Where they share them, it is
-    measured how much a tool keeps the server from its work: guidellm saw a TPOT of 28 ms on
-    two cores, and `bench serve` on the same server 23.
+    The server has one half of the cores and the tools the other. On shared cores a tool slows
+    the server down, and that is measured: guidellm's TPOT was 28 ms on two cores, that of
+    `bench serve` on the same server 23 ms.
     """
     cores = sorted(os.sched_getaffinity(0))
     half = max(1, len(cores) // 2)
@@ -243,20 +245,20 @@ def on_vllm(plan: Plan, level: int, say: Say) -> Iterator[Reading]:
             engine = stack.enter_context(rig.vllm())
         stack.enter_context(_only(cores[half:] or cores))
         run = Run(VLLM, engine.url, engine.model, level, plan.repetitions + 1, plan, plan.tokens_in)
-        # The first to come finds everything cold. By the server's own count the prompts of the
-        # others, in which there is no question, are made as long as ours.
+        # The first run warms the server up. The other tools' prompts have no question; by the
+        # server's own count they are made as long as ours.
         tokens_in = ours(run).tokens_in
         run = replace(run, prompt_tokens=round(plan.tokens_in + tokens_in - bench(run).tokens_in))
         for repetition in range(1, plan.repetitions + 1):
             tools = list(TOOLS.items())
             for name, tool in tools if repetition % 2 else reversed(tools):
-                say(f"{level} at once on vLLM, by {name}, {repetition} of {plan.repetitions}")
+                say(f"{level} concurrent on vLLM, by {name}, {repetition} of {plan.repetitions}")
                 yield tool(replace(run, repetition=repetition))
 
 
 @contextmanager
 def _only(cores: Sequence[int]) -> Iterator[None]:
-    """What is started here has these cores."""
+    """Processes started in this context run on these cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -266,7 +268,7 @@ def _only(cores: Sequence[int]) -> Iterator[None]:
 
 
 def install() -> None:
-    """Get guidellm, where it is missing; raises `RigError`, also where vLLM is."""
+    """Install guidellm if it is missing; raises `RigError`, also if vLLM is missing."""
     if not (rig.VLLM_PYTHON.exists() and rig.WEIGHTS.exists()):
         raise rig.RigError(f"vLLM is not installed: {rig.GET_ENGINES}")
     rig.ENGINES.mkdir(exist_ok=True)
@@ -279,7 +281,7 @@ def install() -> None:
 
 
 def _build_guidellm() -> None:
-    """It reads its prompts with torch's data loader: the torch that vLLM has is here already."""
+    """Install guidellm with vLLM's version of torch, which is in the cache already."""
     overrides = rig.ENGINES / "guidellm-overrides.txt"
     overrides.write_text(f"torch=={rig.TORCH}\n")
     home = GUIDELLM_PYTHON.parents[1]
@@ -293,44 +295,44 @@ def _build_guidellm() -> None:
 
 
 def show(found: Agreement, console: Console) -> None:
-    """Print who saw what: the median over the repetitions, and how ours compares with it."""
+    """Print every tool's median over the repetitions, and the ratio of ours to it."""
     others = [tool for tool in found.tools if tool != OURS]
-    columns = ["at once", "", "truth", OURS, "of truth"]
+    columns = ["concurrent", "", "truth", OURS, "of truth"]
     columns += [column for tool in others for column in (tool, "ours of it")]
     for server, rows in groupby(found.rows(), lambda row: row.server):
         table = Table(*columns, title=server, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for row in rows:
             of_truth = row.share_of_truth(OURS)
-            cells = ["", _seen(row, OURS), ""]
+            cells = ["", _figure(row, OURS), ""]
             if row.truth is not None and of_truth is not None:
-                cells = [_number(row, row.truth), _seen(row, OURS), f"{of_truth:.3f}"]
+                cells = [_number(row, row.truth), _figure(row, OURS), f"{of_truth:.3f}"]
             for tool in others:
-                there = tool in row.shares
-                cells += [_seen(row, tool), _share(row, tool)] if there else ["-", ""]
+                shared = tool in row.shares
+                cells += [_figure(row, tool), _share(row, tool)] if shared else ["-", ""]
             first = row.quantity == QUANTITIES[0]
             table.add_row(str(row.level) if first else "", row.quantity, *cells)
         console.print(table)
-    console.print("Milliseconds, and tokens a second.")
-    for one in found.readings:
-        if one.failed or one.tokens_out < found.tokens_out:
+    console.print("Milliseconds, and tokens per second.")
+    for run in found.readings:
+        if run.failed or run.tokens_out < found.tokens_out:
             console.print(
-                f"{one.tool} on {one.server}, {one.level} at once: {one.failed} failed, "
-                f"{one.tokens_out:.1f} tokens an answer"
+                f"{run.tool} on {run.server}, {run.level} concurrent: {run.failed} failed, "
+                f"{run.tokens_out:.1f} tokens per answer"
             )
 
 
-def _seen(row: AgreementRow, tool: str) -> str:
-    """What a tool saw, and how far its runs were apart."""
-    seen = row.by_tool[tool]
-    spread = f" ±{(seen.high - seen.low) / 2 / seen.value:.1%}" if seen.high > seen.low else ""
-    return _number(row, seen.value) + spread
+def _figure(row: AgreementRow, tool: str) -> str:
+    """A tool's median, and the spread of its runs."""
+    runs = row.by_tool[tool]
+    spread = f" ±{(runs.high - runs.low) / 2 / runs.value:.1%}" if runs.high > runs.low else ""
+    return _number(row, runs.value) + spread
 
 
 def _share(row: AgreementRow, tool: str) -> str:
-    """Ours as a share of what a tool saw, and how far that goes from one repetition to another."""
+    """Our figure as a share of a tool's, and the range of that over the repetitions."""
     share = row.shares[tool]
-    told = f"{share.value:.3f}"
-    return told if share.low == share.high else f"{told} {share.low:.2f}-{share.high:.2f}"
+    text = f"{share.value:.3f}"
+    return text if share.low == share.high else f"{text} {share.low:.2f}-{share.high:.2f}"
 
 
 def _number(row: AgreementRow, value: float) -> str:
@@ -338,7 +340,7 @@ def _number(row: AgreementRow, value: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare; 1 where ours is off."""
+    """Compare the tools; the exit status, 1 if our figures deviate."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     parser = argparse.ArgumentParser(
         prog="python -m tests.engines.agreement",
@@ -346,10 +348,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--levels", type=levels_of, default=(1, 4, 8, 16, 32), metavar="N,N,…")
-    parser.add_argument("--vllm-level", type=int, default=8, help="on the real one; 0: none (8)")
-    parser.add_argument("--repetitions", type=int, default=5, help="on the real one (5)")
-    parser.add_argument("--rounds", type=int, default=10, help="requests of each at once (10)")
-    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write agreement.json there")
+    parser.add_argument("--vllm-level", type=int, default=8, help="concurrency on vLLM; 0: not (8)")
+    parser.add_argument("--repetitions", type=int, default=5, help="repetitions on vLLM (5)")
+    parser.add_argument("--rounds", type=int, default=10, help="requests per user (10)")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="folder for agreement.json")
     args = parser.parse_args(arguments)
     console = Console()
     plan = Plan(args.levels, args.repetitions, args.rounds)
@@ -372,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.vllm_level:
             readings.extend(on_vllm(plan, args.vllm_level, console.print))
     except (rig.RigError, ExperimentError) as exc:
-        failure = str(exc)  # what was measured before is shown all the same
+        failure = str(exc)  # earlier readings are shown all the same
     found = msgspec.structs.replace(found, readings=tuple(readings))
     show(found, console)
     if args.json:
@@ -386,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def levels_of(text: str) -> tuple[int, ...]:
-    """`1,8,32` as numbers."""
+    """The numbers of a text like `1,8,32`."""
     try:
         levels = tuple(int(part) for part in text.split(","))
     except ValueError:

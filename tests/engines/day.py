@@ -1,8 +1,7 @@
 """The mixed day on the real engines of the rig: `make day`.
 
-Starts the real Ollama and the real vLLM on this machine's CPU, measures a profile of
-them, starts a gateway that decides by it, and has `loadtests.measure.day` live through a day on
-each of the three.
+Starts the real Ollama and the real vLLM on this machine's CPU, measures their profile, starts
+a gateway that decides by it, and runs `loadtests.measure.day` on all three.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from loadtests.measure.stopwatch import Target
 from tests.engines import rig
 
 START_S = 30.0
-#: Requests at once that the profile is measured at, and for how long each.
+#: Concurrencies at which the profile is measured, and the seconds of each.
 LEVELS = (1, 2, 4, 8, 16, 24)
 LEVEL_S = 8.0
 
@@ -43,7 +42,7 @@ def main() -> int:
     """Run the day with the arguments of `loadtests.measure.day`, the targets filled in."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
-    parser.add_argument("--assumed", action="store_true", help="measure no profile first")
+    parser.add_argument("--assumed", action="store_true", help="use the assumed profile")
     own, arguments = parser.parse_known_args()
     with rig.ollama() as ollama, rig.vllm() as vllm, tempfile.TemporaryDirectory() as scratch:
         lanes = [
@@ -70,7 +69,7 @@ def main() -> int:
 
 
 async def measured(lanes: Sequence[Target], console: Console) -> Profile:
-    """Both lanes at every level, asked without a pause."""
+    """The profile of both lanes, measured at every level without a pause."""
     steady = day.Day(think_s=0.0, seed=1)
     times: dict[str, list[float]] = {lane.label: [] for lane in lanes}
     async with httpx.AsyncClient(timeout=600, trust_env=False) as client:
@@ -83,7 +82,7 @@ async def measured(lanes: Sequence[Target], console: Console) -> Profile:
                 )
                 mean_s = statistics.mean(one.seen.e2e_s for one in seen)
                 times[lane.label].append(mean_s)
-                console.print(f"  {level:3d} at once on {lane.label}: {mean_s:.2f} s")
+                console.print(f"  {level:3d} concurrent on {lane.label}: {mean_s:.2f} s")
     return Profile(
         version=VERSION,
         source="measured",
@@ -94,7 +93,7 @@ async def measured(lanes: Sequence[Target], console: Console) -> Profile:
 
 @contextmanager
 def gateway(environment: dict[str, str]) -> Iterator[str]:
-    """A gateway with these variables; its URL."""
+    """The URL of a gateway with these environment variables."""
     port = rig.free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "gateway", "serve", "--port", str(port)], env=environment

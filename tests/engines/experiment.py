@@ -1,8 +1,8 @@
 """`twolane compare` and `twolane calibrate` on the rig's engines: `make compare`, `make calibrate`.
 
-Writes the settings that an operator would write, engines' commands included, and hands
-over to the command: what is measured here is what a user would have measured. What was
-calibrated is what the gateway of a later comparison decides by.
+Writes the settings that an operator would write, engines' commands included, and runs the
+command, so the result is what a user would measure. The gateway of a later comparison
+decides by the calibrated profile.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def configuration(ports: Mapping[str, int], profile: Path | None = None) -> dict
 
 
 def _own(environment: dict[str, str]) -> dict[str, str]:
-    """What is said besides what everybody has."""
+    """The variables that differ from our own environment."""
     return {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 
 def ports() -> dict[str, int]:
-    """As last time: a profile tells what command lines were measured, and the port is in them."""
+    """The ports of the last run: a profile names the measured command lines, ports included."""
     if not CONFIG.exists():
         return {kind: rig.free_port() for kind in ("ollama", "vllm")}
     engines = yaml.safe_load(CONFIG.read_text())["engines"]
@@ -67,7 +67,7 @@ def ports() -> dict[str, int]:
 
 
 def main() -> None:
-    """Write the settings, and become the command."""
+    """Write the settings, and run the command in place of this process."""
     missing = [part.name for part in rig.parts() if not part.is_complete()]
     if missing:
         sys.exit(f"not installed: {', '.join(missing)}; {rig.GET_ENGINES}")
@@ -76,10 +76,10 @@ def main() -> None:
     CONFIG.write_text(yaml.safe_dump(configuration(ports(), known)))
     if command == "calibrate" and "--out" not in arguments:
         arguments += ["--out", os.path.relpath(PROFILE)]
-    said = [command, "--config", os.path.relpath(CONFIG), *arguments]
+    words = [command, "--config", os.path.relpath(CONFIG), *arguments]
     if "--resume" in arguments:
-        said = [command, *arguments]
-    os.execv(sys.executable, [sys.executable, "-m", "gateway", *said])  # noqa: S606 - our own
+        words = [command, *arguments]
+    os.execv(sys.executable, [sys.executable, "-m", "gateway", *words])  # noqa: S606 - our own
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""A GPU on which only one engine fits, played on the CPU by the real engines: `make switch`.
+"""Simulates a GPU with room for one engine, on the CPU with real engines: `make switch`.
 
-A gateway starts the real Ollama and the real vLLM itself. A budget of memory stands for the
-GPU: the two do not fit into it together, so the gateway must have one stopped, or its model
-unloaded, before the other may load. One person asks, then a crowd, then one person again,
-each without a pause; the GPU goes to vLLM and, after a while of nobody, to Ollama. All of it
-is written down: every request, and twice a second who holds the GPU, what is asked, and
-regret and price.
+A gateway starts the real Ollama and the real vLLM itself. A memory budget stands for the GPU:
+the two do not fit into it together, so the gateway must stop one engine, or unload its model,
+before the other may load. One user sends requests, then six, then one again, each without
+a pause; the GPU moves to vLLM and, after an idle time, to Ollama. The record has every request
+and, twice a second, the holder of the GPU, the demand, regret and switch cost.
 
     python -m tests.engines.switch --picture docs/switch.svg --json switch.json
 """
@@ -36,8 +35,8 @@ from tests.engines import rig
 from tests.support.waiting import until
 
 CROWD = 6
-#: Seconds a request at so many at once, as `make day` measured it on two CPU cores: so it
-#: is known who is faster when. On another machine the times differ more than their ratios.
+#: Seconds of a request by concurrency, measured by `make day` on two CPU cores, so the faster
+#: lane is known. On another machine the times differ more than their ratios.
 PROFILE = {
     "version": 1,
     "source": "measured",
@@ -47,19 +46,20 @@ PROFILE = {
         "vllm": {"at_once": [1, 2, 4, 8, 16], "seconds": [1.37, 1.44, 1.43, 1.97, 2.67]},
     },
 }
-#: GiB. vLLM has about 3.3 on the CPU, Ollama with its model about 0.4 and without 0.1.
+#: GiB. vLLM uses about 3.3 on the CPU, Ollama about 0.4 with its model and 0.1 without.
 BUDGET_GIB = 4.0
 NEEDS_GIB = {"ollama": 3.0, "vllm": 3.8}
-#: What a process must have to be a vLLM with a model in memory, bytes.
-LOADED = 2**30
-#: Longest the GPU may take to move after demand has changed, seconds.
-PATIENCE_S = 900.0
-LOOK_S = 0.5
+#: Resident memory from which on a vLLM process has its model loaded, bytes.
+LOADED_BYTES = 2**30
+#: Longest time until the GPU has moved after a change of demand, seconds.
+MOVE_TIMEOUT_S = 900.0
+#: How often status and memory are sampled, seconds.
+SAMPLE_S = 0.5
 
 
 @dataclass
-class Asked:
-    """One request: seconds since the start when it was sent and was over, and how."""
+class TimedRequest:
+    """One request: when it was sent and was over, seconds since the start, and how it ended."""
 
     person: int
     sent_s: float
@@ -74,9 +74,9 @@ class Asked:
 
 @dataclass
 class Record:
-    """The whole run; `moments` are the gateway's own words, and who was really in memory."""
+    """The whole run; `moments` are samples of the gateway's status and of loaded engines."""
 
-    requests: list[Asked] = field(default_factory=list)
+    requests: list[TimedRequest] = field(default_factory=list)
     moments: list[dict[str, Any]] = field(default_factory=list)
     passages: list[dict[str, Any]] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Record:
 
 @dataclass
 class Stage:
-    """The gateway that is played with, and the ports of its engines."""
+    """The running gateway, and the ports of its engines."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -99,7 +99,7 @@ class Stage:
 
 
 def configuration(ports: dict[str, int], port: int, scratch: Path) -> dict[str, Any]:
-    """What an operator would write, with a budget in place of a GPU."""
+    """The settings that an operator would write, with a memory budget in place of a GPU."""
     ollama = f"http://127.0.0.1:{ports['ollama']}"
     models = {"ollama": rig.OLLAMA_MODEL, "vllm": rig.VLLM_MODEL}
     return {
@@ -140,7 +140,7 @@ def configuration(ports: dict[str, int], port: int, scratch: Path) -> dict[str, 
 
 @contextlib.contextmanager
 def staged(scratch: Path) -> Iterator[Stage]:
-    """A gateway that has its engines to itself; ended, with all it started, at the end."""
+    """A gateway with its own engines; all of them end with the context."""
     ports = {"ollama": rig.free_port(), "vllm": rig.free_port()}
     port = rig.free_port()
     config = scratch / "twolane.yaml"
@@ -159,11 +159,11 @@ def staged(scratch: Path) -> Iterator[Stage]:
 
 
 async def play(stage: Stage, record: Record, *, patient: bool = False) -> None:
-    """One, a crowd, one; returns when the GPU is back at Ollama and has answered there.
+    """One user, six, one; returns when the GPU is back at Ollama and has answered there.
 
-    After the crowd everybody is gone until the memory is given back, so that the one who
-    comes finds the GPU free; or (`patient`) one goes on asking until regret has paid for
-    the way back, a quarter of an hour.
+    After the six users there are no requests until the memory is released, so the next user
+    finds the GPU free. With `patient` one user keeps sending instead, until regret exceeds
+    the switch cost of the way back, a quarter of an hour.
     """
     limits = httpx.Limits(max_connections=None)
     async with (
@@ -191,50 +191,50 @@ def held_by(kind: str) -> Callable[[dict[str, Any]], bool]:
 
 
 async def status(client: httpx.AsyncClient) -> dict[str, Any]:
-    said: dict[str, Any] = (await client.get("/status")).json()
-    return said
+    content: dict[str, Any] = (await client.get("/status")).json()
+    return content
 
 
 async def until_gpu(
     client: httpx.AsyncClient,
     happened: Callable[[dict[str, Any]], bool],
-    within_s: float = PATIENCE_S,
+    within_s: float = MOVE_TIMEOUT_S,
 ) -> None:
     """Return when this holds of the GPU; raises TimeoutError with its last state."""
     gpu: dict[str, Any] = {}
 
     async def holds() -> bool:
-        with contextlib.suppress(httpx.TransportError):  # the gateway is only starting
+        with contextlib.suppress(httpx.TransportError):  # the gateway is still starting
             gpu.update((await status(client))["gpu"])
             return happened(gpu)
         return False
 
-    await until(holds, within_s, every_s=LOOK_S, describe=lambda: gpu)
+    await until(holds, within_s, every_s=SAMPLE_S, describe=lambda: gpu)
 
 
 @contextlib.asynccontextmanager
 async def asking(
     stage: Stage, client: httpx.AsyncClient, record: Record, people: int
 ) -> AsyncIterator[None]:
-    """So many people ask again and again; at the end all wait for their last answer."""
-    stay = [True]
+    """Users who send requests without a pause; leaving waits for their last answers."""
+    active = [True]
 
     async def person(number: int) -> None:
-        while stay[0]:
+        while active[0]:
             await ask(stage, client, record, number)
 
     tasks = [asyncio.create_task(person(number)) for number in range(people)]
     try:
         yield
     finally:
-        stay[0] = False
+        active[0] = False
         await asyncio.gather(*tasks)
 
 
 async def ask(stage: Stage, client: httpx.AsyncClient, record: Record, person: int) -> None:
-    """Ask once, streaming, and write down what came."""
-    asked = Asked(person, stage.now_s)
-    record.requests.append(asked)
+    """Send one streamed request, and record how it ended."""
+    timed = TimedRequest(person, stage.now_s)
+    record.requests.append(timed)
     body = {
         "model": "smollm2",
         "messages": [
@@ -245,43 +245,43 @@ async def ask(stage: Stage, client: httpx.AsyncClient, record: Record, person: i
     }
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-            asked.status = answer.status_code
-            asked.lane = answer.headers["x-gateway-lane"]
-            asked.reason = answer.headers["x-gateway-reason"]
+            timed.status = answer.status_code
+            timed.lane = answer.headers["x-gateway-lane"]
+            timed.reason = answer.headers["x-gateway-reason"]
             async for line in answer.aiter_lines():
-                asked.pings += line.startswith(":")
+                timed.pings += line.startswith(":")
                 if line.startswith("data: {"):
                     event = json.loads(line[6:])
                     if "error" in event:
-                        asked.error = str(event["error"])
+                        timed.error = str(event["error"])
                     for choice in event.get("choices") or ():
-                        asked.finish = choice.get("finish_reason") or asked.finish
+                        timed.finish = choice.get("finish_reason") or timed.finish
     except httpx.HTTPError as exc:
-        asked.error = f"{type(exc).__name__}: {exc}"
-    asked.over_s = stage.now_s
+        timed.error = f"{type(exc).__name__}: {exc}"
+    timed.over_s = stage.now_s
 
 
 @contextlib.asynccontextmanager
 async def watched(stage: Stage, client: httpx.AsyncClient, record: Record) -> AsyncIterator[None]:
-    """Meanwhile somebody writes down how it stands, and looks for himself who is in memory."""
+    """Meanwhile the gateway's status and the loaded engines are sampled into the record."""
 
     async def watch() -> None:
         while True:
             moment: dict[str, Any] = {"at_s": round(stage.now_s, 2)}
             with contextlib.suppress(httpx.TransportError):
-                said = await status(client)
-                model = said["models"]["smollm2"]
+                content = await status(client)
+                model = content["models"]["smollm2"]
                 moment |= {
                     "demand": model["demand"],
                     "waiting": model["waiting"],
                     **{
-                        name: said["gpu"][name]
+                        name: content["gpu"][name]
                         for name in ("holder", "step", "regret", "price", "moves")
                     },
                 }
             moment["resident"] = await resident(stage)
             record.moments.append(moment)
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(SAMPLE_S)
 
     watcher = asyncio.create_task(watch())
     try:
@@ -291,21 +291,21 @@ async def watched(stage: Stage, client: httpx.AsyncClient, record: Record) -> As
 
 
 async def resident(stage: Stage) -> list[str]:
-    """The engines that have a model in memory, asked of themselves and of the kernel."""
-    there = []
+    """The engines with a model in memory, by Ollama's API and by vLLM's resident memory."""
+    loaded = []
     async with httpx.AsyncClient(timeout=5) as client:
         with contextlib.suppress(httpx.TransportError):
             answer = await client.get(f"http://127.0.0.1:{stage.ports['ollama']}/api/ps")
             if answer.json()["models"]:
-                there.append("ollama")
+                loaded.append("ollama")
     if await asyncio.to_thread(_vllm_loaded, stage):
-        there.append("vllm")
-    return there
+        loaded.append("vllm")
+    return loaded
 
 
 def _vllm_loaded(stage: Stage) -> bool:
     sizes = [_size(process) for process in processes_of(stage, "vllm")]
-    return max(sizes, default=0) > LOADED
+    return max(sizes, default=0) > LOADED_BYTES
 
 
 def _size(process: psutil.Process) -> int:
@@ -316,7 +316,7 @@ def _size(process: psutil.Process) -> int:
 
 
 def processes_of(stage: Stage, kind: str) -> list[psutil.Process]:
-    """What runs for one of the stage's engines, wherever it hangs in the tree of processes."""
+    """The processes of one engine, wherever they are in the process tree."""
     marks = {"vllm": str(stage.ports["vllm"]), "ollama": f":{stage.ports['ollama']}"}
     found: set[psutil.Process] = set()
     for process in psutil.process_iter():
@@ -330,7 +330,7 @@ def processes_of(stage: Stage, kind: str) -> list[psutil.Process]:
 
 
 def run(scratch: Path, *, patient: bool = False) -> Record:
-    """The whole scenario, the engines started and ended."""
+    """Run the whole scenario, including start and end of the engines."""
     record = Record()
     with staged(scratch) as stage:
         asyncio.run(play(stage, record, patient=patient))
@@ -344,8 +344,8 @@ def run(scratch: Path, *, patient: bool = False) -> Record:
 
 
 def draw(record: Record, path: Path) -> None:
-    """The timeline as a picture: demand, holder, regret against price, waiting, response times."""
-    import matplotlib as mpl  # noqa: PLC0415 - only who wants a picture needs it
+    """Draw the timeline: demand, holder, regret beside switch cost, waiting, response times."""
+    import matplotlib as mpl  # noqa: PLC0415 - only a picture needs it
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
@@ -370,7 +370,7 @@ def draw(record: Record, path: Path) -> None:
     )
     people.set_ylabel("requests")
     rent.plot(times, [m["regret"] for m in seen], color="black", label="regret")
-    rent.plot(times, [m["price"] for m in seen], color="black", linestyle=":", label="price")
+    rent.plot(times, [m["price"] for m in seen], color="black", linestyle=":", label="switch cost")
     rent.set_ylabel("request-seconds")
     for lane in ("ollama", "vllm"):
         good = [a for a in record.requests if a.lane == lane and not a.error]
@@ -395,16 +395,18 @@ def draw(record: Record, path: Path) -> None:
 
 
 def main() -> int:
-    """Play it, and keep what was seen."""
+    """Run the scenario, and write its record."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.engines.switch",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--picture", type=Path, help="draw the timeline here (.svg or .png)")
-    parser.add_argument("--json", type=Path, help="write everything that was seen here")
+    parser.add_argument("--json", type=Path, help="write the whole record here")
     parser.add_argument(
-        "--patient", action="store_true", help="let regret bring the GPU back: a quarter of an hour"
+        "--patient",
+        action="store_true",
+        help="wait until regret moves the GPU back, a quarter of an hour",
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

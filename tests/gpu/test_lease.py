@@ -120,7 +120,7 @@ def test_whatever_is_in_the_file_is_no_obstacle_and_no_name(path: Path, text: by
     assert path.read_bytes().endswith(b"}")
     path.write_bytes(text)
 
-    with pytest.raises(LeaseTaken, match="not said who it is"):
+    with pytest.raises(LeaseTaken, match="not written its name yet"):
         Lease(path).acquire("there")
     lease.release()
 
@@ -166,7 +166,7 @@ def test_another_name_of_a_file_is_not_written_to(path: Path, tmp_path: Path) ->
     victim.write_text("dear")
     path.hardlink_to(victim)
 
-    with pytest.raises(LeaseError, match="no file of this user alone"):
+    with pytest.raises(LeaseError, match="not a regular file of this user alone"):
         Lease(path).acquire("here")
     assert victim.read_text() == "dear"
 
@@ -174,7 +174,7 @@ def test_another_name_of_a_file_is_not_written_to(path: Path, tmp_path: Path) ->
 def test_what_is_no_file_is_refused(path: Path) -> None:
     os.mkfifo(path)
 
-    with pytest.raises(LeaseError, match="no file of this user alone"):
+    with pytest.raises(LeaseError, match="not a regular file of this user alone"):
         Lease(path).acquire("here")
 
 
@@ -253,7 +253,7 @@ def test_an_owner_that_has_not_said_who_it_is_is_not_made_up(path: Path) -> None
     lease.acquire("127.0.0.1:8000")
     path.write_bytes(b"")
 
-    with pytest.raises(LeaseError, match="does not say by whom"):
+    with pytest.raises(LeaseError, match="does not name the owner"):
         owner(path)
     lease.release()
 
@@ -261,5 +261,5 @@ def test_an_owner_that_has_not_said_who_it_is_is_not_made_up(path: Path) -> None
 def test_a_kernel_that_does_not_tell_of_locks_is_said(path: Path, tmp_path: Path) -> None:
     path.touch()
 
-    with pytest.raises(LeaseError, match="does not tell"):
+    with pytest.raises(LeaseError, match="does not show"):
         owner(path, proc=tmp_path)

@@ -579,5 +579,5 @@ def test_resident_memory_counts_where_no_more_may_be_read(tmp_path: Path) -> Non
 
 
 def test_no_processes_to_be_seen_is_said(tmp_path: Path) -> None:
-    with pytest.raises(MemoryUnknown, match="to see processes in"):
+    with pytest.raises(MemoryUnknown, match="cannot be listed"):
         Budget(GIB, lambda: [1], proc=tmp_path / "none").free()

@@ -31,17 +31,17 @@ def found(*readings: Reading) -> Agreement:
     return Agreement(AGREEMENT_VERSION, 0.0, machine, TIMES, 10, 80, 64, tools, readings)
 
 
-def test_tools_that_saw_the_truth_agree() -> None:
+def test_tools_that_measured_the_truth_agree() -> None:
     assert found(reading(OURS), reading(GUIDELLM), reading(BENCH)).disagreements() == []
 
 
-def test_ours_must_be_near_the_truth_whatever_the_others_saw() -> None:
+def test_our_figure_must_be_near_the_truth_whatever_the_others_are() -> None:
     texts = found(reading(OURS, 1.025), reading(GUIDELLM, 1.025)).disagreements()
 
     assert texts == ["TTFT at concurrency 8 on known: twolane measured 1.025 of the truth"]
 
 
-def test_ours_must_be_near_the_others_where_those_are_near_the_truth() -> None:
+def test_our_figure_must_be_near_the_others_that_are_near_the_truth() -> None:
     texts = found(reading(OURS, 1.019), reading(GUIDELLM, 0.985)).disagreements()
 
     assert texts == ["TTFT at concurrency 8 on known: 1.035 of guidellm's figure"]

@@ -1,4 +1,4 @@
-"""Figures of requests whose truth is known."""
+"""The figures of requests of which the truth is known."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def rounds(e2e_s: Callable[[int], float], **more: Any) -> list[Request]:
 
 
 def steady(watts: float, *, without: Sequence[int] = ()) -> list[Power]:
-    """Looks at the cards, one a second, before, during and after a cell of ten."""
+    """Power samples, one per second, before, during and after a cell of ten seconds."""
     return [Power(float(at), watts) for at in range(-5, 16) if at not in without]
 
 
 def busy() -> Row:
-    """A target that made 2.5 tokens a second for ten seconds."""
+    """A target with 2.5 tokens per second for ten seconds."""
     return row([request(start=2.0 * n, number=n) for n in range(5)])
 
 
-def test_tokens_a_joule_and_their_price_are_those_of_the_window() -> None:
+def test_tokens_per_joule_and_prices_are_those_of_the_window() -> None:
     [one] = energy.energy_by_row([busy()], steady(100), Prices(per_kwh=0.36, rent_per_hour=1.8))
 
     assert one.watts == Spread(100, 100, 100)
@@ -86,18 +86,18 @@ def test_watts_before_and_after_the_window_do_not_count() -> None:
     assert energy.mean_watts(busy().repetitions[0], looks) == 100
 
 
-def test_given_watts_stand_for_the_cards() -> None:
+def test_configured_watts_replace_those_of_the_cards() -> None:
     [one] = energy.energy_by_row([busy()], steady(100), Prices(watts=500))
 
     assert one.watts == Spread(500, 500, 500)
 
 
 @pytest.mark.parametrize("gone", [range(-5, 16), range(3, 9), range(6), range(5, 16)])
-def test_watts_that_were_not_looked_at_for_long_are_not_known(gone: range) -> None:
+def test_watts_are_not_known_after_a_long_gap_in_the_samples(gone: range) -> None:
     assert energy.energy_by_row([busy()], steady(100, without=gone), Prices(per_kwh=0.3)) == []
 
 
-def test_a_short_silence_of_the_driver_is_none() -> None:
+def test_a_short_gap_in_the_power_samples_is_allowed() -> None:
     assert energy.mean_watts(busy().repetitions[0], steady(100, without=range(3, 7))) == 100
 
 
@@ -108,7 +108,7 @@ def test_rent_needs_no_watts_and_electricity_does() -> None:
     assert one.rent is not None
 
 
-def test_what_made_no_token_has_watts_and_no_price() -> None:
+def test_a_target_without_tokens_has_watts_and_no_price() -> None:
     idle = row([request(error="500", ttft_s=None, gaps_s=[], tokens_out=None)])
     [one] = energy.energy_by_row([idle], steady(100), Prices(per_kwh=0.3, rent_per_hour=1.8))
 
@@ -120,7 +120,7 @@ def test_what_made_no_token_has_watts_and_no_price() -> None:
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60), st.floats(0, 1))
-def test_a_percentile_is_what_numpy_says(values: list[float], p: float) -> None:
+def test_a_percentile_equals_that_of_numpy(values: list[float], p: float) -> None:
     assert percentile(values, p) == pytest.approx(float(np.quantile(values, p)), abs=1e-6)
 
 
@@ -129,7 +129,7 @@ def test_a_percentile_between_two_values_is_linear() -> None:
     assert percentile([30.0, 10.0, 20.0, 40.0], 0.9) == pytest.approx(37.0)
 
 
-def test_a_known_distribution_is_found_again() -> None:
+def test_the_summary_reproduces_a_known_distribution() -> None:
     dice = random.Random(4)
     waits = [[dice.expovariate(2.0) for _ in range(20_000)] for _ in range(3)]
 
@@ -142,7 +142,7 @@ def test_a_known_distribution_is_found_again() -> None:
         assert getattr(found, name) == pytest.approx(value, rel=0.03)
 
 
-def test_the_spread_is_the_lowest_and_the_highest_repetitions_median() -> None:
+def test_the_spread_is_the_lowest_and_the_highest_median_of_a_repetition() -> None:
     found = Summary.of([[1, 2, 9], [], [3, 4, 5], [0, 3, 3]])
 
     assert found is not None
@@ -152,7 +152,7 @@ def test_the_spread_is_the_lowest_and_the_highest_repetitions_median() -> None:
 # a row
 
 
-def test_requests_that_failed_are_counted_beside_and_are_no_latency() -> None:
+def test_failed_requests_are_counted_and_make_no_latency() -> None:
     bad = [request(e2e_s=0.01, error="503: full"), request(e2e_s=9.0, error="cut")]
     found = row([*rounds(lambda _: 2.0), *bad, bad[0]])
 
@@ -183,11 +183,11 @@ def test_answers_that_ended_early_are_a_share_of_all_answers() -> None:
     assert row([request(), request(), early, silent, failed]).ended_early_share == 0.5
 
 
-def test_a_last_token_that_is_the_end_of_the_answer_is_not_early() -> None:
+def test_an_answer_that_stops_with_its_last_token_did_not_end_early() -> None:
     assert row([request(tokens_out=5, finish="stop")]).ended_early == 0
 
 
-def test_without_usage_tpot_is_what_a_chunk_takes() -> None:
+def test_without_usage_tpot_is_the_time_per_chunk() -> None:
     found = row([request(e2e_s=5.0, tokens_out=None, tpot_s=None)] * ROUNDS)
 
     assert found.uncounted == ROUNDS
@@ -201,7 +201,7 @@ def test_gaps_are_over_all_chunks() -> None:
     assert found.gap_p99_s == pytest.approx(0.11)
 
 
-def test_fewer_than_ten_answers_of_a_user_make_an_ill_defined_median() -> None:
+def test_fewer_than_ten_answers_per_user_make_an_ill_defined_median() -> None:
     assert row(rounds(lambda _: 2.0)[1:]).has_few_samples
     assert not row(rounds(lambda _: 2.0)).has_few_samples
 
@@ -218,7 +218,7 @@ def test_a_saturated_generator_is_reported() -> None:
 # what is said of a second
 
 
-def test_tokens_count_when_their_chunk_comes_whatever_the_phase() -> None:
+def test_tokens_count_when_their_chunk_arrives_in_every_phase() -> None:
     warm = request(start=-4.5, e2e_s=5.0, phase="warm-up")  # its last chunk is inside
     whole = request(start=1.0, e2e_s=5.0)
     trailing = request(start=7.5, e2e_s=5.0, phase="trailing", error="cut")  # two are inside
@@ -226,11 +226,11 @@ def test_tokens_count_when_their_chunk_comes_whatever_the_phase() -> None:
     assert row([warm, whole, trailing]).tokens_per_s.value == pytest.approx((1 + 5 + 2) / 10)
 
 
-def test_a_chunk_is_worth_its_requests_tokens_over_its_chunks() -> None:
+def test_a_chunk_has_its_requests_tokens_over_its_chunks() -> None:
     assert row([request(tokens_out=20)]).tokens_per_s.value == pytest.approx(2.0)
 
 
-def test_a_chunk_of_unknown_worth_has_the_cells_median() -> None:
+def test_a_chunk_without_usage_has_the_median_of_the_cell() -> None:
     counted = [request(tokens_out=10), request(tokens_out=15), request(tokens_out=500)]
     uncounted = request(tokens_out=None)
 
@@ -247,7 +247,7 @@ def test_achieved_concurrency_is_the_integral_over_the_window() -> None:
     assert row(asked).concurrency.value == pytest.approx((5 + 10 + 1) / 10)
 
 
-def test_requests_a_second_are_those_answered_in_the_window() -> None:
+def test_requests_per_second_are_those_answered_in_the_window() -> None:
     asked = [request(0.0, 2.0), request(2.0, 2.0, error="x"), request(9.0, 2.0, phase="trailing")]
 
     assert row(asked).requests_per_s.value == pytest.approx(0.1)
@@ -332,7 +332,7 @@ def test_a_cell_that_never_completed_is_shown_as_incomplete() -> None:
     assert only.unfinished == ["repetition 1: 600 s were over"]
 
 
-def test_an_open_loop_is_not_at_so_many_at_once() -> None:
+def test_an_open_loop_has_no_fixed_concurrency() -> None:
     assert rows.closed_cells([cell(loop="open")]) == []
 
 
@@ -353,7 +353,7 @@ def test_a_ratio_has_the_spread_of_the_ratios_within_each_repetition() -> None:
     assert (found.low, found.value, found.high) == (2.0, 3.0, 4.0)
 
 
-def test_a_gateway_is_held_against_the_better_of_its_lanes() -> None:
+def test_a_gateway_is_compared_with_the_faster_of_its_lanes() -> None:
     cells = [
         (cell(target=label, level=level), [request(e2e_s=e2e_s)] * ROUNDS)
         for label, level, e2e_s in [
@@ -382,7 +382,7 @@ def measured(
     noise: float = 0.1,
     drift: float = 0.01,
 ) -> Seconds:
-    """Requests of a known mean: each a little off, and each repetition as a whole."""
+    """Requests of a known mean, with noise per request and per repetition."""
     dice = random.Random(seed)
     shift = [dice.gauss(1, drift) for _ in range(repetitions)]
     return {
@@ -416,7 +416,7 @@ def test_the_crossover_of_two_known_lines_is_found_with_its_interval() -> None:
     assert found.level == pytest.approx(TRUTH, rel=0.1)
 
 
-def test_it_is_the_same_from_the_other_side() -> None:
+def test_the_crossover_is_the_same_with_the_targets_swapped() -> None:
     found = find_crossover(measured(batch, seed=2), measured(queue))
 
     assert (found.verdict, found.faster) == ("crosses", "b")
@@ -424,7 +424,7 @@ def test_it_is_the_same_from_the_other_side() -> None:
 
 
 @pytest.mark.slow
-def test_the_interval_has_the_truth_in_it_about_as_often_as_it_says() -> None:
+def test_the_interval_contains_the_truth_about_as_often_as_stated() -> None:
     inside = 0
     for seed in range(30):
         found = find_crossover(measured(queue, seed=seed), measured(batch, seed=1000 + seed))
@@ -433,7 +433,7 @@ def test_the_interval_has_the_truth_in_it_about_as_often_as_it_says() -> None:
     assert inside >= 24  # three repetitions make it rough
 
 
-def test_the_lines_are_those_the_gateway_decides_by() -> None:
+def test_the_interpolated_lines_are_those_the_gateway_decides_by() -> None:
     a, b = measured(queue), measured(batch, seed=2)
     found = find_crossover(a, b)
 
@@ -451,7 +451,7 @@ def test_the_same_samples_have_the_same_interval() -> None:
     assert find_crossover(a, b) == find_crossover(a, b)
 
 
-def test_who_is_faster_everywhere_never_crosses() -> None:
+def test_a_target_that_is_always_faster_never_crosses() -> None:
     found = find_crossover(measured(lambda n: 2.0 * n + 4), measured(batch, seed=2))
 
     assert (found.verdict, found.faster) == ("never", "b")
@@ -468,7 +468,7 @@ def test_who_is_faster_everywhere_never_crosses() -> None:
         ),
     ],
 )
-def test_too_little_is_not_enough_data(how: dict[str, Any], why: str) -> None:
+def test_with_too_few_samples_the_crossover_is_unknown(how: dict[str, Any], why: str) -> None:
     found = find_crossover(measured(queue, **how), measured(batch, seed=2, **how))
 
     assert (found.verdict, found.level, found.why) == ("unknown", None, why)
@@ -483,7 +483,7 @@ def test_levels_far_from_the_crossover_need_no_repetitions() -> None:
     assert find_crossover(a, b).verdict == "crosses"
 
 
-def test_two_that_are_alike_have_no_crossover_that_anybody_could_name() -> None:
+def test_two_equal_targets_have_no_known_crossover() -> None:
     found = find_crossover(measured(batch), measured(batch, seed=2))
 
     assert found.verdict == "unknown"

@@ -26,7 +26,7 @@ def measured(of: Callable[[int], float], levels: tuple[int, ...] = COARSE) -> di
     return {level: of(level) for level in levels}
 
 
-def test_lanes_cross_between_the_levels_where_the_faster_one_changes() -> None:
+def test_lanes_cross_between_the_levels_where_the_faster_lane_changes() -> None:
     assert bracket(measured(float), measured(lambda n: 6 + n / 10)) == (4, 16)
 
 
@@ -66,13 +66,13 @@ def test_levels_are_added_until_the_crossover_is_between_neighbours(
         assert high - low <= max(1, low // 8)
 
 
-def test_what_decides_lies_on_both_sides_of_the_crossover() -> None:
+def test_the_deciding_levels_lie_on_both_sides_of_the_crossover() -> None:
     levels = (1, 4, 8, 9, 16, 32)
 
     assert levels_around(measured(float, levels), measured(lambda _: 8.5, levels)) == (4, 8, 9, 16)
 
 
-def test_every_repetition_counts_the_same_and_failures_do_not() -> None:
+def test_repetitions_have_the_same_weight_and_failures_none() -> None:
     def asked(repetition: int, start: float, e2e_s: float, error: str | None = None) -> Request:
         return Request(
             "a", "closed", 4, repetition, user=0, number=0, phase="measured", start=start,

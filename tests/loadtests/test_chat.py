@@ -1,4 +1,4 @@
-"""A team's day as a Locust file: chats that grow, people who think, and who hang up."""
+"""The Locust file of a chatting team: growing chats, think times and disconnects."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def raw(tmp_path: Path) -> Path:
     return tmp_path / "chat.jsonl"
 
 
-def test_what_was_said_goes_along_with_every_question(locust: RunLocust, raw: Path) -> None:
+def test_every_question_carries_the_conversation_so_far(locust: RunLocust, raw: Path) -> None:
     with scripted(always(*WHOLE)) as server:
         done = locust(
             "chat", "--host", server.url, "-u", 2, "-t", "4s", "--think-s", 0.05, "--turns", 3,
             "--hang-up", 0, "--raw", raw,
         )  # fmt: skip
-        chats = [body["messages"] for _, body in server.asked[1:]]
+        chats = [body["messages"] for _, body in server.received[1:]]
 
     assert done.returncode == 0, done.stderr
     longest = max(chats, key=len)
@@ -37,7 +37,7 @@ def test_what_was_said_goes_along_with_every_question(locust: RunLocust, raw: Pa
     assert len({one.user for one in asked}) == 2
 
 
-def test_people_of_several_processes_write_into_one_file(locust: RunLocust, raw: Path) -> None:
+def test_users_of_several_processes_write_into_one_file(locust: RunLocust, raw: Path) -> None:
     with scripted(always(*WHOLE)) as server:
         done = locust(
             "chat", "--host", server.url, "-u", 4, "-r", 4, "-t", "4s", "--think-s", 0.2,
@@ -51,7 +51,7 @@ def test_people_of_several_processes_write_into_one_file(locust: RunLocust, raw:
     assert {one.user // 10_000 for one in requests if isinstance(one, samples.Request)} == {0, 1}
 
 
-def test_while_people_are_still_coming_nothing_counts(locust: RunLocust, raw: Path) -> None:
+def test_nothing_is_measured_before_all_users_have_started(locust: RunLocust, raw: Path) -> None:
     with scripted(always(*WHOLE)) as server:
         locust(
             "chat", "--host", server.url, "-u", 3, "-t", "5s", "--think-s", 0.05, "--hang-up", 0,
@@ -63,7 +63,7 @@ def test_while_people_are_still_coming_nothing_counts(locust: RunLocust, raw: Pa
     assert set(phases) == {"warm-up", "measured"}
 
 
-def test_some_hang_up_and_that_is_no_failure_of_the_server(locust: RunLocust, raw: Path) -> None:
+def test_a_users_disconnect_is_no_failure_of_the_server(locust: RunLocust, raw: Path) -> None:
     with scripted(lambda number: (200, WHOLE) if number < 2 else _hang()) as server:
         done = locust(
             "chat", "--host", server.url, "-u", 1, "-t", "5s", "--think-s", 0.05, "--hang-up", 1,
@@ -75,7 +75,7 @@ def test_some_hang_up_and_that_is_no_failure_of_the_server(locust: RunLocust, ra
 
 
 def _hang() -> tuple[int, list[object]]:
-    """A server that thinks for longer than its reader."""
+    """An answer that takes longer than its reader waits."""
     time.sleep(1.0)
     return 200, WHOLE
 
@@ -88,7 +88,7 @@ def _hang() -> tuple[int, list[object]]:
         (["--tokens-out", "-1"], "--tokens-out -1: it must be at least 1"),
     ],
 )
-def test_what_makes_no_sense_is_refused(locust: RunLocust, arguments: list[str], why: str) -> None:
+def test_invalid_options_are_refused(locust: RunLocust, arguments: list[str], why: str) -> None:
     done = locust("chat", "--host", "http://127.0.0.1:9", "--model", "m", *arguments)
 
     assert done.returncode == 2

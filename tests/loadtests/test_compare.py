@@ -1,4 +1,4 @@
-"""What is measured in which order, what is left, and that a run goes on where it ended."""
+"""The order of the measurements, what is left of them, and resuming an experiment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cell(target: str, level: int, repetition: int, outcome: str = "complete") ->
     return samples.Cell(target, "closed", level, repetition, 0.0, 1.0, outcome)
 
 
-def test_the_order_turns_round_with_every_repetition() -> None:
+def test_even_repetitions_reverse_the_order() -> None:
     order = [(visit.repetition, visit.label) for visit in itinerary(PLAN, ["a", "b", "c"], [])]
 
     assert order == [
@@ -31,7 +31,7 @@ def test_the_order_turns_round_with_every_repetition() -> None:
     ]  # fmt: skip
 
 
-def test_what_is_complete_is_not_measured_again() -> None:
+def test_complete_cells_are_not_measured_again() -> None:
     done = [cell("a", 1, 1), cell("a", 4, 1), cell("b", 1, 1), cell("b", 4, 1, "interrupted")]
 
     visits = itinerary(PLAN, ["a", "b"], done)
@@ -40,14 +40,14 @@ def test_what_is_complete_is_not_measured_again() -> None:
     assert visits[1:3] == [Visit("b", 2, (1, 4)), Visit("a", 2, (1, 4))]
 
 
-def test_with_everything_done_nothing_is_left() -> None:
+def test_with_all_cells_complete_nothing_is_left() -> None:
     done = [cell(t, n, r) for t in "ab" for n in (1, 4) for r in (1, 2, 3)]
 
     assert itinerary(PLAN, ["a", "b"], done) == []
 
 
 def answers(took: Mapping[int, float], repetitions: int = 3) -> list[samples.Line]:
-    """Of a target that takes so long at each level, in every repetition."""
+    """Lines of a target that takes these seconds at each level, in every repetition."""
     return [
         line
         for level, seconds in took.items()
@@ -59,7 +59,7 @@ def answers(took: Mapping[int, float], repetitions: int = 3) -> list[samples.Lin
     ]
 
 
-def test_with_limits_it_is_searched_between_the_last_level_that_keeps_them_and_the_next() -> None:
+def test_the_search_bisects_between_the_last_level_that_meets_the_slo_and_the_next() -> None:
     limits = Limits(e2e_s=5)
 
     first = search(PLAN, limits, "a", answers({1: 1.0, 4: 4.0, 16: 16.0}))
@@ -71,39 +71,39 @@ def test_with_limits_it_is_searched_between_the_last_level_that_keeps_them_and_t
     assert last == []
 
 
-def test_below_the_lowest_level_it_is_searched_too() -> None:
+def test_the_search_goes_below_the_lowest_level() -> None:
     visits = search(PLAN, Limits(e2e_s=0.5), "a", answers({4: 4.0}))
 
     assert visits[0] == Visit("a", 1, (2,))
 
 
-def test_a_level_of_the_search_that_was_interrupted_is_gone_on_with() -> None:
+def test_an_interrupted_level_of_the_search_is_resumed() -> None:
     lines = [*answers({1: 1.0, 4: 9.0}), *answers({2: 2.0}, repetitions=1)]
 
     assert search(PLAN, Limits(e2e_s=2.5), "a", lines)[0] == Visit("a", 1, (3,))
     assert search(PLAN, Limits(e2e_s=1.5), "a", lines) == [Visit("a", n, (2,)) for n in (2, 3)]
 
 
-def test_without_limits_nothing_is_searched() -> None:
+def test_without_an_slo_nothing_is_searched() -> None:
     assert search(PLAN, Limits(), "a", answers({1: 1.0, 4: 4.0})) == []
 
 
-def test_what_is_left_takes_as_long_as_what_was_done() -> None:
+def test_cells_left_are_estimated_by_those_that_are_done() -> None:
     took = {("a", 1): 10.0, ("a", 4): 30.0}
 
     assert seconds_left({("a", 1): 2, ("a", 4): 1}, took) == pytest.approx(50)
 
 
-def test_what_was_never_done_takes_as_long_as_the_nearest_level_in_proportion() -> None:
+def test_a_new_level_is_estimated_by_the_nearest_in_proportion() -> None:
     assert seconds_left({("a", 8): 1}, {("a", 4): 30.0, ("b", 8): 1.0}) == pytest.approx(60)
     assert seconds_left({("b", 4): 1}, {("a", 4): 30.0}) == pytest.approx(30)
 
 
-def test_before_anything_is_done_nobody_knows_how_long_it_takes() -> None:
+def test_before_the_first_cell_there_is_no_estimate() -> None:
     assert seconds_left({("a", 1): 3}, {}) is None
 
 
-def test_a_key_is_in_no_command_line() -> None:
+def test_the_key_is_in_no_command_line() -> None:
     target = Target("a", "http://127.0.0.1:1", "m", key="sk-secret")
 
     command = locust_command(target, PLAN, Visit("a", 2, (4,)), Path("raw.jsonl"))
@@ -121,7 +121,7 @@ def entrant(label: str, url: str, *before: str) -> Entrant:
 
 
 class Quiet(Session):
-    """A session that asks nobody anything: a visit is over after some looks at the cards."""
+    """A session that sends no request: a visit ends after some power samples."""
 
     looks = 0
 
@@ -135,7 +135,7 @@ class Quiet(Session):
 
 
 class SilentView:
-    """Looks at nothing."""
+    """A view that ignores the progress."""
 
     def visit_started(self, visit: Visit) -> None: ...
 
@@ -145,7 +145,7 @@ class SilentView:
 @pytest.mark.parametrize(("label", "is_local"), [
     ("near", True), ("far", False), ("before_near", True), ("before_far", False),
 ])  # fmt: skip
-async def test_watts_are_noted_while_a_target_of_this_machine_is_measured(
+async def test_power_is_sampled_while_a_target_on_this_machine_is_measured(
     tmp_path: Path, label: str, *, is_local: bool
 ) -> None:
     entrants = [

@@ -1,4 +1,4 @@
-"""The experiment as a Locust file: what it measures, and what it says where it cannot."""
+"""The Locust file of fixed concurrencies: what it measures, and its messages if it cannot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from loadtests.measure import samples
 from loadtests.measure.samples import Cell, Request
 from tests.support.locusts import RunLocust, locust_process
-from tests.support.servers import WHOLE, always, nobody, scripted
+from tests.support.servers import WHOLE, always, scripted, unused_url
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.integration  # programs of their own
@@ -52,7 +52,7 @@ def by_cell(raw: Path) -> list[tuple[Cell, list[Request]]]:
     return samples.by_cell(samples.read(raw))
 
 
-def test_every_level_is_kept_and_everybody_has_all_rounds(
+def test_every_level_has_its_users_and_every_user_all_rounds(
     locust: RunLocust, known: str, raw: Path
 ) -> None:
     done = locust(
@@ -75,7 +75,7 @@ def test_every_level_is_kept_and_everybody_has_all_rounds(
         assert {one.tokens_out for one in measured} == {8}
 
 
-def test_targets_come_forth_and_then_back(locust: RunLocust, known: str, raw: Path) -> None:
+def test_even_repetitions_reverse_the_targets(locust: RunLocust, known: str, raw: Path) -> None:
     locust(
         "concurrency", "--target", f"a={known}=known", "--target", f"b={known}=known",
         "--levels", "1", "--rounds", 1, "--repetitions", 2, "--cooldown-s", 0, "--raw", raw,
@@ -96,7 +96,7 @@ def test_locusts_own_tables_have_ttft_and_e2e_of_their_own(
     assert rows[0][4] == "2"  # the measured ones, and no more
 
 
-def test_users_in_several_processes_are_as_many_and_no_two_the_same(
+def test_users_of_several_processes_are_complete_and_have_distinct_numbers(
     locust: RunLocust, known: str, raw: Path
 ) -> None:
     done = locust(
@@ -112,7 +112,7 @@ def test_users_in_several_processes_are_as_many_and_no_two_the_same(
     assert len({user // 10_000 for user in measured}) == 2
 
 
-def test_with_a_number_of_users_and_a_time_it_is_a_locust_file_as_any_other(
+def test_a_number_of_users_and_a_run_time_work_as_in_any_locust_file(
     locust: RunLocust, known: str, raw: Path
 ) -> None:
     done = locust("concurrency", "--host", known, "-u", 3, "-t", "4s", "--raw", raw)
@@ -123,7 +123,7 @@ def test_with_a_number_of_users_and_a_time_it_is_a_locust_file_as_any_other(
     assert len([one for one in requests if one.phase == "measured"]) > 3
 
 
-def test_in_an_open_loop_requests_come_whoever_waits(
+def test_in_an_open_loop_requests_arrive_however_many_wait(
     locust: RunLocust, known: str, raw: Path
 ) -> None:
     done = locust(
@@ -138,7 +138,7 @@ def test_in_an_open_loop_requests_come_whoever_waits(
 
 
 @pytest.mark.parametrize("file", ["concurrency", "chat"])
-def test_help_teaches_the_files_own_options(file: str) -> None:
+def test_help_lists_the_options_of_the_file(file: str) -> None:
     said = subprocess.run(
         [sys.executable, "-m", f"loadtests.{file}", "--help"],
         capture_output=True, text=True, check=True,
@@ -148,7 +148,7 @@ def test_help_teaches_the_files_own_options(file: str) -> None:
         assert option in said
 
 
-def test_the_first_line_says_how_it_was_asked_to_measure(
+def test_the_first_line_has_the_options_of_the_run(
     locust: RunLocust, known: str, raw: Path
 ) -> None:
     locust("concurrency", "--host", known, "--levels", "1", "--warm-up", 0, "--rounds", 1,
@@ -160,13 +160,13 @@ def test_the_first_line_says_how_it_was_asked_to_measure(
     assert asked == {"host": known, "levels": "1", "warm_up": 0, "rounds": "1"}
 
 
-def test_a_key_is_sent_and_written_nowhere(locust: RunLocust, raw: Path) -> None:
+def test_the_key_is_sent_and_written_nowhere(locust: RunLocust, raw: Path) -> None:
     with scripted(always(*WHOLE)) as server:
         done = locust(
             "concurrency", "--host", server.url, "--model", "m", "--levels", "1", "--rounds", 1,
             "--api-k", "sk-secret", "--raw", raw,
         )  # fmt: skip
-        headers = {headers["authorization"] for headers, _ in server.asked}
+        headers = {headers["authorization"] for headers, _ in server.received}
 
     assert headers == {"Bearer sk-secret"}
     assert "sk-secret" not in raw.read_text() + done.stdout + done.stderr
@@ -191,7 +191,7 @@ def test_a_key_is_sent_and_written_nowhere(locust: RunLocust, raw: Path) -> None
         (["--host", "http://a", "--model", "m", "--prompts", "no-such"], "no-such cannot be read"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_one_line_before_anybody_is_asked(
+def test_invalid_options_are_refused_in_one_line_before_any_request(
     locust: RunLocust, arguments: list[str], why: str
 ) -> None:
     done = locust("concurrency", *arguments)
@@ -211,7 +211,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line_before_anybody_is_asked(
         (500, "on fire", "see its log"),
     ],
 )
-def test_a_target_that_refuses_its_first_request_is_named_with_what_to_do(
+def test_a_target_that_refuses_its_first_request_is_named_with_a_hint(
     locust: RunLocust, raw: Path, status: int, message: str, hint: str
 ) -> None:
     with scripted(lambda _: (status, {"error": {"message": message}})) as server:
@@ -222,8 +222,8 @@ def test_a_target_that_refuses_its_first_request_is_named_with_what_to_do(
     assert hint in done.stderr
 
 
-def test_a_target_at_which_nobody_listens_is_named(locust: RunLocust, raw: Path) -> None:
-    url = nobody()
+def test_a_target_that_is_not_running_is_named(locust: RunLocust, raw: Path) -> None:
+    url = unused_url()
 
     done = locust("concurrency", "--target", f"dead={url}=m", "--raw", raw)
 
@@ -232,7 +232,7 @@ def test_a_target_at_which_nobody_listens_is_named(locust: RunLocust, raw: Path)
     assert "is it running" in done.stderr
 
 
-def test_a_target_that_dies_is_given_up_and_the_others_are_measured(
+def test_a_target_that_dies_is_given_up_and_the_other_is_measured(
     locust: RunLocust, known: str, raw: Path
 ) -> None:
     refused = (503, {"error": {"message": "dead"}})
@@ -249,7 +249,7 @@ def test_a_target_that_dies_is_given_up_and_the_others_are_measured(
     assert (alive.target, alive.outcome) == ("lives", "complete")
 
 
-def test_single_failures_are_counted_and_sink_nothing(locust: RunLocust, raw: Path) -> None:
+def test_single_failures_are_counted_and_stop_nothing(locust: RunLocust, raw: Path) -> None:
     with scripted(lambda n: (200, WHOLE) if n % 3 else (500, {"error": "once"})) as server:
         locust(
             "concurrency", "--host", server.url, "--model", "m", "--levels", "1", "--rounds", 6,
@@ -262,16 +262,14 @@ def test_single_failures_are_counted_and_sink_nothing(locust: RunLocust, raw: Pa
     assert (len(errors), errors.count("500: once")) == (6, 2)
 
 
-def test_a_full_disk_ends_it_with_what_to_do(locust: RunLocust, known: str) -> None:
+def test_a_full_disk_ends_the_run_with_a_message(locust: RunLocust, known: str) -> None:
     done = locust("concurrency", "--host", known, "--levels", "1", "--raw", "/dev/full")
 
     assert done.returncode == 2
     assert "No space left on device" in done.stderr
 
 
-def test_a_disk_that_becomes_full_ends_it_and_what_was_written_is_kept(
-    known: str, raw: Path
-) -> None:
+def test_a_disk_that_becomes_full_ends_the_run_and_keeps_its_lines(known: str, raw: Path) -> None:
     def little_space() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (32768, 32768))
 
@@ -284,7 +282,7 @@ def test_a_disk_that_becomes_full_ends_it_and_what_was_written_is_kept(
     assert len(samples.requests(samples.read(raw))) > 10
 
 
-def test_on_the_page_our_options_are_asked_for_but_no_key_is_shown(
+def test_locusts_page_has_our_options_but_shows_no_key(
     page: httpx.Client, known: str, tmp_path: Path
 ) -> None:
     form = page.get("/").text
@@ -308,8 +306,8 @@ def test_on_the_page_our_options_are_asked_for_but_no_key_is_shown(
 
 @pytest.fixture
 def page() -> Iterator[httpx.Client]:
-    """Locust's page, and a key in its surroundings."""
-    url = nobody()
+    """A client of Locust's page; the environment has a key."""
+    url = unused_url()
     port = url.rpartition(":")[2]
     command = [sys.executable, "-m", "locust", "-f", "loadtests/concurrency.py",
                "--web-host", "127.0.0.1", "--web-port", port]  # fmt: skip
@@ -334,7 +332,7 @@ def has_a_cell(raw: Path) -> bool:
 
 @pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("processes", [[], ["--processes", "2"]])
-def test_what_was_measured_before_it_was_ended_is_kept(
+def test_an_interrupted_run_keeps_its_lines(
     known: str, raw: Path, told: signal.Signals, processes: list[str]
 ) -> None:
     command = [sys.executable, "-m", "locust", "-f", "loadtests/concurrency.py", "--headless",

@@ -1,4 +1,4 @@
-"""An engine that says each token at its own moment, and owns up to having been late."""
+"""The server of known times sends each token at its due time, and reports its lag."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_no_token_is_early(engine: known.KnownServer) -> None:
     assert [at >= 0.05 + k * 0.01 for k, at in enumerate(timing.deltas_s)] == [True] * 20
 
 
-def test_an_answer_is_as_long_as_asked_for_and_says_so(
+def test_an_answer_has_the_requested_length_and_reports_it(
     engine: known.KnownServer,
 ) -> None:
     timing = stopwatch.ask(Target("known", engine.url, "known"), asked(3))
@@ -49,7 +49,7 @@ def test_an_answer_is_as_long_as_asked_for_and_says_so(
     assert (len(timing.deltas_s), timing.tokens_out, timing.finish) == (3, 3, "length")
 
 
-def test_where_nobody_says_how_long_an_answer_has_the_engines_own_length(
+def test_without_a_limit_an_answer_has_the_servers_own_length(
     engine: known.KnownServer, session: httpx.Client
 ) -> None:
     answer = session.post(f"{engine.url}/v1/completions", json={"stream": True})
@@ -57,16 +57,14 @@ def test_where_nobody_says_how_long_an_answer_has_the_engines_own_length(
     assert answer.text.count('"text":" word"') == TIMES.tokens
 
 
-def test_usage_is_told_only_where_it_was_asked_for(
-    engine: known.KnownServer, session: httpx.Client
-) -> None:
+def test_usage_is_sent_only_on_request(engine: known.KnownServer, session: httpx.Client) -> None:
     answer = session.post(f"{engine.url}/v1/chat/completions", json={"stream": True})
 
     assert "usage" not in answer.text
     assert answer.text.endswith("data: [DONE]\n\n")
 
 
-def test_an_answer_that_is_not_streamed_has_no_times_and_is_refused(
+def test_a_request_without_streaming_is_refused(
     engine: known.KnownServer, session: httpx.Client
 ) -> None:
     answer = session.post(f"{engine.url}/v1/chat/completions", json={})
@@ -75,7 +73,7 @@ def test_an_answer_that_is_not_streamed_has_no_times_and_is_refused(
     assert "stream=true" in answer.json()["error"]["message"]
 
 
-def test_it_counts_every_token_that_it_was_late_with(session: httpx.Client) -> None:
+def test_it_counts_the_lag_of_every_token(session: httpx.Client) -> None:
     with known.known_server(TIMES) as engine:
         session.post(f"{engine.url}/v1/completions", json={"stream": True})
 
@@ -85,7 +83,7 @@ def test_it_counts_every_token_that_it_was_late_with(session: httpx.Client) -> N
     assert 0 < late.p50 <= late.p99
 
 
-def test_lateness_does_not_add_up(session: httpx.Client) -> None:
+def test_lag_does_not_add_up(session: httpx.Client) -> None:
     with known.known_server(Times(ttft_s=0.0, gap_s=0.0005, tokens=1000)) as engine:
         began = time.perf_counter()
         session.post(f"{engine.url}/v1/completions", json={"stream": True})
@@ -94,7 +92,7 @@ def test_lateness_does_not_add_up(session: httpx.Client) -> None:
     assert took_s < 1.0  # rounded up to milliseconds, as event loops do, it were a second
 
 
-def test_who_hangs_up_does_not_stop_the_others(
+def test_a_client_that_disconnects_does_not_stop_the_others(
     engine: known.KnownServer, session: httpx.Client
 ) -> None:
     with session.stream("POST", f"{engine.url}/v1/completions", json=asked(100)) as gone:
@@ -105,5 +103,5 @@ def test_who_hangs_up_does_not_stop_the_others(
     assert timing.error is None
 
 
-def test_the_truth_of_an_answer_is_its_last_tokens_moment() -> None:
+def test_the_true_e2e_is_the_due_time_of_the_last_token() -> None:
     assert Times(0.3, 0.02, 64).e2e_s == pytest.approx(1.56)

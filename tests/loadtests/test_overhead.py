@@ -1,4 +1,4 @@
-"""The stopwatch is watched: its arithmetic, what it must refuse, and one short run of it."""
+"""The benchmark itself: its arithmetic, what it must refuse, and one short run of it."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def engine() -> Iterator[int]:
 
 
 def good() -> Measures:
-    """Measurements that hold every floor, just so."""
+    """Measures that just hold every floor."""
     return {floor.measure: {GATEWAY: [floor.limit]} for floor in FLOORS}
 
 
-def test_each_floor_holds_on_its_line_and_not_beyond() -> None:
+def test_each_floor_holds_at_its_limit_and_not_beyond() -> None:
     for floor in FLOORS:
         step = -0.001 if floor.at_least else 0.001
 
@@ -67,7 +67,7 @@ def test_each_floor_holds_on_its_line_and_not_beyond() -> None:
         assert not floor.holds(floor.limit + step)
 
 
-def test_the_floors_are_the_ones_that_were_promised() -> None:
+def test_the_floors_are_the_promised_ones() -> None:
     promised = {
         STREAM_SHARE: ">= 0.25",
         JSON_SHARE: ">= 0.045",
@@ -89,14 +89,14 @@ def test_the_median_of_the_rounds_is_judged_not_the_best_or_the_worst() -> None:
     assert missed == [f"{ADDED_TTFT}: 1.6, the floor is <= 1.5"]
 
 
-def test_what_was_not_measured_is_neither_a_pass_nor_a_miss() -> None:
+def test_an_unmeasured_floor_is_neither_held_nor_missed() -> None:
     verdicts = floors.verdicts_of({})
 
     assert not any(verdict.missed for verdict in verdicts)
     assert all(str(verdict).endswith("not measured") for verdict in verdicts)
 
 
-def test_shares_and_differences_are_formed_within_a_round() -> None:
+def test_shares_and_differences_are_computed_within_a_round() -> None:
     # The machine was twice as fast in the second round: no ratio may notice.
     measures: Measures = {
         STREAM_COST: {NGINX: [50_000, 100_000], GATEWAY: [20_000, 40_000]},
@@ -162,12 +162,12 @@ def test_a_run_without_a_result_ends_the_command_with_2(
     assert "no result: gateway, streams: a word is missing" in capsys.readouterr().err
 
 
-def test_without_nginx_it_says_how_to_get_it(tmp_path: Path) -> None:
+def test_without_nginx_the_error_says_how_to_install_it(tmp_path: Path) -> None:
     with pytest.raises(script.BenchError, match="apt-get install nginx"):
         ways.find_nginx(str(tmp_path))
 
 
-# --- what a whole stream is ---------------------------------------------------------------
+# --- whole and broken streams -------------------------------------------------------------
 
 SCRIPT = Script(tokens=5, first=3)
 
@@ -176,16 +176,16 @@ def event(data: object) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def told(delta: dict[str, str], finish: str | None = None) -> bytes:
+def chunk(delta: dict[str, str], finish: str | None = None) -> bytes:
     return event({"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
 
 
 def whole(script: Script = SCRIPT) -> list[bytes]:
     """A good stream, event by event."""
     return [
-        told({"role": "assistant", "content": ""}),
-        *(told({"content": word}) for word in ANSWER_WORDS[script.first :][: script.tokens]),
-        told({}, "stop"),
+        chunk({"role": "assistant", "content": ""}),
+        *(chunk({"content": word}) for word in ANSWER_WORDS[script.first :][: script.tokens]),
+        chunk({}, "stop"),
         event({"choices": [], "usage": {"completion_tokens": script.tokens}}),
         b"data: [DONE]\n\n",
     ]
@@ -257,7 +257,7 @@ def test_a_spoilt_json_answer_is_refused(body: bytes) -> None:
 
 @contextmanager
 def relaying(engine: int, spoil: bytes = b"") -> Iterator[int]:
-    """A bad proxy: it takes `spoil` out of what passes, and never looks whether its client left."""
+    """A bad proxy: it removes `spoil` from the stream, and never notices a client's disconnect."""
     listening = socket.create_server(("127.0.0.1", 0))
 
     def carry(source: socket.socket, to: socket.socket, spoil: bytes) -> None:
@@ -291,7 +291,7 @@ def run_job(job: fast_client.Job) -> fast_client.Result:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("spread", [False, True])
-def test_the_engine_sends_each_token_by_itself_and_in_time(engine: int, *, spread: bool) -> None:
+def test_the_engine_sends_each_token_separately_and_in_time(engine: int, *, spread: bool) -> None:
     result = run_job(Streams(engine, None, streams=8, tokens=25, period_ms=20, spread=spread))
 
     assert isinstance(result, fast_client.StreamsResult)
@@ -314,7 +314,7 @@ def test_a_proxy_that_loses_a_chunk_has_no_result(engine: int) -> None:
 @pytest.mark.integration
 def test_a_proxy_that_never_ends_a_stream_has_no_result(engine: int) -> None:
     class Hasty(Streams):
-        def patience_s(self) -> float:
+        def timeout_s(self) -> float:
             return 0.3
 
     with relaying(engine, spoil=b"0\r\n\r\n") as port:
@@ -326,12 +326,12 @@ def test_a_proxy_that_never_ends_a_stream_has_no_result(engine: int) -> None:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("case", [case for case in CASES if case != "queued"])
-def test_a_hang_up_is_seen_by_the_engine_at_once(engine: int, case: str) -> None:
+def test_the_engine_sees_a_client_disconnect_within_the_floor(engine: int, case: str) -> None:
     assert 0 < DisconnectTimer(Way(DIRECT, engine), engine).time_ms(case) < ways.NEVER_MS / 2
 
 
 @pytest.mark.integration
-def test_a_proxy_that_does_not_pass_a_hang_up_on_misses_the_floor(engine: int) -> None:
+def test_a_proxy_that_does_not_pass_a_disconnect_on_misses_the_floor(engine: int) -> None:
     with relaying(engine) as port:
         took = DisconnectTimer(Way(GATEWAY, port), engine).time_ms("mid-stream")
 
@@ -340,7 +340,7 @@ def test_a_proxy_that_does_not_pass_a_hang_up_on_misses_the_floor(engine: int) -
 
 
 @pytest.mark.integration
-def test_a_stream_that_goes_silent_is_not_waited_for_for_ever(engine: int) -> None:
+def test_a_silent_stream_times_out(engine: int) -> None:
     with RawClient(engine, script.chat_request(Script(tokens=1, hold=True))) as caller:
         caller.read_events(2)
 
@@ -350,7 +350,7 @@ def test_a_stream_that_goes_silent_is_not_waited_for_for_ever(engine: int) -> No
 
 
 @pytest.mark.integration
-def test_cpu_seconds_of_children_count_also_when_they_have_ended() -> None:
+def test_cpu_seconds_include_children_that_have_ended() -> None:
     burn = "import time\nwhile time.process_time() < 0.3: pass"
     parent = (
         "import subprocess, sys\n"
@@ -396,7 +396,7 @@ def test_a_short_run_of_direct_against_nginx(nginx: str, tmp_path: Path) -> None
 
 
 @pytest.mark.integration
-def test_the_gateway_drops_a_queued_request_whose_client_hung_up(
+def test_the_gateway_drops_a_queued_request_whose_client_disconnected(
     engine: int, tmp_path: Path
 ) -> None:
     with ways.gateway_running(engine, tmp_path) as way:

@@ -1,4 +1,4 @@
-"""What is asked: the same for all, and new to everybody."""
+"""Prompts are the same for all targets, and in no prefix cache."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from loadtests.measure.prompts import Prompts, PromptsError, read
 
 
-def test_targets_are_asked_the_same_after_a_number_of_their_own() -> None:
+def test_targets_get_the_same_words_after_a_number_of_their_own() -> None:
     a, b = (Prompts().prompt(target, 1, 4, 2, 3) for target in "ab")
 
     assert a != b
     assert a.partition(". ")[2] == b.partition(". ")[2]
 
 
-def test_no_prompt_comes_twice_and_the_same_place_has_the_same_one() -> None:
+def test_no_prompt_occurs_twice_and_the_same_place_has_the_same_one() -> None:
     def everything() -> list[str]:
         prompts = Prompts()
         return [
@@ -43,7 +43,7 @@ def test_more_tokens_are_more_words() -> None:
     assert 280 < len(long.split()) - len(short.split()) < 360
 
 
-def test_a_file_of_lines_or_json_is_asked_instead(tmp_path: Path) -> None:
+def test_a_file_of_lines_or_json_replaces_the_generated_prompts(tmp_path: Path) -> None:
     path = tmp_path / "prompts"
     path.write_text('\ufeffWhy?\n\n"How\u2028so?"\r\n{"prompt": "When?", "other": 1}\n', "utf-8")
 
@@ -70,6 +70,6 @@ def test_a_broken_file_is_refused_with_the_line(tmp_path: Path, text: bytes, why
         read(path)
 
 
-def test_a_file_that_is_not_there_is_refused() -> None:
+def test_a_missing_file_is_refused() -> None:
     with pytest.raises(PromptsError, match="cannot be read"):
         read(Path("no-such-file"))

@@ -1,4 +1,4 @@
-"""What a report says, and when there is none; its samples are of known distributions."""
+"""The content of a report, and when none is written; the samples have known distributions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ MEANS = {
 
 
 def measure(folder: Path, *, cpu: float = 0.1, lag_p50_s: float = 0.0, renamed: str = "") -> None:
-    """Everybody at every level three times, each request within a few per cent of its mean."""
+    """Every target at every level three times, requests within a few per cent of their mean."""
     writer = samples.Writer(folder / "raw.jsonl")
     dice = random.Random(11)
     now = 1.79e9
@@ -124,7 +124,7 @@ def agree(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a report without a flaw."""
+    """The folder of a complete report."""
     folder = tmp_path_factory.mktemp("report")
     measure(folder)
     describe(folder)
@@ -136,14 +136,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def raw(written: Path, tmp_path: Path) -> Path:
-    """What was measured, with nothing that proves the stopwatch."""
+    """The folder of an experiment without a self-check."""
     (tmp_path / "raw.jsonl").write_bytes((written / "raw.jsonl").read_bytes())
     describe(tmp_path)
     return tmp_path
 
 
-class Seen(HTMLParser):
-    """What a browser would make of a page."""
+class ParsedPage(HTMLParser):
+    """The page as a browser would parse it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -167,8 +167,8 @@ class Seen(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def html(written: Path) -> Seen:
-    return Seen((written / "report.html").read_text())
+def html(written: Path) -> ParsedPage:
+    return ParsedPage((written / "report.html").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -179,13 +179,13 @@ def found(written: Path) -> Findings:
 # the page
 
 
-def test_the_page_fetches_nothing(html: Seen) -> None:
+def test_the_page_fetches_nothing(html: ParsedPage) -> None:
     assert html.fetched
     assert all(address.startswith("data:image/") for address in html.fetched)
     assert "link" not in html.tags
 
 
-def test_the_page_begins_with_which_engine_is_faster_and_by_how_much(html: Seen) -> None:
+def test_the_page_begins_with_which_engine_is_faster_and_by_how_much(html: ParsedPage) -> None:
     headline = (
         "With 16 concurrent requests vLLM answers 2.0x as fast as Ollama as installed (1 slot), "
         "on this machine."
@@ -217,7 +217,7 @@ def test_the_sections_come_in_order(written: Path) -> None:
     ]
 
 
-def test_a_published_claim_stands_once_and_beside_the_measured_figure(html: Seen) -> None:
+def test_a_published_claim_stands_once_and_beside_the_measured_figure(html: ParsedPage) -> None:
     assert html.text.count("about 17 s") == html.text.count("about 9 s") == 1
     assert "from 16 to 32 concurrent" in html.text
 
@@ -244,7 +244,7 @@ def test_the_charts_are_data_that_a_browser_can_read(written: Path) -> None:
     assert len(json.loads(plots[3])["data"][1]["y"]) == 3 * ROUNDS * sum(LEVELS)
 
 
-def test_the_picture_for_a_readme_is_white_whatever_the_reader_likes(written: Path) -> None:
+def test_the_picture_for_a_readme_is_white_in_every_colour_scheme(written: Path) -> None:
     svg = (written / "comparison.svg").read_text()
 
     assert "fill: #ffffff" in svg
@@ -384,8 +384,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_text_from_outside_is_escaped_on_the_page(hostile: Path, html: Seen) -> None:
-    seen = Seen((hostile / "report.html").read_text())
+def test_text_from_outside_is_escaped_on_the_page(hostile: Path, html: ParsedPage) -> None:
+    seen = ParsedPage((hostile / "report.html").read_text())
 
     assert EVIL in seen.text
     assert seen.tags.count("script") == html.tags.count("script")

@@ -1,4 +1,4 @@
-"""That what a run leaves behind can be read again, whatever happened to it."""
+"""A raw file can be read, whatever happened to the run that wrote it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "new" / "raw.jsonl"
 
 
-def test_what_was_written_is_read_again(path: Path) -> None:
+def test_lines_are_read_as_they_were_written(path: Path) -> None:
     lines: list[Line] = [Run(1, 5.0, ["locust"]), asked(10.0), cell(10.0, 11.0)]
     writer = Writer(path)
     for line in lines:
@@ -34,7 +34,7 @@ def test_what_was_written_is_read_again(path: Path) -> None:
     assert list(samples.read(path)) == lines
 
 
-def test_a_line_says_what_it_is_and_leaves_out_what_is_not_there(path: Path) -> None:
+def test_a_line_has_its_type_and_leaves_out_defaults(path: Path) -> None:
     Writer(path).write(asked(10.0))
 
     assert json.loads(path.read_text()) == {
@@ -43,7 +43,7 @@ def test_a_line_says_what_it_is_and_leaves_out_what_is_not_there(path: Path) -> 
     }  # fmt: skip
 
 
-def test_a_last_line_that_was_cut_off_is_passed_over_and_written_on_after(path: Path) -> None:
+def test_a_cut_off_last_line_is_skipped_and_appended_to(path: Path) -> None:
     Writer(path).write(asked(10.0))
     with path.open("ab") as file:
         file.write(b'{"type":"request","tar')
@@ -59,7 +59,7 @@ def _write(path: Path, target: str) -> None:
 
 
 @pytest.mark.integration
-def test_several_processes_write_at_once_and_no_line_is_torn(path: Path) -> None:
+def test_processes_that_write_concurrently_tear_no_line(path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write, args=(path, name)) for name in "abc"]
     for one in writers:
@@ -77,7 +77,7 @@ def test_several_processes_write_at_once_and_no_line_is_torn(path: Path) -> None
         ('{"type":"run","version":9,"at":0,"command":[]}\n', "version 9"),
     ],
 )
-def test_what_is_no_such_file_is_refused_with_the_line(path: Path, text: str, why: str) -> None:
+def test_another_kind_of_file_is_refused_with_the_line(path: Path, text: str, why: str) -> None:
     path.parent.mkdir()
     path.write_text(text)
 
@@ -85,14 +85,14 @@ def test_what_is_no_such_file_is_refused_with_the_line(path: Path, text: str, wh
         list(samples.read(path))
 
 
-def test_files_of_before_there_were_watts_are_still_read(path: Path) -> None:
+def test_files_of_version_1_are_still_read(path: Path) -> None:
     path.parent.mkdir()
     path.write_text('{"type":"run","version":1,"at":0,"command":[]}\n')
 
     assert [type(line) for line in samples.read(path)] == [Run]
 
 
-def test_what_the_cards_drew_belongs_to_no_request(path: Path) -> None:
+def test_power_samples_belong_to_no_request(path: Path) -> None:
     writer = Writer(path)
     for line in (Power(3.0, 700.0), asked(1.0), Power(1.0, 650.0), cell(0.0, 5.0)):
         writer.write(line)
@@ -102,12 +102,12 @@ def test_what_the_cards_drew_belongs_to_no_request(path: Path) -> None:
     assert samples.by_cell(lines) == [(cell(0.0, 5.0), [asked(1.0)])]
 
 
-def test_a_full_disk_is_said_with_what_to_do() -> None:
+def test_a_full_disk_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(SamplesError, match=r"No space left.*free some space"):
         Writer(Path("/dev/full")).write(asked(1.0))
 
 
-def test_a_cell_that_was_begun_again_has_only_its_own_requests(path: Path) -> None:
+def test_a_repeated_cell_has_only_its_own_requests(path: Path) -> None:
     lines: list[Line] = [
         Run(1, 0.0, []), asked(1.0), cell(1.0, 5.0, "interrupted"),
         Run(1, 10.0, []), asked(11.0, phase="warm-up"), asked(12.0), cell(12.0, 13.0),

@@ -40,7 +40,7 @@ def judged(
     return selfcheck.with_verdict(wanted, cell, requests, engine)
 
 
-def test_a_stopwatch_that_sees_the_truth_passes() -> None:
+def test_a_stopwatch_that_measures_the_truth_passes() -> None:
     seen = judged([request(), request()])
 
     assert seen.passed
@@ -65,20 +65,20 @@ def test_up_to_two_percent_is_allowed() -> None:
     assert not judged([request(slower=1.021), request(slower=1.021)]).passed
 
 
-def test_a_few_that_were_slow_do_not_move_a_median() -> None:
+def test_a_few_slow_requests_do_not_move_a_median() -> None:
     seen = judged([request(), request(), request(late_s=0.002)])
 
     assert seen.quantities[0].ratio == pytest.approx(1)
 
 
-def test_a_generator_at_its_limit_fails_though_its_figures_are_right() -> None:
+def test_a_saturated_generator_fails_even_with_correct_figures() -> None:
     seen = judged([request(), request()], cpu=0.95)
 
     assert "saturated: its busiest process used 0.95 of a core" in seen.why
     assert "--processes 2" in seen.why
 
 
-def test_a_generator_that_is_late_is_saturated() -> None:
+def test_a_lagging_generator_is_saturated() -> None:
     assert "saturated" in judged([request(), request()], lag_p99_s=0.05).why
 
 
@@ -91,13 +91,13 @@ def test_if_the_server_lagged_the_generator_is_not_blamed() -> None:
     assert "saturated" not in why
 
 
-def test_a_request_that_failed_fails_the_check() -> None:
+def test_a_failed_request_fails_the_check() -> None:
     assert "1 of 3 requests failed, the first with: reset" in (
         judged([request(), request(), request(error="reset")]).why
     )
 
 
-def test_a_generator_that_did_less_than_it_should_fails() -> None:
+def test_a_generator_with_too_few_requests_fails() -> None:
     assert "only 2 of 20 requests were measured" in judged([request(), request()], asked=20).why
 
 

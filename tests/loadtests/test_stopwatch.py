@@ -1,4 +1,4 @@
-"""What the stopwatch counts, and what it says of answers that go wrong."""
+"""The times and counts of an answer, and the errors of broken ones."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.support.servers import (
     always,
     delta,
     finish,
-    nobody,
     scripted,
+    unused_url,
     usage,
 )
 
@@ -39,7 +39,7 @@ def test_a_whole_answer_has_every_time_and_count() -> None:
     assert seen.ttft_s is not None
     assert 0 < seen.ttft_s <= seen.ttft_s + sum(seen.gaps_s) <= seen.e2e_s
     assert seen.tpot_s == pytest.approx(sum(seen.gaps_s) / 2)
-    headers, body = server.asked[0]
+    headers, body = server.received[0]
     assert headers["authorization"] == "Bearer sk-secret"
     assert (body["max_tokens"], body["stream_options"]) == (3, {"include_usage": True})
 
@@ -49,7 +49,7 @@ def test_a_whole_answer_has_every_time_and_count() -> None:
     [delta(content="x"), delta(reasoning="x"), delta(reasoning_content="x"),
      delta(tool_calls=[{"index": 0, "function": {"name": "f"}}])],
 )  # fmt: skip
-def test_the_first_token_is_the_first_delta_with_something_in_it(said: dict[str, Any]) -> None:
+def test_the_first_token_is_the_first_delta_with_content(said: dict[str, Any]) -> None:
     empty = [delta(role="assistant"), delta(content=""), {"choices": []}]
     with scripted(always(*empty, said, finish(), DONE)) as server:
         seen = ask(server)
@@ -57,7 +57,7 @@ def test_the_first_token_is_the_first_delta_with_something_in_it(said: dict[str,
     assert len(seen.deltas_s) == 1
 
 
-def test_without_usage_there_is_no_time_a_token_and_that_is_no_error() -> None:
+def test_without_usage_there_is_no_tpot_and_no_error() -> None:
     with scripted(always(delta(content="a"), delta(content="b"), finish("stop"), DONE)) as server:
         seen = ask(server)
 
@@ -74,7 +74,7 @@ def test_without_usage_there_is_no_time_a_token_and_that_is_no_error() -> None:
         (["{no json", DONE], "no event of the OpenAI API"),
     ],
 )
-def test_an_answer_that_is_not_whole_is_an_error_that_says_so(events: list[Any], why: str) -> None:
+def test_an_incomplete_answer_is_an_error(events: list[Any], why: str) -> None:
     with scripted(always(*events)) as server:
         seen = ask(server)
 
@@ -82,7 +82,7 @@ def test_an_answer_that_is_not_whole_is_an_error_that_says_so(events: list[Any],
     assert why in seen.error
 
 
-def test_a_refusal_is_told_in_the_servers_words() -> None:
+def test_a_refusal_keeps_the_servers_message() -> None:
     refusal = {"error": {"message": "no such\nmodel", "code": "not_found"}}
     with scripted(lambda _: (404, refusal)) as server:
         seen = ask(server)
@@ -90,8 +90,8 @@ def test_a_refusal_is_told_in_the_servers_words() -> None:
     assert seen.error == "404: no such model"
 
 
-def test_where_nobody_listens_the_error_says_it() -> None:
-    target = Target("a", nobody(), "m")
+def test_a_refused_connection_is_an_error() -> None:
+    target = Target("a", unused_url(), "m")
 
     seen = stopwatch.ask(target, stopwatch.request_body(target, [], 1))
 
@@ -101,7 +101,7 @@ def test_where_nobody_listens_the_error_says_it() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://[::1"])
-def test_an_address_that_is_none_is_an_error_and_no_accident(url: str) -> None:
+def test_an_invalid_address_is_an_error_and_no_crash(url: str) -> None:
     seen = stopwatch.ask(Target("a", url, "m"), {})
 
     assert seen.error is not None
@@ -109,20 +109,20 @@ def test_an_address_that_is_none_is_an_error_and_no_accident(url: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "a=b", "a=ftp://b=m", "=http://a=m", "a=http://b="])
-def test_what_is_no_target_is_refused_with_how_one_is_written(text: str) -> None:
+def test_an_invalid_target_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(BadTarget, match="LABEL=URL=MODEL"):
         Target.read(text)
 
 
-def test_a_target_is_read_whatever_is_in_its_models_name() -> None:
+def test_a_targets_model_may_contain_any_character() -> None:
     target = Target.read("a=http://h:1/v1/=hf.co/org/m:Q4=x", "sk-secret")
 
     assert (target.url, target.model) == ("http://h:1", "hf.co/org/m:Q4=x")
     assert "sk-secret" not in f"{target} {target!r}"
 
 
-def test_the_first_model_that_is_listed_is_taken() -> None:
+def test_the_first_listed_model_is_taken() -> None:
     with scripted(always()) as server:
         assert stopwatch.first_model(f"{server.url}/v1/", None) == "first"
     with pytest.raises(BadTarget, match="say --model"):
-        stopwatch.first_model(nobody(), None)
+        stopwatch.first_model(unused_url(), None)

@@ -116,9 +116,9 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        pytest.param("", "is no profile", id="empty"),
-        pytest.param("{", "is no profile", id="no JSON"),
-        pytest.param([], "is no profile", id="no object"),
+        pytest.param("", "is not a valid profile", id="empty"),
+        pytest.param("{", "is not a valid profile", id="no JSON"),
+        pytest.param([], "is not a valid profile", id="no object"),
         pytest.param({"version": 1, "source": "measured"}, "lanes", id="no lanes"),
         pytest.param({**GOOD, "speed": 1}, "speed", id="a name it does not know"),
         pytest.param({**GOOD, "version": "1"}, "version", id="version is no number"),
@@ -127,7 +127,9 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         pytest.param(with_lane(at_once=[1, 2], seconds=[1]), "of one length", id="lengths"),
         pytest.param(with_lane(at_once=[2, 1], seconds=[1, 1]), "must grow", id="falls"),
         pytest.param(with_lane(at_once=[1, 1], seconds=[1, 1]), "must grow", id="stays"),
-        pytest.param(with_lane(at_once=[0, 1], seconds=[1, 1]), "begin at 1", id="level zero"),
+        pytest.param(
+            with_lane(at_once=[0, 1], seconds=[1, 1]), "must be at least 1", id="level zero"
+        ),
         pytest.param(with_lane(at_once=[1], seconds=[0]), "above zero", id="zero seconds"),
         pytest.param(with_lane(at_once=[1], seconds=[-1]), "above zero", id="less than none"),
         pytest.param(with_lane(at_once=[1], seconds=[None]), "seconds", id="no number"),
@@ -155,7 +157,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(bytes(range(256)))
 
-    with pytest.raises(ProfileError, match="is no profile"):
+    with pytest.raises(ProfileError, match="is not a valid profile"):
         profile.load(tmp_path / "binary")
 
 

@@ -16,7 +16,7 @@ from gateway.routing.lanes import Lane as Queue
 from gateway.routing.lanes import Replica, Ticket
 from gateway.routing.policy_shared import SharedPolicy
 from gateway.routing.profile import ASSUMED, LaneProfile, Profile
-from gateway.routing.refine import MOST, ProfileRefiner
+from gateway.routing.refine import MAX_CORRECTION, ProfileRefiner
 from gateway.routing.regret import ModelDemand, RoutedModel
 from gateway.routing.scheduler import REFINE_INTERVAL_S, Scheduler, Start
 
@@ -210,7 +210,11 @@ def test_hostile_numbers_do_nothing_bad(said: list[tuple[str, float, float, int]
     for name, lane in found.lanes.items():
         for n, seconds in zip(lane.at_once, lane.seconds, strict=True):
             was = CROSSING.lanes[name].at(n)
-            assert was * math.exp(-MOST) * 0.999 <= seconds <= was * math.exp(MOST) * 1.001
+            assert (
+                was * math.exp(-MAX_CORRECTION) * 0.999
+                <= seconds
+                <= was * math.exp(MAX_CORRECTION) * 1.001
+            )
 
 
 @pytest.mark.parametrize(

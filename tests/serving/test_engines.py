@@ -11,7 +11,7 @@ import pytest
 
 from gateway.settings import SettingsError, Timings
 from tests.support.gateways import StartGateway
-from tests.support.servers import nobody
+from tests.support.servers import unused_url
 
 AT_ONCE = Timings(first_probe_wait_s=0.05)
 
@@ -46,7 +46,7 @@ def started_by(command: list[str], url: str, **engine: Any) -> dict[str, Any]:
 async def test_the_log_of_an_engine_goes_with_the_gateway(
     start_gateway: StartGateway, temporary: Path
 ) -> None:
-    url = nobody()
+    url = unused_url()
     port = url.rpartition(":")[2]
     command = [sys.executable, "-m", "backends.fake", "--kind", "ollama", "--port", port]
     async with start_gateway(**started_by(command, url), timings=AT_ONCE) as running:
@@ -61,7 +61,7 @@ async def test_the_log_of_an_engine_that_failed_stays_and_is_named(
     start_gateway: StartGateway, temporary: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such model')"]
-    async with start_gateway(**started_by(command, nobody()), timings=AT_ONCE) as running:
+    async with start_gateway(**started_by(command, unused_url()), timings=AT_ONCE) as running:
         await running.until(lambda _: "started again" in caplog.text, 20)
 
     [log] = logs(temporary)
@@ -74,7 +74,7 @@ async def test_a_log_named_in_the_settings_stays(
 ) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such model')"]
     log = tmp_path / "mine.log"
-    how = started_by(command, nobody(), log=str(log))
+    how = started_by(command, unused_url(), log=str(log))
     async with start_gateway(**how, timings=AT_ONCE) as running:
         await running.until(lambda _: log.exists() and "no such model" in log.read_text(), 20)
 

@@ -1,4 +1,4 @@
-"""Runs our Locust files to their end, without a page."""
+"""Runs our Locust files to their end, without Locust's page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers that answer as they are told, for tests of what asks them."""
+"""Servers with scripted answers, for tests of the clients that call them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ WHOLE: list[Any] = [
 
 
 class Scripted(ThreadingHTTPServer):
-    """Answers every request with what `answer` says: a status and a body, or events.
+    """Answers each request as `answer` scripts it: a status and a body, or events.
 
     Attributes:
-        asked: Headers and body of each request.
+        received: Headers and body of each request.
     """
 
     daemon_threads = True
@@ -48,7 +48,7 @@ class Scripted(ThreadingHTTPServer):
     def __init__(self, answer: Callable[[int], tuple[int, Any]]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer = answer
-        self.asked: list[tuple[dict[str, str], Any]] = []
+        self.received: list[tuple[dict[str, str], Any]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -64,10 +64,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.asked.append(
+        self.server.received.append(
             ({name.lower(): value for name, value in self.headers.items()}, json.loads(body))
         )
-        status, said = self.server.answer(len(self.server.asked))
+        status, said = self.server.answer(len(self.server.received))
         self.send_response(status)
         self.send_header("x-gateway-lane", "vllm")
         self.send_header("Connection", "close")
@@ -80,12 +80,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(f"data: {text}\n\n".encode())
 
     def log_message(self, *_: Any) -> None:
-        """A test says what matters."""
+        """Nothing: a test asserts what matters."""
 
 
 @contextmanager
 def scripted(answer: Callable[[int], tuple[int, Any]]) -> Iterator[Scripted]:
-    """Such a server for as long as the context is open."""
+    """A scripted server that runs as long as the context is open."""
     with Scripted(answer) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
@@ -97,12 +97,12 @@ def scripted(answer: Callable[[int], tuple[int, Any]]) -> Iterator[Scripted]:
 
 
 def always(*events: Any) -> Callable[[int], tuple[int, Any]]:
-    """The same stream to everybody."""
+    """A script that answers each request with these events."""
     return lambda _: (200, list(events))
 
 
-def nobody() -> str:
-    """A URL at which nobody listens."""
+def unused_url() -> str:
+    """A URL at which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -9,7 +9,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 SYSTEMD = DEPLOY / "systemd"
 
 
-def said(unit: Path, key: str) -> list[str]:
+def values(unit: Path, key: str) -> list[str]:
     """All values of a key, in order; a line that ends in a backslash goes on in the next."""
     lines = unit.read_text().replace("\\\n", " ").splitlines()
     return [line.partition("=")[2] for line in lines if line.startswith(f"{key}=")]
@@ -17,13 +17,13 @@ def said(unit: Path, key: str) -> list[str]:
 
 def environment(unit: Path) -> dict[str, str]:
     """The variables it sets; specifiers such as %t stay as they are."""
-    pairs = [pair for value in said(unit, "Environment") for pair in shlex.split(value)]
+    pairs = [pair for value in values(unit, "Environment") for pair in shlex.split(value)]
     return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def command(unit: Path) -> list[str]:
     """Program and arguments."""
-    [start] = said(unit, "ExecStart")
+    [start] = values(unit, "ExecStart")
     return shlex.split(start)
 
 

@@ -9,19 +9,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import anyio
 import anyio.to_thread
 import pytest
 
 from backends.fake import GIB, FakeEngine
-from gateway.cli import main
 from gateway.doctor.checks.all_checks import CHECKS, run_checks
 from gateway.doctor.checks.check import Finding, Level
 from gateway.doctor.collect.collector import Sources, collect
@@ -37,6 +37,7 @@ from gateway.gpu.cards import Nvml
 from gateway.gpu.lease import Lease
 from gateway.serving import discovery
 from tests.gpu.test_memory import two_4090
+from tests.support.command import Finished, run_command
 from tests.support.gateways import StartGateway
 from tests.support.machines import (
     DAY_S,
@@ -64,35 +65,10 @@ def settings_file(folder: Path, **fields: Any) -> Path:
     return path
 
 
-class Exit(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Doctor: TypeAlias = Callable[..., Awaitable[Exit]]
-
-
-@pytest.fixture
-def doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Doctor:
-    """Runs `twolane doctor` to its end, in a terminal of eighty columns."""
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(arguments: Sequence[str]) -> int:
-        try:
-            main(["doctor", *arguments])
-        except SystemExit as ended:
-            return int(ended.code or 0)
-        return 0
-
-    async def doctor(*arguments: str) -> Exit:
-        capsys.readouterr()
-        code = await anyio.to_thread.run_sync(run, arguments)
-        return Exit(code, *capsys.readouterr())
-
-    return doctor
+async def doctor(*arguments: object, **variables: str) -> Finished:
+    """Run `twolane doctor` to its end, in a terminal of eighty columns."""
+    run = partial(run_command, "doctor", *arguments, columns=80, **variables)
+    return await anyio.to_thread.run_sync(run)
 
 
 async def first_findings(config: Path | None, sources: Sources, **parts: Any) -> dict[str, Finding]:
@@ -167,19 +143,17 @@ async def load(engine: FakeEngine) -> None:
         await client.post("/api/generate", json={"model": "small:1b", "keep_alive": -1})
 
 
-async def test_a_model_partly_on_the_cpu_is_a_problem_and_exit_code_1(
-    doctor: Doctor, tmp_path: Path
-) -> None:
+async def test_a_model_partly_on_the_cpu_is_a_problem_and_exit_code_1(tmp_path: Path) -> None:
     async with FakeEngine("ollama", ["small:1b"], on_gpu=0.5, size=2 * GIB) as engine:
         await load(engine)
         config = settings_file(tmp_path, **alone(engine, "small:1b"))
         ended = await doctor("--config", str(config))
 
-    assert ended.code == 1, ended.out
-    assert "1.0 GiB of 2.0 GiB are on the CPU" in ended.out
-    assert ended.out.index("PROBLEM  on-gpu") < ended.out.index("ok ")
-    assert max(map(len, ended.out.splitlines())) <= 80
-    assert ended.err == ""
+    assert ended.returncode == 1, ended.stdout
+    assert "1.0 GiB of 2.0 GiB are on the CPU" in ended.stdout
+    assert ended.stdout.index("PROBLEM  on-gpu") < ended.stdout.index("ok ")
+    assert max(map(len, ended.stdout.splitlines())) <= 80
+    assert ended.stderr == ""
 
 
 async def test_a_model_on_the_cpu_of_a_machine_without_a_card_is_no_problem(
@@ -407,26 +381,26 @@ async def test_memory_and_disks_of_this_machine_are_read_from_the_kernel(tmp_pat
 KEYS = ["check", "about", "level", "saw", "why", "do"]
 
 
-async def test_this_machine_is_checked_without_a_traceback(doctor: Doctor) -> None:
+async def test_this_machine_is_checked_without_a_traceback() -> None:
     command = [sys.executable, "-m", "gateway", "doctor"]
     ended = await anyio.run_process(command, check=False, env={**os.environ, "COLUMNS": "80"})
     as_json = await doctor("--json")
 
-    report = json.loads(as_json.out)
-    assert ended.returncode == as_json.code == (report["problems"] > 0)
+    report = json.loads(as_json.stdout)
+    assert ended.returncode == as_json.returncode == (report["problems"] > 0)
     assert ended.stderr == b""
-    assert as_json.err == ""
+    assert as_json.stderr == ""
     text = ended.stdout.decode()
-    for output in (text, as_json.out):
+    for output in (text, as_json.stdout):
         assert "the check itself failed" not in output
         assert "the collector itself failed" not in output
     assert max(map(len, text.splitlines())) <= 80
     assert {finding["check"] for finding in report["findings"]} == {check.name for check in CHECKS}
 
 
-async def test_the_json_has_the_fields_that_the_help_documents(doctor: Doctor) -> None:
-    report = json.loads((await doctor("--json")).out)
-    guide = (await doctor("--help")).out
+async def test_the_json_has_the_fields_that_the_help_documents() -> None:
+    report = json.loads((await doctor("--json")).stdout)
+    guide = (await doctor("--help")).stdout
 
     assert list(report) == ["version", "at", "problems", "findings"]
     assert report["version"] == 1
@@ -444,38 +418,35 @@ def test_the_json_counts_problems() -> None:
 
 
 async def test_unusable_settings_are_a_problem_and_all_else_is_still_checked(
-    doctor: Doctor, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     as_text = await doctor("--config", str(settings_file(tmp_path, prot=1)))
     as_json = await doctor("--json", "--config", str(tmp_path / "none.yaml"))
 
-    assert as_text.code == as_json.code == 1
-    assert "PROBLEM  settings" in as_text.out
-    assert as_text.out.count("did you mean port?") == 1
-    assert as_text.err == as_json.err == ""
-    findings = {finding["check"]: finding for finding in json.loads(as_json.out)["findings"]}
+    assert as_text.returncode == as_json.returncode == 1
+    assert "PROBLEM  settings" in as_text.stdout
+    assert as_text.stdout.count("did you mean port?") == 1
+    assert as_text.stderr == as_json.stderr == ""
+    findings = {finding["check"]: finding for finding in json.loads(as_json.stdout)["findings"]}
     assert "none.yaml cannot be read" in findings["settings"]["saw"]
     assert findings["slots"]["level"] == "unknown"
     assert findings["disk"]["level"] != "unknown"
 
 
-async def test_a_misspelt_variable_is_a_problem_too(
-    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TWOLANE_PROT", "1")
-    ended = await doctor()
+async def test_a_misspelt_variable_is_a_problem_too() -> None:
+    ended = await doctor(TWOLANE_PROT="1")
 
-    assert ended.code == 1
-    assert "did you mean TWOLANE_PORT?" in ended.out
+    assert ended.returncode == 1
+    assert "did you mean TWOLANE_PORT?" in ended.stdout
 
 
-async def test_a_public_address_without_a_key_is_a_problem(doctor: Doctor, tmp_path: Path) -> None:
+async def test_a_public_address_without_a_key_is_a_problem(tmp_path: Path) -> None:
     config = settings_file(tmp_path, host="0.0.0.0")  # noqa: S104 - nothing listens
     ended = await doctor("--config", str(config))
 
-    assert ended.code == 1
-    assert "PROBLEM  exposure" in ended.out
+    assert ended.returncode == 1
+    assert "PROBLEM  exposure" in ended.stdout
 
 
-async def test_an_unknown_option_exits_with_2(doctor: Doctor) -> None:
-    assert (await doctor("--jsno")).code == 2
+async def test_an_unknown_option_exits_with_2() -> None:
+    assert (await doctor("--jsno")).returncode == 2

@@ -234,9 +234,9 @@ def test_a_profile_measured_with_another_version_of_the_engine_is_a_warning() ->
         (
             {"nvidia_devices": 1},
             Level.PROBLEM,
-            "a card on its PCI bus from NVIDIA, but: the NVIDIA driver says",
+            "an NVIDIA card on its PCI bus, but: the NVIDIA driver says",
         ),
-        ({"driver_loaded": True}, Level.PROBLEM, "driver in the kernel"),
+        ({"driver_loaded": True}, Level.PROBLEM, "an NVIDIA driver in its kernel"),
         ({"nvidia_devices": Unknown("no bus")}, Level.UNKNOWN, "no bus"),
     ],
 )

@@ -23,10 +23,10 @@ def check_driver(observed: Observations) -> Iterator[Verdict]:
     elif isinstance(observed.nvidia_devices, Unknown) and not observed.driver_loaded:
         yield Verdict(Level.UNKNOWN, f"{observed.driver.reason}; {observed.nvidia_devices.reason}")
     else:
-        trace = "a driver in the kernel" if observed.driver_loaded else "a card on its PCI bus"
+        trace = "driver in its kernel" if observed.driver_loaded else "card on its PCI bus"
         yield Verdict(
             Level.PROBLEM,
-            f"the machine has {trace} from NVIDIA, but: {observed.driver.reason}",
+            f"the machine has an NVIDIA {trace}, but: {observed.driver.reason}",
             "Install the driver; after an update of the driver restart the machine. In a "
             "container: give it the GPU capability `utility`.",
         )

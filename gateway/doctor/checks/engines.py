@@ -40,7 +40,7 @@ def check_engine(observed: Observations, engine: ObservedEngine) -> Iterator[Ver
             yield Verdict(
                 Level.WARNING,
                 f"it does not answer: {engine.answering_kind.reason}",
-                f"Start it, or correct engines.{engine.kind}.urls.",
+                f"Start it{_start_command(engine)}, or correct engines.{engine.kind}.urls.",
             )
         return
     if engine.answering_kind != engine.kind:
@@ -62,6 +62,15 @@ def check_engine(observed: Observations, engine: ObservedEngine) -> Iterator[Ver
         yield Verdict(Level.PROBLEM, f"it does not have {name}; it has {_some(models)}", do)
     if not missing:
         yield Verdict(Level.OK, f"it answers, and has {_some(models)}")
+
+
+def _start_command(engine: ObservedEngine) -> str:
+    """How to start it by hand on this machine, where that is known."""
+    model = next((expected.lane.model for expected in engine.lanes), "MODEL")
+    commands = {"ollama": "ollama serve", "vllm": f"vllm serve {model} --port {engine.port}"}
+    if not engine.is_local or engine.kind not in commands:
+        return ""
+    return f" (by hand: `{commands[engine.kind]}`)"
 
 
 def _some(names: Collection[str]) -> str:

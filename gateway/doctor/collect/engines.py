@@ -164,6 +164,8 @@ class EngineCollector:
                 "it runs on another machine or in a container: its options cannot be read"
             )
         process = self._sockets.process_on(observed.port)
+        if process is None and isinstance(observed.answering_kind, Unknown):
+            raise NotObserved("it does not run: start it, then run this again")
         if process is None:
             raise NotObserved(
                 "its process cannot be read: it belongs to another user or runs in a container"
