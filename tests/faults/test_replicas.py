@@ -133,8 +133,8 @@ async def test_requests_that_a_dead_replica_had_not_begun_to_answer_go_to_the_ot
 ) -> None:
     slots = 32
     async with (
-        FakeEngine("vllm", ["Small-1B"], ttft_s=1, slots=slots) as dying,
-        FakeEngine("vllm", ["Small-1B"], ttft_s=1, slots=slots) as staying,
+        FakeEngine("vllm", ["Small-1B"], ttft_s=3, slots=slots) as dying,
+        FakeEngine("vllm", ["Small-1B"], ttft_s=3, slots=slots) as staying,
         start_gateway(**two(dying.url, staying.url, slots)) as running,
     ):
         asking = [asyncio.create_task(served(running, stream=True)) for _ in range(2 * slots)]
