@@ -217,7 +217,7 @@ async def test_where_the_next_engine_does_not_come_the_one_before_serves_on_unti
     assert all(people.verdict(text) == "answered" for text in people.answers)
 
 
-async def test_an_engine_that_dies_before_it_is_its_turn_is_waited_for_and_not_for_long(
+async def test_an_engine_that_dies_before_its_turn_is_waited_for_but_not_for_long(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.ollama.settle_s = 0.4
@@ -338,7 +338,7 @@ async def nobody_serves(served: Served) -> AsyncIterator[None]:
 
 
 @pytest.mark.parametrize("source", ["ollama", "vllm"])
-async def test_memory_that_an_engine_never_lets_go_is_free_when_it_is_started_anew(
+async def test_memory_that_an_engine_never_frees_is_free_after_its_restart(
     tmp_path: Path, start_gateway: StartGateway, source: str
 ) -> None:
     async with boxed(tmp_path, loaded=[source]) as box:
@@ -521,7 +521,7 @@ async def test_when_the_holder_dies_and_stays_away_the_other_has_the_gpu(
     assert moves == [(None, "ollama", "done"), ("ollama", "vllm", "done")]
 
 
-async def test_when_the_holder_dies_and_returns_whoever_waits_goes_to_it_and_nothing_moves(
+async def test_when_the_holder_dies_and_returns_waiting_requests_go_to_it_and_nothing_moves(
     box: Box, start_gateway: StartGateway, never_pays: None
 ) -> None:
     settings = {**SHORT, "limits": LIMITS, "patience_s": 10.0}
@@ -575,7 +575,7 @@ async def test_after_each_failure_it_is_tried_again_and_later_each_time(
 
 
 @pytest.mark.parametrize("taken_gib", [0, 80])
-async def test_a_model_that_is_partly_on_the_cpu_serves_and_is_told_of(
+async def test_a_model_that_is_partly_on_the_cpu_serves_with_a_warning(
     box: Box, start_gateway: StartGateway, caplog: pytest.LogCaptureFixture, taken_gib: int
 ) -> None:
     # Nobody said how much it needs, so nobody has waited for the memory.

@@ -68,7 +68,7 @@ def never_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     [((), "ollama"), (("ollama",), "ollama"), (("vllm",), "vllm"), (("ollama", "vllm"), "ollama")],
     ids=["nobody", "ollama", "vllm", "both"],
 )
-async def test_what_is_loaded_at_the_start_is_kept_and_is_loaded_by_nobody_again(
+async def test_a_model_loaded_at_the_start_is_kept_and_not_loaded_again(
     tmp_path: Path, start_gateway: StartGateway, loaded: tuple[str, ...], holder: str
 ) -> None:
     async with boxed(tmp_path, loaded=loaded) as box:
@@ -189,7 +189,7 @@ class People:
         return [a for a in self.answers.values() if a.headers["x-gateway-lane"] == lane]
 
 
-async def test_the_gpu_follows_the_load_there_and_back_and_nobody_is_lost(
+async def test_the_gpu_follows_the_load_there_and_back_and_no_request_is_lost(
     box: Box, start_gateway: StartGateway, eager: None
 ) -> None:
     profile = box.folder / "profile.json"
@@ -324,7 +324,7 @@ async def test_a_stream_that_waited_and_cannot_be_served_ends_with_an_error_even
     assert box.answered_by("waits") == []
 
 
-async def test_open_webui_is_told_what_a_stream_waits_for(
+async def test_open_webui_shows_what_a_stream_waits_for(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.vllm.wake_s = 0.4
@@ -348,7 +348,7 @@ async def test_open_webui_is_told_what_a_stream_waits_for(
     assert whole(answer)
 
 
-async def test_open_webui_is_told_after_a_second_and_each_thing_once(
+async def test_open_webui_shows_it_after_a_second_and_each_status_once(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.timings = Timings(status_event_s=0.05)
@@ -386,7 +386,7 @@ async def test_a_hand_over_takes_nothing_of_the_time_in_the_queue(
     assert passage.steps[Step.LOADING] >= 0.8
 
 
-async def test_whoever_hangs_up_while_the_gpu_moves_leaves_at_once_and_is_never_sent(
+async def test_a_client_that_hangs_up_during_a_hand_over_leaves_at_once_and_is_never_sent(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.vllm.wake_s = 0.8
@@ -602,7 +602,7 @@ async def test_the_operator_moves_the_gpu_there_and_back(
     assert outcomes == ["done"] * 3
 
 
-async def test_who_changes_his_mind_while_the_gpu_moves_has_it_where_he_last_said(
+async def test_a_pin_during_a_hand_over_is_carried_out_after_it(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.vllm.wake_s = 0.3

@@ -48,7 +48,7 @@ def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.integration
-def test_the_second_is_told_who_the_first_is_and_what_to_do(path: Path) -> None:
+def test_the_second_gateway_names_the_first_and_what_to_do(path: Path) -> None:
     with holder(path) as first, pytest.raises(LeaseTaken) as refused:
         Lease(path).acquire("127.0.0.1:9000")
 
@@ -143,7 +143,7 @@ def test_a_program_that_the_owner_started_does_not_hold_it(path: Path) -> None:
             survivor.kill()
 
 
-def test_nobody_else_can_read_it(path: Path) -> None:
+def test_no_other_user_can_read_it(path: Path) -> None:
     lease = Lease(path)
     lease.acquire("here")
 
@@ -209,7 +209,7 @@ def test_a_directory_that_is_not_ours_to_write_to_says_so() -> None:
 
 
 @pytest.mark.integration
-def test_the_owner_is_told_to_who_only_looks(path: Path) -> None:
+def test_the_owner_can_be_read_without_acquiring(path: Path) -> None:
     with holder(path) as first:
         found = owner(path)
 
@@ -218,7 +218,7 @@ def test_the_owner_is_told_to_who_only_looks(path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_nobody_owns_what_is_not_there_what_was_released_and_what_was_left_behind(
+def test_missing_released_and_left_behind_files_have_no_owner(
     path: Path,
 ) -> None:
     before = owner(path)
@@ -236,7 +236,7 @@ def test_nobody_owns_what_is_not_there_what_was_released_and_what_was_left_behin
 
 
 @pytest.mark.integration
-def test_who_looks_is_in_nobodys_way(path: Path) -> None:
+def test_reading_the_owner_blocks_no_gateway(path: Path) -> None:
     with holder(path):
         owner(path)
     lease = Lease(path)
@@ -248,7 +248,7 @@ def test_who_looks_is_in_nobodys_way(path: Path) -> None:
     lease.release()
 
 
-def test_an_owner_that_has_not_said_who_it_is_is_not_made_up(path: Path) -> None:
+def test_an_owner_that_has_not_written_its_name_is_not_made_up(path: Path) -> None:
     lease = Lease(path)
     lease.acquire("127.0.0.1:8000")
     path.write_bytes(b"")
@@ -258,7 +258,7 @@ def test_an_owner_that_has_not_said_who_it_is_is_not_made_up(path: Path) -> None
     lease.release()
 
 
-def test_a_kernel_that_does_not_tell_of_locks_is_said(path: Path, tmp_path: Path) -> None:
+def test_a_kernel_that_does_not_show_locks_is_reported(path: Path, tmp_path: Path) -> None:
     path.touch()
 
     with pytest.raises(LeaseError, match="does not show"):

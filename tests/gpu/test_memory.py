@@ -240,7 +240,7 @@ def two_cards() -> Driver:
 # The cards
 
 
-def test_cards_are_told_together_and_the_fullest_by_itself() -> None:
+def test_memory_is_that_of_all_cards_and_of_the_fullest() -> None:
     memory: Memory = Nvml(library=two_cards())
 
     assert (memory.total(), memory.free(), memory.least()) == (48 * GIB, 8 * GIB, 3 * GIB)
@@ -257,7 +257,7 @@ def test_processes_are_named_with_what_they_have_on_all_cards() -> None:
     assert Nvml(library=two_cards()).who() == [(7, 39 * GIB), (9, 1 * GIB)]
 
 
-def test_process_whose_memory_is_not_told_is_named_all_the_same() -> None:
+def test_a_process_of_unknown_memory_is_named_all_the_same() -> None:
     driver = Driver([Info(GIB, 0)], [[Process(7, None)]])
 
     assert Nvml(library=driver).who() == [(7, 0)]
@@ -362,12 +362,12 @@ def test_card_that_is_lost_is_no_card_without_a_temperature() -> None:
         Nvml(library=two_4090(Temperature=GpuIsLost())).driver()
 
 
-def test_no_driver_is_said_in_words() -> None:
+def test_a_missing_driver_is_reported_in_words() -> None:
     with pytest.raises(MemoryUnknown, match="driver says: Uninitialized"):
         Nvml(library=Driver(fault=Uninitialized())).total()
 
 
-def test_no_card_and_a_card_that_is_not_there_are_said() -> None:
+def test_no_card_and_a_missing_card_are_reported() -> None:
     with pytest.raises(MemoryUnknown, match="no card"):
         Nvml(library=Driver()).least()
     with pytest.raises(MemoryUnknown, match="InvalidArgument"):
@@ -382,7 +382,7 @@ def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.integration
-def test_machine_without_a_driver_is_told_so_and_loads_nothing_to_ask_it() -> None:
+def test_without_a_driver_the_binding_is_not_loaded() -> None:
     asked = "from gateway.gpu.cards import Nvml; import sys\ntry: Nvml().free()\n"
     asked += "except Exception as e: print(e)\nprint('pynvml' in sys.modules)"
     try:
@@ -578,6 +578,6 @@ def test_resident_memory_counts_where_no_more_may_be_read(tmp_path: Path) -> Non
     ]
 
 
-def test_no_processes_to_be_seen_is_said(tmp_path: Path) -> None:
+def test_processes_that_cannot_be_listed_are_reported(tmp_path: Path) -> None:
     with pytest.raises(MemoryUnknown, match="cannot be listed"):
         Budget(GIB, lambda: [1], proc=tmp_path / "none").free()

@@ -41,7 +41,7 @@ async def twolane(*arguments: str, **variables: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("path", ["/admin/pin", "/admin/release"])
-async def test_only_who_has_a_key_for_it_changes_what_the_gateway_does(
+async def test_only_an_admin_key_changes_what_the_gateway_does(
     box: Box, start_gateway: StartGateway, path: str
 ) -> None:
     settings = {**box.settings(), "api_keys": [KEY], "admin_keys": [ADMIN]}
@@ -201,7 +201,7 @@ async def test_a_hand_over_can_be_followed_and_is_remembered_step_by_step(
     assert second["steps"]["loading"] >= 0.4
 
 
-async def test_what_people_waited_is_told_of_the_hand_over_they_waited_for(
+async def test_waiting_is_recorded_with_the_hand_over_it_was_for(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.vllm.wake_s = box.ollama.load_s = 0.3
@@ -217,7 +217,7 @@ async def test_what_people_waited_is_told_of_the_hand_over_they_waited_for(
     assert back == 0
 
 
-async def test_what_went_wrong_is_in_the_status_until_it_is_over(
+async def test_a_failure_is_in_the_status_until_it_is_over(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.timings = Timings(gpu_retry_min_s=0.3, gpu_retry_max_s=0.3)
@@ -301,9 +301,7 @@ async def test_the_command_sends_the_operators_key(box: Box, start_gateway: Star
     assert b"Traceback" not in others.stderr
 
 
-async def test_what_cannot_be_done_is_told_in_a_line(
-    vllm: FakeEngine, start_gateway: StartGateway
-) -> None:
+async def test_a_refusal_is_one_line(vllm: FakeEngine, start_gateway: StartGateway) -> None:
     async with start_gateway(**alone(vllm)) as running:
         ended = await twolane("pin", "ollama", "--url", running.url)
 
@@ -322,7 +320,7 @@ async def refused(start_gateway: StartGateway, settings: Mapping[str, Any]) -> s
     return str(caught.value)
 
 
-async def test_a_lane_over_the_memory_there_is_stops_the_start(
+async def test_a_lane_larger_than_the_memory_stops_the_start(
     box: Box, start_gateway: StartGateway
 ) -> None:
     box.models["m"]["lanes"]["vllm"]["memory_gib"] = 101

@@ -91,7 +91,7 @@ def test_it_begins_with_the_first_lane_before_anybody_has_asked() -> None:
     assert shared(CROSSING).due() == exclusive().due() == math.inf
 
 
-def test_after_a_pause_it_is_always_the_faster_lane() -> None:
+def test_after_a_pause_the_faster_lane_is_chosen() -> None:
     policy = shared(CROSSING)
 
     lanes = lane_at(policy, [1, 2, 4, 9, 2, 1, 5])
@@ -208,7 +208,7 @@ def test_the_first_of_a_wave_does_not_lead_the_crowd_away() -> None:
     assert (policy.lane, policy.moves) == ("vllm", 1)
 
 
-def test_one_person_who_stays_behind_is_back_on_the_faster_lane_after_an_answer() -> None:
+def test_a_lone_user_is_back_on_the_faster_lane_after_one_answer() -> None:
     policy = shared(CROSSING)
     see(policy, 0.0, 9)
     see(policy, 1.0, 0)
@@ -309,7 +309,7 @@ def test_at_the_time_that_is_due_it_moves_and_just_before_it_does_not(
         min_size=1,
     )
 )
-def test_whatever_was_seen_it_moves_when_it_is_due_and_not_before(
+def test_after_any_demand_it_moves_when_it_is_due_and_not_before(
     seen: list[tuple[float, int, int, int]],
 ) -> None:
     policy = shared(ASSUMED)
@@ -403,7 +403,7 @@ def test_the_reason_says_what_a_move_waits_for() -> None:
 # The GPU on its way
 
 
-def test_what_people_wait_is_counted_while_it_moves_and_while_nobody_holds() -> None:
+def test_waiting_is_counted_during_a_move_and_while_no_layout_holds() -> None:
     gpu = GpuStateRef(GpuState(Step.LOADING, target="ollama"))
     policy = exclusive(cost=HandoverCost(assumed_s=10.0), gpu=gpu)
     see(policy, 10.0, 3)

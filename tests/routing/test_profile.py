@@ -44,20 +44,20 @@ def with_lane(**lane: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("demand", "seconds"), [(1, 1.0), (4, 4.0), (16, 10.0)])
-def test_what_was_measured_is_what_is_said(demand: int, seconds: float) -> None:
+def test_at_a_measured_level_it_returns_the_measured_seconds(demand: int, seconds: float) -> None:
     lane = LaneProfile((1, 4, 16), (1.0, 4.0, 10.0))
 
     assert lane.at(demand) == seconds
 
 
 @pytest.mark.parametrize(("demand", "seconds"), [(2, 2.0), (3, 3.0), (10, 7.0), (2.5, 2.5)])
-def test_between_two_levels_it_is_a_straight_line(demand: float, seconds: float) -> None:
+def test_between_two_levels_it_is_linear(demand: float, seconds: float) -> None:
     lane = LaneProfile((1, 4, 16), (1.0, 4.0, 10.0))
 
     assert lane.at(demand) == pytest.approx(seconds)
 
 
-def test_below_the_first_level_it_is_that_level() -> None:
+def test_below_the_first_level_it_returns_that_levels_seconds() -> None:
     assert LaneProfile((4, 8), (3.0, 5.0)).at(1) == 3.0
 
 
@@ -67,11 +67,11 @@ def test_beyond_the_last_level_the_last_slope_goes_on() -> None:
     assert lane.at(10) == pytest.approx(14.0)
 
 
-def test_beyond_the_last_level_no_lane_is_said_to_become_faster() -> None:
+def test_beyond_the_last_level_no_lane_becomes_faster() -> None:
     assert LaneProfile((1, 8), (3.0, 2.0)).at(100) == 2.0
 
 
-def test_one_level_is_said_of_every_demand() -> None:
+def test_a_single_level_holds_for_every_demand() -> None:
     lane = LaneProfile((4,), (3.0,))
 
     assert [lane.at(1), lane.at(4), lane.at(64)] == [3.0, 3.0, 3.0]
@@ -139,7 +139,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_is_no_profile_is_refused_and_told_why(
+def test_a_file_that_is_not_a_valid_profile_is_refused_with_the_reason(
     tmp_path: Path, said: object, why: str
 ) -> None:
     file = written(tmp_path, said)
@@ -149,7 +149,7 @@ def test_a_file_that_is_no_profile_is_refused_and_told_why(
     assert str(file) in str(refused.value)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"missing\.json cannot be read: No such file"):
         profile.load(tmp_path / "missing.json")
 
@@ -220,7 +220,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
         (3 * 86400 + 5, "measured 3 days ago"),
     ],
 )
-def test_its_age_is_told_in_words(after_s: float, told: str) -> None:
+def test_its_summary_has_its_age(after_s: float, told: str) -> None:
     assert FULL.summary(NOON + after_s) == told
 
 
@@ -261,7 +261,7 @@ def test_one_that_does_not_say_when_has_no_age(at: str) -> None:
         ),
     ],
 )
-def test_what_has_changed_since_is_told(now: dict[str, Any], changes: list[str]) -> None:
+def test_changes_since_the_measurement_are_listed(now: dict[str, Any], changes: list[str]) -> None:
     assert FULL.changed("vllm", msgspec.structs.replace(ON, **now)) == changes
 
 

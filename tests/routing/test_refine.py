@@ -141,7 +141,7 @@ def test_what_befalls_the_lane_that_is_used_is_expected_of_the_other_too() -> No
     assert crossing(found) == crossing(CROSSING)
 
 
-def test_what_is_seen_with_all_slots_taken_is_true_of_every_queue_behind_them() -> None:
+def test_answers_with_all_slots_taken_correct_every_longer_queue() -> None:
     refined = ProfileRefiner(CROSSING, {"ollama": 1, "vllm": 16})
     answers(refined, "ollama", 1, 1.5)
     answers(refined, "vllm", 16, 1.0)
@@ -326,7 +326,7 @@ def test_where_the_profile_is_wrong_by_half_less_than_half_of_that_is_lost() -> 
     assert learned < without / 2
 
 
-def test_a_policy_decides_by_what_it_was_told_last_and_what_was_lost_stays_lost() -> None:
+def test_a_policy_decides_by_the_last_profile_and_keeps_its_regret() -> None:
     policy = SharedPolicy(list(SLOTS), {"m": RoutedModel(tuple(SLOTS), CROSSING)})
     policy.observe(0.0, "m", ModelDemand(12, {"ollama": 12}, {}))
     policy.observe(5.0, "m", ModelDemand(12, {"ollama": 12}, {}))
@@ -381,7 +381,7 @@ def test_background_calls_are_not_learned_from_and_count_beside_others() -> None
     assert served.scheduler.lanes["ollama"].concurrency_s == pytest.approx(2 * 1.2 + 0.1)
 
 
-def test_one_that_failed_or_whose_client_left_is_not_learned_from() -> None:
+def test_failed_and_abandoned_requests_teach_nothing() -> None:
     served = Times()
     served.scheduler.left(served.start(0.0), 1.0)
 
@@ -420,7 +420,7 @@ def test_where_both_lanes_had_work_nothing_is_learned() -> None:
     assert served.end(beside, 1.1) == 0
 
 
-def test_the_policy_is_told_now_and_then_and_not_of_every_answer() -> None:
+def test_the_policy_receives_a_profile_now_and_then_and_not_with_every_answer() -> None:
     served = Times()
     told: list[float] = []
     now = 1000.0

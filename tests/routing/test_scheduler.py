@@ -145,7 +145,7 @@ def test_the_replica_with_the_least_in_flight_is_chosen() -> None:
     assert after.replica is scheduler.lanes["vllm"].replicas[1]
 
 
-def test_a_replica_without_room_gets_nothing_however_idle_it_is() -> None:
+def test_a_replica_without_capacity_receives_nothing_however_idle_it_is() -> None:
     scheduler = one_lane(0, 2)
     tickets = [Ticket() for _ in range(3)]
 
@@ -153,7 +153,7 @@ def test_a_replica_without_room_gets_nothing_however_idle_it_is() -> None:
     assert [r.running for r in scheduler.lanes["vllm"].replicas] == [0, 2]
 
 
-def test_room_that_grows_is_filled_and_room_that_shrinks_ends_nobody() -> None:
+def test_capacity_that_grows_is_used_and_capacity_that_shrinks_ends_no_request() -> None:
     scheduler = one_lane(1)
     tickets = [Ticket() for _ in range(4)]
     arrive(scheduler, *tickets)
@@ -173,7 +173,7 @@ def test_room_that_grows_is_filled_and_room_that_shrinks_ends_nobody() -> None:
 # Turns
 
 
-def test_of_one_key_whoever_came_first_is_first() -> None:
+def test_requests_of_one_key_are_served_in_order_of_arrival() -> None:
     scheduler = one_lane(1)
     running, *waiting = (Ticket("a") for _ in range(6))
     arrive(scheduler, running, *waiting)
@@ -205,7 +205,7 @@ def test_keys_take_turns_whatever_they_have_waiting() -> None:
     assert order[7:] == "aaa"
 
 
-def test_a_key_that_asks_again_after_each_answer_still_lets_others_by() -> None:
+def test_a_key_that_always_has_a_next_request_does_not_starve_others() -> None:
     scheduler = one_lane(1)
     running, other = Ticket("eager"), Ticket("other")
     arrive(scheduler, running, Ticket("eager"), other)
@@ -218,7 +218,7 @@ def test_a_key_that_asks_again_after_each_answer_still_lets_others_by() -> None:
     assert other in served
 
 
-def test_background_calls_come_after_everybody_else() -> None:
+def test_background_calls_come_after_all_other_requests() -> None:
     scheduler = one_lane(1)
     running = Ticket("a")
     titles = [Ticket("a", background=True), Ticket("b", background=True)]
@@ -231,7 +231,7 @@ def test_background_calls_come_after_everybody_else() -> None:
     assert order[2:] == titles
 
 
-def test_background_calls_are_no_demand_and_take_a_slot_that_nobody_wants() -> None:
+def test_background_calls_are_no_demand_and_take_a_spare_slot() -> None:
     scheduler = one_lane(2)
     title, waits = Ticket(background=True), Ticket(background=True)
 
@@ -253,7 +253,7 @@ def test_background_calls_alone_move_no_policy() -> None:
 # Which lane: operator, request, what the lane can take, health, policy
 
 
-def test_the_policy_chooses_where_nobody_else_does() -> None:
+def test_the_policy_chooses_where_nothing_else_does() -> None:
     scheduler = two_lanes()
     ticket = Ticket()
     arrive(scheduler, ticket)
@@ -331,7 +331,7 @@ def test_a_pinned_lane_that_is_full_is_waited_for() -> None:
     assert second.lane is scheduler.lanes["ollama"]
 
 
-def test_whoever_waits_for_one_lane_keeps_nobody_from_another() -> None:
+def test_a_request_that_waits_for_one_lane_blocks_none_for_another() -> None:
     scheduler = two_lanes(ollama=1)
     arrive(scheduler, Ticket("a", pin="ollama"), Ticket("a", pin="ollama"))
     other = Ticket("a", pin="vllm")
@@ -360,7 +360,7 @@ def test_without_a_lane_a_request_is_refused_with_the_trouble_and_a_time() -> No
     assert repr(scheduler) == "<Scheduler ollama 0/0, vllm 0/0, 0 waiting, demand 0>"
 
 
-def test_when_the_last_lane_goes_everybody_who_waits_is_told_at_once() -> None:
+def test_when_the_last_lane_goes_all_waiting_requests_are_refused_at_once() -> None:
     scheduler = one_lane(1)
     running, *waiting = Ticket(), Ticket("a"), Ticket("b"), Ticket(background=True)
     arrive(scheduler, running, *waiting)
@@ -385,7 +385,7 @@ def test_exactly_so_many_wait_and_the_next_is_refused() -> None:
     assert repr(scheduler) == "<Scheduler vllm 2/2, 3 waiting, demand 5>"
 
 
-def test_a_lane_that_keeps_no_queue_refuses_whoever_does_not_start() -> None:
+def test_a_lane_without_a_queue_refuses_requests_that_do_not_start() -> None:
     scheduler = one_lane(1, waiting=0)
     first, second = Ticket(), Ticket()
 
@@ -418,7 +418,7 @@ def test_background_calls_fill_a_queue_of_their_own() -> None:
     assert refused(arrive(scheduler, *chats)) == {chats[2]: QueueFull}
 
 
-def test_each_lane_bounds_only_those_who_wait_for_it() -> None:
+def test_each_lane_bounds_only_the_requests_that_wait_for_it() -> None:
     scheduler = two_lanes(ollama=1, vllm=1, waiting=1)
     for_ollama = [Ticket(pin="ollama") for _ in range(3)]
     for_vllm = [Ticket(pin="vllm") for _ in range(3)]
@@ -457,7 +457,7 @@ def test_a_second_attempt_goes_to_another_replica_and_is_let_in_although_the_que
     assert failed.replica not in failed.excluded
 
 
-def test_a_second_attempt_is_before_all_who_have_had_none() -> None:
+def test_a_second_attempt_comes_before_all_first_attempts() -> None:
     scheduler = one_lane(1, 1)
     failed, running = Ticket("a"), Ticket("b")
     arrive(scheduler, failed, running, Ticket("b"), Ticket("a"), Ticket("c"))
@@ -611,7 +611,7 @@ def test_leaving_without_having_come_gives_back_nothing() -> None:
     assert state(scheduler) == (1, 1, 2)
 
 
-def test_whoever_leaves_the_queue_is_skipped() -> None:
+def test_a_request_that_left_the_queue_is_skipped() -> None:
     scheduler = one_lane(1)
     running, gone, last = Ticket(), Ticket(), Ticket()
     arrive(scheduler, running, gone, last)
@@ -693,7 +693,7 @@ def moves(actions: Iterable[Action]) -> list[str | None]:
     ]
 
 
-def test_while_nobody_has_the_gpu_it_is_asked_for_and_nobody_starts() -> None:
+def test_while_no_layout_holds_the_gpu_is_requested_and_nothing_starts() -> None:
     box = sharing(holder=None)
     ticket = Ticket()
 
@@ -701,7 +701,7 @@ def test_while_nobody_has_the_gpu_it_is_asked_for_and_nobody_starts() -> None:
     assert box.open(2.0, "ollama") == [Start(ticket)]
 
 
-def test_nobody_waits_so_nobody_asks_for_the_gpu() -> None:
+def test_without_waiting_requests_the_gpu_is_not_requested() -> None:
     scheduler = sharing(holder=None).scheduler
 
     assert scheduler.passed(1.0) == scheduler.changed(2.0) == []
@@ -723,7 +723,7 @@ def test_from_the_decision_on_nothing_starts_until_the_gpu_has_come() -> None:
     assert waits.lane is box.scheduler.lanes["vllm"]
 
 
-def test_a_slot_that_comes_free_at_the_moment_of_the_decision_is_given_to_nobody() -> None:
+def test_a_slot_that_becomes_free_at_the_moment_of_the_decision_stays_free() -> None:
     box = sharing()
     running, waits = Ticket(), Ticket(pin="ollama")
     box.arrive(running, Ticket(pin="vllm"), waits)
@@ -759,7 +759,7 @@ def test_where_the_gpu_cannot_be_brought_to_the_operators_pin_it_serves_where_it
 
 
 @pytest.mark.parametrize("needs", [Ticket(pin="vllm"), Ticket(eligible=frozenset({"vllm"}))])
-def test_who_needs_the_other_lane_is_waited_for_and_no_longer_than_patience(needs: Ticket) -> None:
+def test_a_stranded_request_waits_no_longer_than_patience(needs: Ticket) -> None:
     box = sharing()
     box.arrive(needs, now=1.0)
     due = box.policy.due()
@@ -785,7 +785,7 @@ def test_a_background_call_that_needs_the_other_lane_moves_nothing() -> None:
         (GpuState(Step.DOWN, failure="no driver"), "could not be loaded; it is tried again"),
     ],
 )
-def test_who_waits_for_a_gpu_that_others_have_for_a_while_is_refused_and_told(
+def test_requests_for_a_blocked_gpu_are_refused_with_the_reason(
     state: GpuState, reason: str
 ) -> None:
     box = sharing()
@@ -802,7 +802,7 @@ def test_who_waits_for_a_gpu_that_others_have_for_a_while_is_refused_and_told(
     assert box.open(4.0, "ollama") == []
 
 
-def test_whose_engine_fails_has_the_gpu_moved_to_the_other() -> None:
+def test_for_a_request_whose_engine_fails_the_gpu_moves_to_the_other() -> None:
     box = sharing()
     box.arrive(ticket := Ticket())
     ticket.excluded.update(box.scheduler.lanes["ollama"].replicas)
@@ -814,7 +814,7 @@ def test_whose_engine_fails_has_the_gpu_moved_to_the_other() -> None:
     assert box.open(10.0, "vllm") == [Start(ticket)]
 
 
-def test_who_fails_at_an_engine_that_is_well_is_refused_and_not_moved_for() -> None:
+def test_a_request_that_fails_at_a_healthy_engine_is_refused_and_moves_nothing() -> None:
     box = sharing()
     box.arrive(ticket := Ticket())
     ticket.excluded.update(box.scheduler.lanes["ollama"].replicas)
@@ -957,7 +957,7 @@ class Ledger:
 
 @settings(max_examples=3 * settings().max_examples)
 @given(EVENTS)
-def test_whatever_happens_the_counts_are_right_and_nobody_is_started_twice_or_after_leaving(
+def test_after_any_events_the_counts_are_right_and_no_request_starts_twice_or_after_leaving(
     events: list[Event],
 ) -> None:
     lanes = [
@@ -1114,7 +1114,7 @@ class Owner:
 
 @settings(max_examples=3 * settings().max_examples)
 @given(SHARED)
-def test_whatever_happens_to_the_gpu_nothing_starts_without_it_and_nobody_waits_for_ever(
+def test_after_any_events_of_the_gpu_nothing_starts_without_it_and_no_request_waits_for_ever(
     events: list[Settle | Free | tuple[bool, Event]],
 ) -> None:
     owner = Owner()
@@ -1146,7 +1146,7 @@ def test_whatever_happens_to_the_gpu_nothing_starts_without_it_and_nobody_waits_
 
 
 @given(st.lists(KEYS), st.lists(st.tuples(KEYS, st.booleans())))
-def test_whatever_happens_keys_that_wait_are_served_in_turn(
+def test_after_any_events_waiting_keys_are_served_in_turn(
     first: list[str], then: list[tuple[str, bool]]
 ) -> None:
     scheduler = one_lane(1, waiting=1000)
