@@ -30,8 +30,8 @@ class Operator:
         models = self._catalogue.models.values()
         lanes = dict.fromkeys(name for model in models for name in model.lanes)
         if lane is not None and lane not in lanes:
-            known = ", ".join(lanes) or "none yet"
-            raise BadRequest(f"No model is served by {lane}. The lanes are: {known}.", param="lane")
+            names = ", ".join(lanes) or "none yet"
+            raise BadRequest(f"No model is served by {lane}. The lanes are: {names}.", param="lane")
         if self.gpu is not None and (lane is None or lane in self.gpu.layouts):
             self.gpu.pin(lane)
         for model in models:
