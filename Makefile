@@ -48,7 +48,7 @@ load: .venv/load
 # A worker for each core; a test that measures time runs while no other does (mark `alone`).
 WORKERS ?= 2
 NO_ENGINES := tests --ignore tests/engines --ignore tests/compose --ignore tests/browser
-PARALLEL := --numprocesses $(WORKERS) --dist worksteal
+PARALLEL := --numprocesses $(WORKERS) --dist loadgroup
 
 # In one process: to start another takes longer than half of these tests.
 unit: .venv/dev

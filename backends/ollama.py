@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Iterable
-from typing import Any
 
 import msgspec
 
@@ -42,7 +42,7 @@ KNOWN = {
 }  # fmt: skip
 
 
-def full(model: str) -> str:
+def name_with_tag(model: str) -> str:
     """A model's name with its tag, as Ollama lists it; its API also takes it without."""
     return model if ":" in model.rpartition("/")[2] else f"{model}:latest"
 
@@ -54,11 +54,11 @@ class Ollama(Engine):
     sign_path = "/api/version"
     loads_when_asked = True
     fixed_context = False  # the model file or the request sets it
-    full_name = staticmethod(full)
+    full_name = staticmethod(name_with_tag)
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._management = Management(self.url, str(self))
+    @functools.cached_property
+    def _management(self) -> Management:
+        return Management(self.url, str(self))
 
     async def models(self) -> list[str]:
         return [stored.name for stored in await self._management.stored()]
@@ -66,7 +66,9 @@ class Ollama(Engine):
     async def ready(self, model: str) -> Readiness:
         # A model on disk is ready: Ollama loads it when a request asks for it.
         try:
-            return Readiness.READY if full(model) in await self.models() else Readiness.ABSENT
+            return (
+                Readiness.READY if name_with_tag(model) in await self.models() else Readiness.ABSENT
+            )
         except errors.BackendError:
             return Readiness.DOWN
 
@@ -85,7 +87,7 @@ class Ollama(Engine):
     async def identity(self, model: str) -> Identity:
         version = await self.version()
         for stored in await self._management.stored():
-            if stored.name == full(model):
+            if stored.name == name_with_tag(model):
                 return Identity(version, stored.quantization, stored.digest[:DIGEST])
         return Identity(version)
 
@@ -103,19 +105,19 @@ class Ollama(Engine):
         if context := _context_of(parameters):
             return context
         for loaded in await self.loaded():
-            if loaded.model == full(model):
+            if loaded.model == name_with_tag(model):
                 return loaded.context
         return None
 
     async def load(self, model: str) -> None:
         await self._management.load(model)
-        if full(model) not in await self.resident():
+        if name_with_tag(model) not in await self.resident():
             raise Broken(f"{self} confirmed the load of {model}, and does not list it in memory")
 
     async def unload(self, model: str) -> None:
         # The answer comes at once, the memory later: only /api/ps shows when.
         await self._management.unload(model)
-        while full(model) in await self.resident():  # noqa: ASYNC110 - Ollama has no event for it
+        while name_with_tag(model) in await self.resident():  # noqa: ASYNC110 - Ollama has no event for it
             await asyncio.sleep(UNLOAD_POLL_S)
 
     async def close(self) -> None:
@@ -127,7 +129,7 @@ class Ollama(Engine):
     async def on_gpu(self, model: str) -> float | None:
         # Where memory was short at the load, the rest is on the CPU, and slow.
         for loaded in await self.loaded():
-            if loaded.model == full(model):
+            if loaded.model == name_with_tag(model):
                 return loaded.on_gpu / loaded.size if loaded.size else 0.0
         return None
 

@@ -225,8 +225,7 @@ class Gpu:
 
     async def _hand_over(self, source: str | None, target: str, why: str) -> None:
         """Hand the GPU over, or go back where a step fails."""
-        record = HandoverRecord(time.time(), source, target, why)
-        self.records.append(record)
+        self.records.append(record := HandoverRecord(time.time(), source, target, why))
         waited = self.policy.waited
         log.info("hand-over from %s to %s: %s", source or "no layout", target, why)
         try:

@@ -103,7 +103,8 @@ class LaneSettings(_Part):
     memory_gib: PositiveFloat | None = Field(
         None,
         description="GPU memory in GiB that must be free before the lane loads (exclusive "
-        "placement). Default: not checked.",
+        "placement); for a tensor-parallel vLLM an equal share of it on each card. Default: not "
+        "checked.",
     )
 
 

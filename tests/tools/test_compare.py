@@ -34,8 +34,13 @@ OTHER_METERS = {
     name: NotSupported()
     for name in ("EnforcedPowerLimit", "UtilizationRates", "TotalEnergyConsumption")
 }
-#: Programs of their own, and the stopwatch is checked first, which takes a while.
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+#: Programs of their own. The stopwatch is checked first, which takes a while, so one worker
+#: makes the comparison that most of the tests look at.
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(240),
+    pytest.mark.xdist_group("compare"),
+]
 
 
 @pytest.fixture(scope="module")
