@@ -1,8 +1,8 @@
 """What kind of test a test is, and what follows from it.
 
 A test is a *unit* test if it is a plain `def` without the mark `integration`, outside the folders
-of real engines: it may open no connection and start no program, in every run. A test that waits is a coroutine and never one.
-`make unit` leaves out those that are `slow` because they compute for seconds.
+of real engines: it may open no connection and start no program, in every run. A test that waits
+is a coroutine and never one. `make unit` leaves out those that are `slow` because they compute for seconds.
 A test with the mark `alone` measures time: no other test runs beside it, however many workers
 there are.
 """
