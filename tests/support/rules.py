@@ -2,7 +2,8 @@
 
 A test is a *unit* test if it is a plain `def` without the mark `integration`, outside the folders
 of real engines: it may open no connection and start no program, in every run. A test that waits
-is a coroutine and never one. `make unit` leaves out those that are `slow` because they compute for seconds.
+is a coroutine and never one. `make unit` leaves out those that are `slow`, because they
+compute for seconds.
 A test with the mark `alone` measures time: no other test runs beside it, however many workers
 there are.
 """
