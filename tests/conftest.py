@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from blockbuster import BlockBuster
 
 from backends.fake import FakeEngine
 from tests.support import rules
@@ -22,10 +23,11 @@ hypothesis.settings.load_profile("full")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the unit tests, for `-m unit`."""
+    """Mark the unit tests, for `-m unit`, and order all."""
     for item in items:
         if rules.is_unit(item):
             item.add_marker(pytest.mark.unit)
+    items[:] = rules.in_order(items)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -67,6 +69,19 @@ async def box(tmp_path: Path) -> AsyncIterator[Box]:
 def anyio_backend() -> tuple[str, dict[str, bool]]:
     """The loop that the gateway runs on."""
     return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_blocks_the_loop() -> Iterator[None]:
+    """Fail the gateway's calls that block the event loop; files may be read, as at the start."""
+    modules = ["gateway", "backends"]
+    functions = BlockBuster(modules, excluded_modules=["backends.fake"]).functions
+    guarded = [functions[name] for name in functions if name.startswith(("time", "socket", "ssl"))]
+    for function in guarded:
+        function.activate()
+    yield
+    for function in guarded:
+        function.deactivate()
 
 
 @pytest.fixture(autouse=True)

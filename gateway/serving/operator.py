@@ -28,8 +28,10 @@ class Operator:
             BadRequest: No model has this lane.
         """
         models = self._catalogue.models.values()
-        if lane is not None and not any(lane in model.lanes for model in models):
-            raise BadRequest(f"No model is served by {lane}.", param="lane")
+        lanes = dict.fromkeys(name for model in models for name in model.lanes)
+        if lane is not None and lane not in lanes:
+            names = ", ".join(lanes) or "none yet"
+            raise BadRequest(f"No model is served by {lane}. The lanes are: {names}.", param="lane")
         if self.gpu is not None and (lane is None or lane in self.gpu.layouts):
             self.gpu.pin(lane)
         for model in models:

@@ -377,6 +377,7 @@ async def test_ollama_refuses_public_host_names() -> None:
 # Ollama's memory
 
 
+@pytest.mark.alone
 async def test_ollama_loads_for_the_first_request() -> None:
     async with FakeEngine("ollama", load_s=0.1) as engine, client_of(engine) as client:
         before = (await client.get("/api/ps")).json()["models"]
@@ -529,6 +530,7 @@ async def test_llamacpp_reports_its_slots() -> None:
 # Time and slots
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", KINDS)
 async def test_tokens_are_sent_at_their_times(kind: str) -> None:
     async with (
@@ -585,6 +587,7 @@ async def test_a_waiting_client_that_hangs_up_leaves_the_queue() -> None:
         assert [request.ended for request in engine.generations] == ["done", "hung up"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_a_hang_up_frees_the_slot_at_once(kind: str, *, streamed: bool) -> None:
@@ -689,6 +692,7 @@ async def test_an_engine_can_accept_a_request_and_stay_silent() -> None:
     assert not some.endswith(b"<end>")
 
 
+@pytest.mark.alone
 async def test_a_pause_is_as_long_as_scripted() -> None:
     async with FakeEngine("vllm") as engine, client_of(engine) as client:
         engine.script([Pause(0.1), Serve()])

@@ -169,6 +169,7 @@ cases = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.alone
 @cases
 async def test_26_27_a_hang_up_reaches_the_engine_at_once_and_is_no_failure(
     vllm: FakeEngine,
@@ -230,6 +231,7 @@ async def blocked(engine: FakeEngine) -> None:
         assert any(not c._writable.is_set() for c in engine._server.connections)
 
 
+@pytest.mark.alone
 async def test_26_the_next_request_has_the_slot_at_once(
     vllm: FakeEngine, start_gateway: StartGateway
 ) -> None:
@@ -405,6 +407,7 @@ async def test_25_26_27_hang_ups_at_any_moment_leave_nothing_behind(
 # 49. Too long in the queue
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=["whole", "stream"])
 async def test_49_a_request_that_waits_too_long_receives_503_and_is_never_sent(
     vllm: FakeEngine, start_gateway: StartGateway, fields: dict[str, Any]

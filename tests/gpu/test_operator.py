@@ -105,7 +105,8 @@ async def test_a_lane_that_no_model_has_cannot_be_pinned(
     async with start_gateway(**alone(vllm)) as running:
         answer = await running.http.post("/admin/pin", json={"lane": "ollama"})
 
-    assert failed(answer, 400, "bad_request") == "No model is served by ollama."
+    message = failed(answer, 400, "bad_request")
+    assert message == "No model is served by ollama. The lanes are: vllm."
 
 
 async def test_where_no_gpu_is_shared_there_is_none_to_release(
@@ -306,7 +307,9 @@ async def test_a_refusal_is_one_line(vllm: FakeEngine, start_gateway: StartGatew
         ended = await twolane("pin", "ollama", "--url", running.url)
 
     assert ended.returncode == 2
-    assert ended.stderr.decode().splitlines() == ["twolane: No model is served by ollama."]
+    assert ended.stderr.decode().splitlines() == [
+        "twolane: No model is served by ollama. The lanes are: vllm."
+    ]
 
 
 # What cannot work stops the start

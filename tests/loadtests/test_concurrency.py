@@ -18,7 +18,7 @@ import pytest
 
 from loadtests.measure import samples
 from loadtests.measure.samples import Cell, Request
-from tests.support.locusts import RunLocust, locust_process
+from tests.support.locusts import RunLocust, locust_process, master_port
 from tests.support.servers import WHOLE, always, scripted, unused_url
 from tests.support.waiting import wait_until
 
@@ -330,14 +330,14 @@ def has_a_cell(raw: Path) -> bool:
     return raw.exists() and b'"type":"cell"' in raw.read_bytes()
 
 
-@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("processes", [[], ["--processes", "2"]])
 def test_an_interrupted_run_keeps_its_lines(
-    known: str, raw: Path, told: signal.Signals, processes: list[str]
+    known: str, raw: Path, sent: signal.Signals, processes: list[str]
 ) -> None:
     command = [sys.executable, "-m", "locust", "-f", "loadtests/concurrency.py", "--headless",
                "--host", known, "--levels", "2", "--rounds", "1000", "--raw", str(raw),
-               *processes]  # fmt: skip
+               *master_port(), *processes]  # fmt: skip
     with subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
@@ -345,7 +345,7 @@ def test_an_interrupted_run_keeps_its_lines(
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads
     ) as running:
         wait_until(lambda: raw.exists() and raw.read_text().count("\n") > 9)
-        running.send_signal(told)
+        running.send_signal(sent)
         running.wait(30)
 
     ((cell, requests),) = by_cell(raw)

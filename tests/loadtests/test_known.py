@@ -73,6 +73,7 @@ def test_a_request_without_streaming_is_refused(
     assert "stream=true" in answer.json()["error"]["message"]
 
 
+@pytest.mark.alone
 def test_it_counts_the_lag_of_every_token(session: httpx.Client) -> None:
     with known.known_server(TIMES) as engine:
         session.post(f"{engine.url}/v1/completions", json={"stream": True})
@@ -83,6 +84,7 @@ def test_it_counts_the_lag_of_every_token(session: httpx.Client) -> None:
     assert 0 < late.p50 <= late.p99
 
 
+@pytest.mark.alone
 def test_lag_does_not_add_up(session: httpx.Client) -> None:
     with known.known_server(Times(ttft_s=0.0, gap_s=0.0005, tokens=1000)) as engine:
         began = time.perf_counter()

@@ -289,6 +289,7 @@ def run_job(job: fast_client.Job) -> fast_client.Result:
     return asyncio.run(fast_client.run_job(job))
 
 
+@pytest.mark.alone
 @pytest.mark.integration
 @pytest.mark.parametrize("spread", [False, True])
 def test_the_engine_sends_each_token_separately_and_in_time(engine: int, *, spread: bool) -> None:
@@ -324,6 +325,7 @@ def test_a_proxy_that_never_ends_a_stream_has_no_result(engine: int) -> None:
     assert result.why.startswith("no end after 0.3 s")
 
 
+@pytest.mark.alone
 @pytest.mark.integration
 @pytest.mark.parametrize("case", [case for case in CASES if case != "queued"])
 def test_the_engine_sees_a_client_disconnect_within_the_floor(engine: int, case: str) -> None:
@@ -373,6 +375,7 @@ def test_cpu_seconds_include_children_that_have_ended() -> None:
         assert 0 < meter.rss_mb() <= meter.peak_mb() < 100
 
 
+@pytest.mark.alone
 @pytest.mark.integration
 def test_a_short_run_of_direct_against_nginx(nginx: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
@@ -395,6 +398,7 @@ def test_a_short_run_of_direct_against_nginx(nginx: str, tmp_path: Path) -> None
     assert all(floor["median"] is None for floor in said["floors"])
 
 
+@pytest.mark.alone
 @pytest.mark.integration
 def test_the_gateway_drops_a_queued_request_whose_client_disconnected(
     engine: int, tmp_path: Path

@@ -34,7 +34,8 @@ from loadtests.report.fairness import fairness
 from loadtests.report.findings import Findings
 from loadtests.report.report import ReportError
 
-pytestmark = pytest.mark.slow  # a report with its charts takes a second
+#: A report with its charts takes a second; one worker makes those that several tests read.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("report")]
 
 LEVELS = (1, 4, 16)
 ROUNDS = 10

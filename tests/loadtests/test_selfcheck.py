@@ -125,6 +125,7 @@ def test_without_a_check_the_error_asks_about_the_folder(tmp_path: Path) -> None
         selfcheck.load(tmp_path)
 
 
+@pytest.mark.alone
 @pytest.mark.integration
 def test_a_server_with_other_times_than_it_claims_does_not_pass() -> None:
     claimed = Times(ttft_s=0.1, gap_s=0.02, tokens=16)

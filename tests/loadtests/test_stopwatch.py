@@ -69,9 +69,9 @@ def test_without_usage_there_is_no_tpot_and_no_error() -> None:
     [
         ([delta(content="a")], "broke off"),
         ([], "broke off"),
-        ([finish("stop"), usage(7, 0), DONE], "no token came"),
+        ([finish("stop"), usage(7, 0), DONE], "it has no token"),
         ([delta(content="a"), {"error": {"message": "out of memory"}}, DONE], "out of memory"),
-        (["{no json", DONE], "no event of the OpenAI API"),
+        (["{no json", DONE], "not an event of OpenAI's API"),
     ],
 )
 def test_an_incomplete_answer_is_an_error(events: list[Any], why: str) -> None:
@@ -124,5 +124,5 @@ def test_a_targets_model_may_contain_any_character() -> None:
 def test_the_first_listed_model_is_taken() -> None:
     with scripted(always()) as server:
         assert stopwatch.first_model(f"{server.url}/v1/", None) == "first"
-    with pytest.raises(BadTarget, match="say --model"):
+    with pytest.raises(BadTarget, match="give --model"):
         stopwatch.first_model(unused_url(), None)

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
+from urllib.parse import urlsplit
+
+from tests.support.servers import unused_url
 
 Done = subprocess.CompletedProcess[str]
 
@@ -23,7 +26,14 @@ class RunLocust(Protocol):
 def command_line(file: str, *arguments: object) -> list[str]:
     """Locust's arguments for one of our files."""
     usual = ["--headless", "--only-summary", "--loglevel", "WARNING", "--exit-code-on-error", "0"]
-    return ["-f", f"loadtests/{file}.py", *usual, *map(str, arguments)]
+    several = master_port() if "--processes" in arguments else []
+    return ["-f", f"loadtests/{file}.py", *usual, *several, *map(str, arguments)]
+
+
+def master_port() -> list[str]:
+    """The options for a master of several processes at a port of its own."""
+    port = str(urlsplit(unused_url()).port)
+    return ["--master-port", port, "--master-bind-port", port]
 
 
 def locust_process(file: str, *arguments: object, within_s: float = 50, **how: Any) -> Done:

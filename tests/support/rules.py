@@ -36,9 +36,20 @@ DOORS: tuple[tuple[type, str], ...] = (
 def is_unit(item: pytest.Item) -> bool:
     """Whether the test may neither connect nor start a program."""
     function = getattr(item, "obj", None)
-    return not (
-        inspect.iscoroutinefunction(function) or item.get_closest_marker("integration") is not None
-    )
+    return not (inspect.iscoroutinefunction(function) or _has(item, "integration"))
+
+
+def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The tests in the order in which two workers are done soonest.
+
+    Groups, which one worker runs as a whole, come first: they take longest. Tests that must be
+    alone come last, when nothing long runs any more that they would wait for.
+    """
+    return sorted(items, key=lambda item: (_has(item, "alone"), not _has(item, "xdist_group")))
+
+
+def _has(item: pytest.Item, mark: str) -> bool:
+    return item.get_closest_marker(mark) is not None
 
 
 @contextlib.contextmanager

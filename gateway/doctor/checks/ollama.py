@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from backends.ollama import name_with_tag
+from backends.kinds import KINDS
 from backends.reports import Loaded
 from gateway.doctor.checks.check import GIB, Level, Verdict, format_bytes, guarded, nvidia_cards
 from gateway.doctor.observations import NotObserved, Observations, ObservedEngine, require
@@ -23,7 +23,7 @@ def check_ollama_context(observed: Observations, engine: ObservedEngine) -> Iter
         lane = expected.lane
         if not lane.context:
             continue
-        model = loaded.get(name_with_tag(lane.model))
+        model = loaded.get(KINDS[engine.kind].engine.full_name(lane.model))
         tokens = (model.context if model else None) or own.get(lane.model)
         if tokens is not None and tokens < lane.context:
             yield Verdict(
