@@ -1,8 +1,9 @@
-# make serve   a streamed answer, from nothing       make test          everything that needs no engine
-# make bench   what the gateway costs, against nginx  make test-engines  the same on real engines
-# make check   lint, types, import contracts          make engines       gets the real engines' parts
-# make switch  the GPU passes between real engines    make compare       the experiment on real engines
-# make test-compose  compose.yaml, in Docker          make test-browser  Open WebUI, in Chromium
+# make serve   a streamed answer, from nothing       make unit          what needs no socket, in seconds
+# make check   lint, types, import contracts          make test          everything that needs no engine
+# make engines gets the real engines' parts           make test-engines  the same on real engines
+# make switch  the GPU passes between real engines    make test-browser  Open WebUI, in Chromium
+# make compare the experiment on real engines         make test-compose  compose.yaml, in Docker
+# make bench   what the gateway costs, against nginx
 
 UV_VERSION := 0.13.9
 # uv where it is installed, else one of our own: all that is needed is Python 3.11 and make.
@@ -10,12 +11,12 @@ UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 RUN := .venv/bin/python -m
 PYTEST := $(RUN) pytest
 
-.PHONY: serve load test test-oldest engines test-engines test-compose test-browser bench day switch compare calibrate agreement check docs clean
+.PHONY: serve load unit test test-oldest engines test-engines test-compose test-browser bench day switch compare calibrate agreement check docs clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 .cache/uv/bin/uv:
 	@echo "no uv on this machine: fetching one into .cache/uv"
