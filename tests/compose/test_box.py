@@ -77,14 +77,14 @@ def shared(up: Up) -> Box:
 # The models come first
 
 
-def test_the_setup_gets_both_models_and_says_how_far_it_is(up: Up) -> None:
+def test_the_setup_downloads_both_models_and_prints_progress(up: Up) -> None:
     for puller in ("pull-ollama", "pull-vllm"):
         said = re.findall(rf"^{puller}-1 +\| (.*)$", up.setup, re.MULTILINE)
         assert " downloaded | " in said[0]
         assert re.fullmatch(r"\d+M downloaded: done", said[-1])
 
 
-def test_no_engine_starts_before_its_model_is_there(up: Up) -> None:
+def test_no_engine_starts_before_its_model_is_downloaded(up: Up) -> None:
     lines = up.setup.splitlines()
     done = next(i for i, line in enumerate(lines) if re.search("pull-vllm.*downloaded: done", line))
 
@@ -102,7 +102,7 @@ def test_it_is_up_before_the_engines_and_says_what_it_waits_for(up: Up) -> None:
     assert said["ready"] is False
 
 
-def test_who_comes_too_early_is_told_what_is_going_on_and_then_answered(up: Up) -> None:
+def test_an_early_request_receives_the_state_and_then_its_answer(up: Up) -> None:
     answer = up.early.result(120)
 
     assert text(answer)
@@ -110,7 +110,7 @@ def test_who_comes_too_early_is_told_what_is_going_on_and_then_answered(up: Up) 
     assert "The GPU goes to vllm: loading" in answer.text
 
 
-def test_ollama_loads_nothing_before_vllm_was_there(up: Up) -> None:
+def test_ollama_loads_nothing_before_vllm_has_started(up: Up) -> None:
     passages = up.box.get("/status")["gpu"]["passages"]
 
     assert [(p["from"], p["to"], p["outcome"]) for p in passages] == [(None, "vllm", "done")]
@@ -149,7 +149,7 @@ def test_the_chat_page_knows_the_model_and_gets_an_answer(up: Up) -> None:
 # Who reaches what
 
 
-def test_without_a_key_nobody_is_served(up: Up) -> None:
+def test_a_request_without_a_key_is_refused(up: Up) -> None:
     with up.box.client(key="") as client:
         answers = [client.post(compose.CHAT, json={}), client.get("/status")]
 
@@ -170,7 +170,7 @@ def test_only_the_gateway_is_published_and_only_on_this_machine(up: Up) -> None:
     }
 
 
-def test_the_engines_are_where_nothing_gets_out(up: Up) -> None:
+def test_the_engines_are_on_a_network_without_a_way_out(up: Up) -> None:
     for engine in ENGINES:
         networks = list(up.box.container(engine)["NetworkSettings"]["Networks"])
         assert networks == [f"{up.box.project}_engines"]
@@ -192,7 +192,9 @@ def test_the_engines_are_where_nothing_gets_out(up: Up) -> None:
     }
 
 
-def test_the_gateway_is_nobody_writes_nowhere_and_has_no_keys_in_its_environment(up: Up) -> None:
+def test_the_gateway_has_no_rights_writes_nowhere_and_has_no_keys_in_its_environment(
+    up: Up,
+) -> None:
     container = up.box.container("gateway")
     status = up.box.inside("gateway", "cat", "/proc/1/status").stdout
     written = up.box.inside("gateway", "touch", "/opt/twolane/x")
@@ -286,9 +288,7 @@ def filled(query: str) -> str:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_that_dies_costs_nobody_an_answer_and_is_started_again(
-    shared: Box, engine: str
-) -> None:
+def test_a_crashed_engine_costs_no_answer_and_is_restarted(shared: Box, engine: str) -> None:
     before = shared.container(engine)
     shared.crash(engine)
     answers = [shared.chat() for _ in range(6)]
@@ -301,9 +301,7 @@ def test_an_engine_that_dies_costs_nobody_an_answer_and_is_started_again(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_that_was_killed_by_hand_is_done_without_until_it_is_started(
-    shared: Box, engine: str
-) -> None:
+def test_an_engine_killed_by_hand_is_left_out_until_it_is_started(shared: Box, engine: str) -> None:
     shared.compose("kill", engine)
     answers = [shared.chat() for _ in range(3)]
     refused = shared.chat(f"smollm2@{engine}")
@@ -318,7 +316,7 @@ def test_an_engine_that_was_killed_by_hand_is_done_without_until_it_is_started(
 # Ending
 
 
-def test_stopped_amid_an_answer_it_first_gives_the_answer(shared: Box) -> None:
+def test_a_stop_lets_the_running_answer_end(shared: Box) -> None:
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(shared.chat, "smollm2@ollama", max_tokens=200, min_tokens=100)
         wait_until(lambda: shared.get("/status")["in_flight"] == 1, 20, describe=shared.logs)
@@ -331,7 +329,7 @@ def test_stopped_amid_an_answer_it_first_gives_the_answer(shared: Box) -> None:
     assert (ended["ExitCode"], ended["OOMKilled"]) == (0, False)
 
 
-def test_a_stop_in_its_first_moment_is_heeded(shared: Box) -> None:
+def test_a_stop_works_in_the_first_moment_of_the_process(shared: Box) -> None:
     shared.compose("stop", "gateway")
     shared.compose("start", "gateway")
     shared.compose("stop", "gateway")
@@ -340,7 +338,7 @@ def test_a_stop_in_its_first_moment_is_heeded(shared: Box) -> None:
     assert shared.container("gateway")["State"]["ExitCode"] != 137
 
 
-def test_taken_down_nothing_is_left(shared: Box) -> None:
+def test_down_leaves_nothing_behind(shared: Box) -> None:
     there = shared.left()
     shared.compose("--profile", "*", "down", "--volumes", "--timeout", "40")
 

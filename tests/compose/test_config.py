@@ -50,7 +50,7 @@ def test_ports_are_bound_to_this_machine_and_engines_have_none(read: dict[str, A
     assert {host for ports in published.values() for host, _ in ports} == {"127.0.0.1"}
 
 
-def test_told_to_it_publishes_elsewhere() -> None:
+def test_the_published_address_and_port_are_variables() -> None:
     read = compose.configuration("metrics", GATEWAY_BIND="192.0.2.1", GATEWAY_PORT="9000")
     hosts = {
         port["host_ip"] for service in services(read).values() for port in service.get("ports", ())
@@ -60,7 +60,7 @@ def test_told_to_it_publishes_elsewhere() -> None:
     assert services(read)["gateway"]["ports"][0]["published"] == "9000"
 
 
-def test_the_engines_live_where_nothing_gets_out(read: dict[str, Any]) -> None:
+def test_the_engines_are_on_a_network_without_a_way_out(read: dict[str, Any]) -> None:
     assert read["networks"]["engines"]["internal"] is True
     for engine in ("ollama", "vllm"):
         assert set(services(read)[engine]["networks"]) == {"engines"}
@@ -69,7 +69,7 @@ def test_the_engines_live_where_nothing_gets_out(read: dict[str, Any]) -> None:
     assert not read["networks"]["outside"].get("internal")
 
 
-def test_nobody_has_the_docker_socket_or_the_hosts_rights(read: dict[str, Any]) -> None:
+def test_no_service_has_the_docker_socket_or_the_hosts_rights(read: dict[str, Any]) -> None:
     for service in services(read).values():
         mounted = [volume.get("source", "") for volume in service.get("volumes", ())]
         assert not any("docker" in Path(source).name for source in mounted)
@@ -77,7 +77,7 @@ def test_nobody_has_the_docker_socket_or_the_hosts_rights(read: dict[str, Any]) 
         assert service.get("network_mode") != "host"
 
 
-def test_the_gateway_may_next_to_nothing(read: dict[str, Any]) -> None:
+def test_the_gateway_has_no_capabilities_and_a_read_only_root(read: dict[str, Any]) -> None:
     gateway = services(read)["gateway"]
 
     assert gateway["read_only"] is True
@@ -86,7 +86,7 @@ def test_the_gateway_may_next_to_nothing(read: dict[str, Any]) -> None:
     assert [secret["source"] for secret in gateway["secrets"]] == ["api_keys"]
 
 
-def test_the_engines_have_the_cards_and_the_gateway_may_look_at_them(read: dict[str, Any]) -> None:
+def test_the_engines_have_the_cards_and_the_gateway_has_nvml(read: dict[str, Any]) -> None:
     asked = {
         name: set(service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"])
         for name, service in services(read).items()
@@ -96,7 +96,7 @@ def test_the_engines_have_the_cards_and_the_gateway_may_look_at_them(read: dict[
     assert asked == {"ollama": {"gpu"}, "vllm": {"gpu"}, "gateway": {"gpu", "utility"}}
 
 
-def test_vllm_may_pin_memory_and_share_it_and_keeps_its_caches(read: dict[str, Any]) -> None:
+def test_vllm_can_pin_and_share_memory_and_its_caches_are_volumes(read: dict[str, Any]) -> None:
     vllm = services(read)["vllm"]
     kept = {v["target"] for v in vllm["volumes"] if v["type"] == "volume"}
 
@@ -118,13 +118,13 @@ def test_tensor_or_pipeline_parallel_is_a_choice() -> None:
     assert ranks(VLLM_TENSOR_PARALLEL="1", VLLM_PIPELINE_PARALLEL="2") == ("1", "2")
 
 
-def test_more_arguments_come_last_so_that_they_win() -> None:
+def test_extra_arguments_come_last_so_that_they_win() -> None:
     words = services(compose.configuration(VLLM_EXTRA_ARGS="--dtype bfloat16"))["vllm"]["command"]
 
     assert words[-2:] == shlex.split("--dtype bfloat16")
 
 
-def test_ollama_is_told_all_that_it_would_choose_badly(read: dict[str, Any]) -> None:
+def test_ollama_has_every_setting_whose_default_is_unsuitable(read: dict[str, Any]) -> None:
     told = services(read)["ollama"]["environment"]
 
     assert {
@@ -145,7 +145,7 @@ def test_only_the_chat_page_waits_for_the_gateways_health(read: dict[str, Any]) 
     assert waits == {("open-webui", "gateway")}
 
 
-def test_models_are_pulled_into_the_volumes_that_the_engines_read(read: dict[str, Any]) -> None:
+def test_models_are_downloaded_into_the_volumes_that_the_engines_read(read: dict[str, Any]) -> None:
     def volumes(name: str) -> set[tuple[str, str]]:
         mounts = services(read)[name]["volumes"]
         return {(v["source"], v["target"]) for v in mounts if v["type"] == "volume"}
@@ -157,7 +157,7 @@ def test_models_are_pulled_into_the_volumes_that_the_engines_read(read: dict[str
             assert waits["condition"] == "service_completed_successfully"
 
 
-def test_the_gateway_understands_what_compose_tells_it(
+def test_the_gateway_reads_the_settings_that_compose_passes(
     read: dict[str, Any], tmp_path: Path
 ) -> None:
     file = tmp_path / "twolane.yaml"
