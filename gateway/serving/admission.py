@@ -150,7 +150,7 @@ class Admission:
         self._events.post(on_pin)
 
     def on_probe(self, replica: Replica, readiness: Readiness) -> None:
-        """A replica was asked whether it is ready."""
+        """A replica was probed for whether it is ready."""
 
         def on_result() -> None:
             self.servers[replica].breaker.on_probe(REPLICA_STATES[readiness])
@@ -273,15 +273,15 @@ class Admission:
 
     async def enter(self, ticket: Ticket) -> Replica:
         """Return the ticket's replica once it has a slot; raises `GatewayError`."""
-        self._events.post(partial(self._on_arrival, ticket))
-        if (error := self._refused.pop(ticket, None)) is not None:
-            raise error
-        if ticket.lane is None:
-            try:
+        try:
+            self._events.post(partial(self._on_arrival, ticket))
+            if (error := self._refused.pop(ticket, None)) is not None:
+                raise error
+            if ticket.lane is None:
                 await self._wait(ticket)
-            except BaseException:
-                self.leave(ticket)
-                raise
+        except BaseException:
+            self.leave(ticket)
+            raise
         assert ticket.replica is not None  # noqa: S101 - it has a slot
         return ticket.replica
 

@@ -238,8 +238,8 @@ async def load_streams(job: Streams) -> StreamsResult:
             read_stream(answer, hello)
         cpu_s, wakes = (0.0, 0) if meter is None else (meter.cpu_s(), meter.wakes())
         began = time.monotonic()
-        asked = zip(connections, requests, strict=True)
-        answers = await asyncio.gather(*(c.ask(request) for c, request in asked))
+        pairs = zip(connections, requests, strict=True)
+        answers = await asyncio.gather(*(c.ask(request) for c, request in pairs))
         result = StreamsResult(0, 0, time.monotonic() - began)
         if meter is not None:
             result.cpu_s, result.wakes = meter.cpu_s() - cpu_s, meter.wakes() - wakes

@@ -1,7 +1,7 @@
-"""The fast fake engine, and the check that what it said arrived whole.
+"""The benchmark's fake engine: it sends prepared events by the script in each request.
 
-The script of a stream travels inside its request, and the stream is checked against it
-word by word: a fast proxy that breaks answers has no result.
+Tokens are sent at the pace of a `_Metronome`, and marked requests are logged with the time at
+which their connection was lost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, cast
 import httptools
 import msgspec
 
-from loadtests.bench.script import ANSWER_WORDS, BENCH_MODEL, CHAT_PATH, JSON_TEXT, Script, _Delta
+from loadtests.bench.script import ANSWER_WORDS, BENCH_MODEL, CHAT_PATH, JSON_TEXT, Script
 
 # --- the exchange, and what makes it whole ------------------------------------------------
 
@@ -126,8 +126,12 @@ class EngineLog(msgspec.Struct):
     notes: dict[str, MarkedRequest]
 
 
+class _Message(msgspec.Struct):
+    content: str | None = None
+
+
 class _ChatRequest(msgspec.Struct):
-    messages: list[_Delta]
+    messages: list[_Message]
     stream: bool = False
     stream_options: dict[str, Any] | None = None
 

@@ -126,14 +126,14 @@ def main(
     measure: Callable[[Settings, Callable[[str], None]], Measured] = measure,
 ) -> int:
     """Run the benchmark; the exit status, see `--help`."""
-    asked = parser().parse_args(argv)
+    args = parser().parse_args(argv)
     settings = Settings(
-        ways=asked.only,
-        rounds=asked.rounds,
-        seconds=asked.seconds,
-        streams=asked.streams,
-        rate=asked.rate,
-        spread=asked.spread,
+        ways=args.only,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        streams=args.streams,
+        rate=args.rate,
+        spread=args.spread,
     )
     console, progress = Console(), Console(stderr=True)
     try:
@@ -142,8 +142,8 @@ def main(
         progress.print(f"no result: {exc}", style="red", markup=False)
         return 2
     show(console, settings, measures, notes)
-    if asked.json is not None:
-        save(asked.json, argv, settings, measures, notes)
+    if args.json is not None:
+        save(args.json, argv, settings, measures, notes)
     missed = [verdict for verdict in verdicts_of(measures) if verdict.missed]
     for verdict in missed:
         progress.print(f"missed: {verdict}", style="red", markup=False)

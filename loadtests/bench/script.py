@@ -166,7 +166,7 @@ def read_stream(answer: Answer, script: Script) -> Stream:
         raise BrokenAnswer(f"a stream ended without [DONE], after {events} events")
     if "".join(words) != script.text():
         raise BrokenAnswer(
-            f"a stream of {script.tokens} tokens said something else, in {len(words)} of them"
+            f"a stream of {script.tokens} tokens has other words, {len(words)} of them"
         )
     if finish != "stop" or usage is None or usage.completion_tokens != script.tokens:
         raise BrokenAnswer(f"a stream ended with finish reason {finish!r} and usage {usage}")
@@ -204,4 +204,4 @@ def check_json(answer: Answer) -> None:
         raise BrokenAnswer(f"status {answer.status}: {body[:300]!r}")
     chat = _read_chunk(body)
     if [one.message.content for one in chat.choices] != [JSON_TEXT] or chat.usage is None:
-        raise BrokenAnswer(f"an answer that says something else: {body[:300]!r}")
+        raise BrokenAnswer(f"an answer with another text: {body[:300]!r}")

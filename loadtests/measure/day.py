@@ -86,14 +86,14 @@ class Day:
     tokens: int = 64
     seed: int = field(default=7)
 
-    def prompt(self, target: str, asked: str) -> str:
+    def prompt(self, target: str, place: str) -> str:
         """A prompt of about 80 tokens: the same words for every target, after its own number.
 
         The engines behind the gateway are those of the other targets; without the number
         they would have it in their prefix cache.
         """
-        number = random.Random(f"{self.seed}/{target}/{asked}").randrange(10**6)
-        dice = random.Random(f"{self.seed}/{asked}")
+        number = random.Random(f"{self.seed}/{target}/{place}").randrange(10**6)
+        dice = random.Random(f"{self.seed}/{place}")
         words = " ".join(dice.choices(PROMPT_WORDS, k=45))
         return (
             f"{number}. Write a long story about the {dice.choice(TOPICS)}, "
@@ -103,7 +103,7 @@ class Day:
 
 async def ask(client: httpx.AsyncClient, target: Target, prompt: str, tokens: int) -> Observation:
     """Send one streamed request, and observe its answer."""
-    seen = Observation()
+    observed = Observation()
     body = {
         "model": target.model,
         "messages": [{"role": "user", "content": prompt}],
@@ -114,22 +114,22 @@ async def ask(client: httpx.AsyncClient, target: Target, prompt: str, tokens: in
     began = time.perf_counter()
     try:
         async with client.stream("POST", f"{target.url}/v1/chat/completions", json=body) as answer:
-            seen.lane = answer.headers.get("x-gateway-lane")
-            seen.reason = answer.headers.get("x-gateway-reason")
+            observed.lane = answer.headers.get("x-gateway-lane")
+            observed.reason = answer.headers.get("x-gateway-reason")
             if answer.status_code != httpx.codes.OK:
-                seen.error = f"{answer.status_code}: {(await answer.aread()).decode()[:200]}"
+                observed.error = f"{answer.status_code}: {(await answer.aread()).decode()[:200]}"
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
-                    seen.process_event(json.loads(line[6:]), time.perf_counter() - began)
+                    observed.process_event(json.loads(line[6:]), time.perf_counter() - began)
     except httpx.HTTPError as exc:
-        seen.error = f"{type(exc).__name__}: {exc}"
-    seen.e2e_s = time.perf_counter() - began
-    return seen
+        observed.error = f"{type(exc).__name__}: {exc}"
+    observed.e2e_s = time.perf_counter() - began
+    return observed
 
 
 async def run(day: Day, targets: Sequence[Target], console: Console) -> list[DayRequest]:
     """Run the whole day on every target."""
-    asked: list[DayRequest] = []
+    requests: list[DayRequest] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
         for target in targets:
@@ -141,12 +141,12 @@ async def run(day: Day, targets: Sequence[Target], console: Console) -> list[Day
                     before = DayPhase(phase, day.people[phase - 1], day.lead_in_s, counts=False)
                     await run_phase(day, target, before, client)
                 seen = await run_phase(day, target, DayPhase(phase, people, day.phase_s), client)
-                asked += seen
+                requests += seen
                 console.print(
                     f"  {people:3d} users on {target.label}: {len(seen):3d} answers, "
                     f"mean {statistics.mean(one.seen.e2e_s for one in seen):.2f} s"
                 )
-    return asked
+    return requests
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ async def run_phase(
     day: Day, target: Target, phase: DayPhase, client: httpx.AsyncClient
 ) -> list[DayRequest]:
     """Run one phase on one target to its last answer; returns its requests."""
-    asked: list[DayRequest] = []
+    requests: list[DayRequest] = []
     ends = time.perf_counter() + phase.seconds
 
     async def person(number: int) -> None:
@@ -174,12 +174,14 @@ async def run_phase(
         while time.perf_counter() < ends:
             prompt = day.prompt(target.label, f"{who}/{turn}")
             seen = await ask(client, target, prompt, day.tokens)
-            asked.append(DayRequest(target.label, phase.number, phase.people, number, turn, seen))
+            requests.append(
+                DayRequest(target.label, phase.number, phase.people, number, turn, seen)
+            )
             turn += 1
             await asyncio.sleep(day.think_s * dice.uniform(0.5, 1.5))
 
     await asyncio.gather(*(person(number) for number in range(phase.people)))
-    return asked
+    return requests
 
 
 @dataclass(frozen=True)
@@ -197,12 +199,12 @@ class PhaseResult:
 
 
 def phase_results(
-    day: Day, asked: Sequence[DayRequest], labels: Sequence[str]
+    day: Day, requests: Sequence[DayRequest], labels: Sequence[str]
 ) -> list[PhaseResult]:
     """The results of all phases; means are over answered requests, errors are counted."""
     table = []
     for phase, people in enumerate(day.people):
-        here = [a for a in asked if a.phase == phase]
+        here = [a for a in requests if a.phase == phase]
         good = {
             label: [a for a in here if a.target == label and not a.seen.error] for label in labels
         }
@@ -269,12 +271,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     for target in args.target:
         console.print(f"[bold]{target.label}[/] {target.url} {target.model}")
-    asked = asyncio.run(run(day, args.target, console))
+    requests = asyncio.run(run(day, args.target, console))
     labels = [target.label for target in args.target]
-    table = phase_results(day, asked, labels)
+    table = phase_results(day, requests, labels)
     show(console, table, labels)
     if args.json:
-        write(args.json, day, table, asked)
+        write(args.json, day, table, requests)
     problems = misses(table, args.within)
     for problem in problems:
         console.print(f"[red]{problem}[/]")
@@ -293,7 +295,9 @@ def show(console: Console, table: Sequence[PhaseResult], labels: Sequence[str]) 
     console.print(drawn)
 
 
-def write(path: Path, day: Day, table: Sequence[PhaseResult], asked: Sequence[DayRequest]) -> None:
+def write(
+    path: Path, day: Day, table: Sequence[PhaseResult], requests: Sequence[DayRequest]
+) -> None:
     """Write the results and every request to a JSON file."""
     path.write_text(
         json.dumps(
@@ -304,7 +308,7 @@ def write(path: Path, day: Day, table: Sequence[PhaseResult], asked: Sequence[Da
                 "command": sys.argv,
                 "day": asdict(day),
                 "table": [asdict(row) for row in table],
-                "requests": [asdict(one) for one in asked],
+                "requests": [asdict(one) for one in requests],
             },
             indent=1,
         )

@@ -238,27 +238,27 @@ def by_cell(lines: Iterable[Line]) -> list[tuple[Cell, list[Request]]]:
     A cell that was repeated after an interruption is there twice. A request belongs to the
     run in whose time it started: from the start of the generator to the end of the cell.
     """
-    since = 0.0
-    begun: list[tuple[float, Cell, list[Request]]] = []
-    asked: list[Request] = []
+    run_at = 0.0
+    measured: list[tuple[float, Cell, list[Request]]] = []
+    requests: list[Request] = []
     for line in lines:
         if isinstance(line, Run):
-            since = line.at
+            run_at = line.at
         elif isinstance(line, Cell):
-            begun.append((since, line, []))
+            measured.append((run_at, line, []))
         elif isinstance(line, Request):
-            asked.append(line)
+            requests.append(line)
     by_key: dict[tuple[str, str, float, int], list[tuple[float, Cell, list[Request]]]] = {}
-    for one in begun:
-        cell = one[1]
+    for entry in measured:
+        cell = entry[1]
         key = cell.target, cell.loop, cell.level, cell.repetition
-        by_key.setdefault(key, []).append(one)
-    for request in asked:
+        by_key.setdefault(key, []).append(entry)
+    for request in requests:
         key = request.target, request.loop, request.level, request.repetition
-        for began, cell, its in by_key.get(key, ()):
+        for began, cell, of_cell in by_key.get(key, ()):
             if began <= request.start <= cell.ended:
-                its.append(request)
-    return [(cell, its) for _, cell, its in begun]
+                of_cell.append(request)
+    return [(cell, of_cell) for _, cell, of_cell in measured]
 
 
 def powers(lines: Iterable[Line]) -> list[Power]:

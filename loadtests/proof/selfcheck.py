@@ -162,8 +162,8 @@ def check_against(
     target = Target(known_answers.KNOWN_MODEL, engine.url, known_answers.KNOWN_MODEL)
     within_s = SPARE_S + 5 * times.e2e_s * (rounds + WARM_UP)
     cell, requests = generate(target, plan, within_s, python=python, processes=processes)
-    asked = SelfCheck(SELFCHECK_VERSION, at, level, times, processes, level * rounds)
-    return with_verdict(asked, cell, requests, engine.lateness())
+    check = SelfCheck(SELFCHECK_VERSION, at, level, times, processes, level * rounds)
+    return with_verdict(check, cell, requests, engine.lateness())
 
 
 def generate(
@@ -209,17 +209,17 @@ def generate(
 
 
 def with_verdict(
-    asked: SelfCheck, cell: samples.Cell, requests: Sequence[samples.Request], engine: Lateness
+    check: SelfCheck, cell: samples.Cell, requests: Sequence[samples.Request], engine: Lateness
 ) -> SelfCheck:
     """The check with its measured figures and its verdict."""
     measured = [one for one in requests if one.phase == "measured"]
     wrong = [one.error for one in measured if one.error]
     found = medians(cell, requests)
     seen = msgspec.structs.replace(
-        asked,
+        check,
         quantities=tuple(
             CheckedQuantity(name, truth, found[name])
-            for name, truth in asked.times.truth(asked.level).items()
+            for name, truth in check.times.truth(check.level).items()
         ),
         requests=len(measured),
         errors=len(wrong),
@@ -249,35 +249,36 @@ def _median(values: Iterable[float | None]) -> float:
     return statistics.median(known_values) if known_values else 0.0
 
 
-def failures(seen: SelfCheck) -> list[str]:
+def failures(check: SelfCheck) -> list[str]:
     """The reasons why a check does not pass, and what to do; empty if it passes."""
     found = []
-    if seen.requests < seen.asked:
-        found.append(f"only {seen.requests} of {seen.asked} requests were measured")
-    if seen.errors:
+    if check.requests < check.asked:
+        found.append(f"only {check.requests} of {check.asked} requests were measured")
+    if check.errors:
         found.append(
-            f"{seen.errors} of {seen.requests} requests failed, the first with: {seen.first_error}"
+            f"{check.errors} of {check.requests} requests failed, the first with: "
+            f"{check.first_error}"
         )
     found += [
         f"{one.name} was measured as {format_quantity(one.name, one.measured)} and is "
         f"{format_quantity(one.name, one.expected)} in truth: the ratio is {one.ratio:.3f}, and "
         f"{TOLERANCE:.0%} of deviation is allowed"
-        for one in seen.quantities
+        for one in check.quantities
         if one.is_off
     ]
-    engine_late = _late(seen.engine.p50, seen.engine.p99, seen.times)
-    saturated = seen.cpu > rows.MAX_CPU or _late(seen.lag_p50_s, seen.lag_p99_s, seen.times)
+    engine_late = _late(check.engine.p50, check.engine.p99, check.times)
+    saturated = check.cpu > rows.MAX_CPU or _late(check.lag_p50_s, check.lag_p99_s, check.times)
     if engine_late:
         found.append(
             "the server of known times lagged itself, by "
-            f"{_lags(seen.engine.p50, seen.engine.p99)}: other load keeps this machine busy; stop "
-            "it and check again"
+            f"{_lags(check.engine.p50, check.engine.p99)}: other load keeps this machine busy; "
+            "stop it and check again"
         )
     if saturated:
         found.append(
-            f"the load generator is saturated: its busiest process used {seen.cpu:.2f} of a core "
-            f"and lagged by {_lags(seen.lag_p50_s, seen.lag_p99_s)}; give it more processes "
-            f"(--processes {2 * seen.processes}), or measure from another machine"
+            f"the load generator is saturated: its busiest process used {check.cpu:.2f} of a core "
+            f"and lagged by {_lags(check.lag_p50_s, check.lag_p99_s)}; give it more processes "
+            f"(--processes {2 * check.processes}), or measure from another machine"
         )
     if found and not engine_late and not saturated:
         found.append(
@@ -295,21 +296,21 @@ def _lags(p50: float, p99: float) -> str:
     return f"{1000 * p50:.1f} ms (p50) and {1000 * p99:.1f} ms (p99)"
 
 
-def show(seen: SelfCheck, console: Console) -> None:
+def show(check: SelfCheck, console: Console) -> None:
     """Print a check and the reasons why it did not pass."""
-    table = Table("", "truth", "measured", "ratio", title=f"{seen.level} concurrent")
-    for one in seen.quantities:
+    table = Table("", "truth", "measured", "ratio", title=f"{check.level} concurrent")
+    for one in check.quantities:
         style = "red" if one.is_off else ""
         both = format_quantity(one.name, one.expected), format_quantity(one.name, one.measured)
         table.add_row(one.name, *both, f"{one.ratio:.4f}", style=style)
     console.print(table)
     console.print(
-        f"{seen.requests} requests, {seen.errors} failed; the busiest of the generator's "
-        f"processes ({seen.processes}) used {seen.cpu:.2f} of a core and lagged by "
-        f"{_lags(seen.lag_p50_s, seen.lag_p99_s)}; the server lagged by "
-        f"{_lags(seen.engine.p50, seen.engine.p99)}"
+        f"{check.requests} requests, {check.errors} failed; the busiest of the generator's "
+        f"processes ({check.processes}) used {check.cpu:.2f} of a core and lagged by "
+        f"{_lags(check.lag_p50_s, check.lag_p99_s)}; the server lagged by "
+        f"{_lags(check.engine.p50, check.engine.p99)}"
     )
-    for why in failures(seen):
+    for why in failures(check):
         console.print(why, style="red", markup=False)
 
 

@@ -1,7 +1,7 @@
 """The charts of a report: for plotly, which draws in the reader's browser, and as pictures.
 
-Colour marks the engine; dashes and markers mark its variants, so the lines can be told apart
-in grey as well.
+Colour marks the engine; dashes and markers mark its variants, so lines can be distinguished in
+grey as well.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def panels(table: Sequence[Row]) -> list[Panel]:
 
 def _ticks(lines: Mapping[str, Sequence[tuple[int, Spread]]]) -> list[float]:
     """Ticks of 1, 2, 5, 10, ... that enclose all values."""
-    seen = [spread for line in lines.values() for _, spread in line]
-    low = min((one.low for one in seen if one.low > 0), default=1.0)
-    high = max((one.high for one in seen), default=1.0)
+    spreads = [spread for line in lines.values() for _, spread in line]
+    low = min((one.low for one in spreads if one.low > 0), default=1.0)
+    high = max((one.high for one in spreads), default=1.0)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(max(high, low))) + 1)
     every = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
     first = max(tick for tick in every if tick <= low)
@@ -165,18 +165,18 @@ def line_plots(table: Sequence[Row], styles: Mapping[str, LineStyle]) -> list[di
     for panel in panels(table):
         data = []
         for label, line in panel.lines.items():
-            seen = [spread for _, spread in line]
+            spreads = [spread for _, spread in line]
             dash, mark = PLOTLY_STYLES[styles[label].variant]
             data.append(
                 {
                     "name": html.escape(label),
                     "x": [level for level, _ in line],
-                    "y": [_rounded(one.value) for one in seen],
+                    "y": [_rounded(one.value) for one in spreads],
                     "error_y": {
                         "type": "data",
                         "symmetric": False,
-                        "array": [_rounded(one.high - one.value) for one in seen],
-                        "arrayminus": [_rounded(one.value - one.low) for one in seen],
+                        "array": [_rounded(one.high - one.value) for one in spreads],
+                        "arrayminus": [_rounded(one.value - one.low) for one in spreads],
                         "thickness": 1.5,
                         "width": 4,
                     },

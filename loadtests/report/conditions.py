@@ -118,15 +118,15 @@ def self_check(check: SelfCheck | None) -> Iterator[Block]:
     )
 
 
-def tool_agreement(seen: Agreement | None) -> Iterator[Block]:
+def tool_agreement(compared: Agreement | None) -> Iterator[Block]:
     """The figures of other load generators beside ours; nothing if none were run."""
-    table = seen.rows() if seen else []
-    if seen is None or not table:
+    table = compared.rows() if compared else []
+    if compared is None or not table:
         return
-    tools = list(seen.tools)
-    versions = ", ".join(f"{tool} {version}".strip() for tool, version in seen.tools.items())
-    day = format_day(seen.at)
-    yield Text(f"The same servers and workload, {day}, on {seen.machine.cpu}: {versions}.")
+    tools = list(compared.tools)
+    versions = ", ".join(f"{tool} {version}".strip() for tool, version in compared.tools.items())
+    day = format_day(compared.at)
+    yield Text(f"The same servers and workload, {day}, on {compared.machine.cpu}: {versions}.")
     yield Grid(
         ("", "truth", *tools),
         [
@@ -138,7 +138,7 @@ def tool_agreement(seen: Agreement | None) -> Iterator[Block]:
             for row in table
         ],
     )
-    disagreements = seen.disagreements()
+    disagreements = compared.disagreements()
     if disagreements:
         yield Text("Where our figures deviate by more than they may:")
         yield Bullets(disagreements)
@@ -148,7 +148,7 @@ def tool_agreement(seen: Agreement | None) -> Iterator[Block]:
             f"{agreement.TOOL_TOLERANCE:.0%} of the other tools' or, on a real server, within the "
             "spread of the runs."
         )
-    outliers = seen.outliers()
+    outliers = compared.outliers()
     if outliers:
         yield Text("Tools that deviate too far from the truth to be a reference for ours:")
         yield Bullets(outliers)

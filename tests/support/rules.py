@@ -1,8 +1,9 @@
 """What kind of test a test is, and what follows from it.
 
-A test is a *unit* test if it is a plain `def` without the mark `integration`: it may open no
-connection and start no program, in every run. A test that waits is a coroutine and never one.
-`make unit` leaves out those that are `slow` because they compute for seconds.
+A test is a *unit* test if it is a plain `def` without the mark `integration`, outside the folders
+of real engines: it may open no connection and start no program, in every run. A test that waits
+is a coroutine and never one. `make unit` leaves out those that are `slow`, because they
+compute for seconds.
 A test with the mark `alone` measures time: no other test runs beside it, however many workers
 there are.
 """
@@ -33,10 +34,18 @@ DOORS: tuple[tuple[type, str], ...] = (
 )
 
 
+#: Folders of tests on real engines, in Docker or in a browser; none of them is a unit test.
+REAL = frozenset(("browser", "compose", "engines"))
+
+
 def is_unit(item: pytest.Item) -> bool:
     """Whether the test may neither connect nor start a program."""
     function = getattr(item, "obj", None)
-    return not (inspect.iscoroutinefunction(function) or _has(item, "integration"))
+    return not (
+        inspect.iscoroutinefunction(function)
+        or _has(item, "integration")
+        or item.path.parent.name in REAL
+    )
 
 
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
