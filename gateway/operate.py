@@ -239,8 +239,8 @@ def _draw_gpu(gpu: GpuStatus) -> Group:
         lines.append(f"pinned to {gpu.pin}; `twolane pin auto` lets the policy decide again")
     lines.append(f"regret {gpu.regret:.1f} of {gpu.price:.1f} request-seconds, {gpu.moves} moves")
     legend = (
-        "Regret is what waiting requests lose because the GPU stays where it is. It moves when "
-        "regret reaches what a hand-over costs."
+        "Regret: request-seconds lost because the GPU stays where it is. The GPU moves when it "
+        "reaches the second figure, the cost of a hand-over."
     )
     passages = _table("moved", "from", "to", "seconds", "waited", "outcome", "why")
     for passage in gpu.passages[-5:]:

@@ -41,7 +41,7 @@ class FakeGpu:
         self._pids = itertools.count(1001)
 
     def __repr__(self) -> str:
-        has = ", ".join(f"{pid}: {size / GIB:.1f} GiB" for pid, size in self.who())
+        has = ", ".join(f"{pid}: {size / GIB:.1f} GiB" for pid, size in self.processes())
         return f"<FakeGpu {self.free() / GIB:.1f} of {self._total / GIB:.1f} GiB free {{{has}}}>"
 
     # The interface of the gateway's Memory
@@ -59,7 +59,7 @@ class FakeGpu:
         total, free = self._total // self.cards, self.free() // self.cards
         return [(f"card {number}", total, free) for number in range(self.cards)]
 
-    def who(self) -> list[tuple[int, int]]:
+    def processes(self) -> list[tuple[int, int]]:
         sizes: dict[int, int] = {}
         for allocation in tuple(self._allocations):  # a copy: a thread reads it, too
             sizes[allocation.pid] = sizes.get(allocation.pid, 0) + allocation.size

@@ -33,7 +33,7 @@ class Budget:
         return self._size
 
     def free(self) -> int:
-        return max(0, self._size - sum(size for _, size in self.who()))
+        return max(0, self._size - sum(size for _, size in self.processes()))
 
     def least(self) -> int:
         return self.free()
@@ -42,7 +42,7 @@ class Budget:
         """The budget is one card."""
         return [("the budget", self._size, self.free())]
 
-    def who(self) -> list[tuple[int, int]]:
+    def processes(self) -> list[tuple[int, int]]:
         sizes = {pid: self._resident(pid) for pid in self._members(set(self._engines()))}
         return largest_first({pid: size for pid, size in sizes.items() if size})
 

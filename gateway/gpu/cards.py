@@ -125,7 +125,7 @@ class Nvml:
         """See `Memory.by_card`."""
         return self._query(_card_memory)
 
-    def who(self) -> list[tuple[int, int]]:
+    def processes(self) -> list[tuple[int, int]]:
         sizes: dict[int, int] = {}
         for processes in self._query(self._processes):
             for process in processes:

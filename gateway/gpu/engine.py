@@ -26,15 +26,15 @@ log = logging.getLogger("gateway.handover")
 
 
 class GpuEngine:
-    """One engine, its models, and its process where that is ours.
+    """One engine, its models, and its process where the gateway starts it.
 
     Args:
         engine: The engine.
         models: Its own names of the models it serves, the first to be loaded first.
-        process: The engine's process, where it is ours to start and stop.
+        process: The engine's process, where the gateway starts and stops it.
         needs: What must be free before it loads, if that is known.
-        away_s: How long it may be unreachable where it is not ours to start, as when its
-            container restarts, seconds.
+        away_s: How long it may be unreachable without such a process, as when its container
+            restarts, seconds.
         timings: How often it is looked at, and how long its process may take to stop.
     """
 
@@ -77,7 +77,7 @@ class GpuEngine:
     async def wait_leftover_gone(self) -> None:
         """Return when the engine of a gateway before us is gone: its keepers are ending it.
 
-        A server of somebody else at its address is not waited for longer than that can take.
+        A foreign server at its address is not waited for longer than that can take.
         """
         if self.process is None:
             return
@@ -139,7 +139,7 @@ class GpuEngine:
             await self.engine.fetch_answer(Call(CHAT, raw), self.models[0])
 
     async def stop(self) -> None:
-        """End its process, where it is ours."""
+        """End its process, where the gateway started it."""
         if self.process is not None:
             await self.process.stop(self._timings.engine_stop_s)
 
@@ -160,7 +160,7 @@ class FreeMemoryWait:
         self._poll_s = poll_s
 
     async def wait(self) -> None:
-        """Return when there is room for the engine, as far as anybody can tell."""
+        """Return when there is room for the engine, as far as the memory can be read."""
         needs = self._engine.needs
         if needs is None:
             return

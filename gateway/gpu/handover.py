@@ -35,7 +35,7 @@ from gateway.settings import Timings
 log = logging.getLogger("gateway.handover")
 
 #: Asked when the memory of the layout before does not become free.
-FREEING_HINT = "does vLLM run with --enable-sleep-mode, and is nobody else at the GPU?"
+FREEING_HINT = "does vLLM run with --enable-sleep-mode, and does no other process use the GPU?"
 
 
 class Gpu:
@@ -139,7 +139,7 @@ class Gpu:
             try:
                 await self._reconcile()
             except Exception:  # whatever it was, the GPU must not stay without an owner
-                log.exception("the hand-over failed, and that is our own fault")
+                log.exception("the hand-over failed because of a fault in the gateway")
                 self.states.drop()
                 self.states.enter(Step.DOWN, failure="the gateway has failed")
                 self._wake.set()
@@ -150,7 +150,7 @@ class Gpu:
             self._wake.clear()
 
     async def stop(self) -> None:
-        """End the engines that are ours; `run()` is over."""
+        """End the engines that the gateway started, after `run()`."""
         stops = [engine.stop() for engine in self.layouts.values()]
         for error in await asyncio.gather(*stops, return_exceptions=True):
             if error is not None:
@@ -309,9 +309,9 @@ class Gpu:
         return layout != self.policy.pin, self.layouts[layout].cold_s
 
     async def _force_release(self, layout: str) -> bool:
-        """Free this layout's memory, by force where its process is ours.
+        """Free this layout's memory, by force where the gateway started it.
 
-        False: it would not, and is not ours to end.
+        False: it would not, and the gateway did not start it.
         """
         engine = self.layouts[layout]
         try:
@@ -326,7 +326,7 @@ class Gpu:
         return True
 
     async def _unload(self, wish: asyncio.Future[bool]) -> None:
-        """Give the memory back as was asked, if the running requests end in time."""
+        """Give the memory back for the operator, if the running requests end in time."""
         gone, source, move = False, self.state.layout, self.state.move
         try:
             if source is not None:
@@ -345,12 +345,12 @@ class Gpu:
                 wish.set_result(gone)
 
     async def _release(self, layout: str, why: str) -> None:
-        """Give the memory back to whoever wants it."""
+        """Give the memory back to other programs."""
         move = self.state.move
         self.states.drop(preferred=move.target if move is not None else layout)
         self.states.set_target("")
         log.info("%s gives the GPU back: %s", layout, why)
-        with contextlib.suppress(StepFailed):  # an engine that is ours ends with what still runs
+        with contextlib.suppress(StepFailed):  # the release goes on even so
             await self._do(Step.DRAINING, layout, lambda: self._drained(layout))
         await self._release_until_free([layout])
 

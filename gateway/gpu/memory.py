@@ -33,7 +33,7 @@ class Memory(Protocol):
     def by_card(self) -> Sequence[tuple[str, int, int]]:
         """The name of each card, for people, and its bytes: in all, and free."""
 
-    def who(self) -> Sequence[tuple[int, int]]:
+    def processes(self) -> Sequence[tuple[int, int]]:
         """Processes and the bytes of each, the largest first.
 
         0 bytes where the driver does not say how many; empty where it names no process.

@@ -1,7 +1,7 @@
 """One exchange, from the request as read to its last byte.
 
 A request gets a slot, its replica an attempt, the client the bytes as they come. The type
-of an engine's error says whether another may be asked; no flags do. Once the first byte is
+of an engine's error says whether another may be tried; no flags do. Once the first byte is
 out, a failure becomes an event in the stream and never a clean end.
 """
 
@@ -67,7 +67,7 @@ class Relay:
         """Answer a request.
 
         Args:
-            request: What was asked.
+            request: The request.
             pin: A lane named in a header.
             exchange: Filled on the way.
             reply: Where the answer goes.
@@ -94,7 +94,7 @@ class Relay:
 
         In the queue it may still receive 429 or 503; only a hand-over is worth its silence.
         The first heartbeat sends the headers, and they name the lane: after it no other
-        lane is asked, so it goes out no sooner than it must.
+        lane is tried, so it goes out no sooner than it must.
         """
         silent_s = time.monotonic() - reply.last
         message = COMMENT if silent_s > self._heartbeat_s - TIMER_SLACK_S else b""

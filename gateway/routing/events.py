@@ -22,7 +22,7 @@ class EventQueue:
 
         Raises:
             Exception: The first that a handler raised, after all events were handled; only
-                to whoever drains the queue.
+                to the caller that drains the queue.
         """
         self._events.append(event)
         if self._draining:

@@ -4,7 +4,7 @@ No clock, no sockets, no tasks: time and demand come in, the lane comes out. Sta
 slower lane costs regret, the request-seconds lost against the other one. Switching costs
 what `switch_cost` says. The policy switches when the regret has reached that cost (Borodin,
 Linial and Saks, J. ACM 39, 1992): how long it hesitates follows from what a switch costs,
-and nobody has to guess a threshold or a dwell time.
+and no threshold or dwell time has to be guessed.
 """
 
 from __future__ import annotations

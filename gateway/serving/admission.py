@@ -150,7 +150,7 @@ class Admission:
         self._events.post(on_pin)
 
     def on_probe(self, replica: Replica, readiness: Readiness) -> None:
-        """A replica was asked whether it is ready."""
+        """A replica was probed for whether it is ready."""
 
         def on_result() -> None:
             self.servers[replica].breaker.on_probe(REPLICA_STATES[readiness])

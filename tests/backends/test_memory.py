@@ -89,7 +89,7 @@ def test_allocated_memory_is_free_after_its_release() -> None:
     with pytest.raises(OutOfMemory, match="GiB wanted"):
         gpu.allocate(2, 3 * GIB)
     gpu.allocate(2, 1 * GIB)
-    full = (gpu.free(), gpu.least(), gpu.who())
+    full = (gpu.free(), gpu.least(), gpu.processes())
     gpu.release(first)
     gpu.release(first)
     gpu.process_ended(2)
@@ -126,7 +126,7 @@ async def test_the_gpu_passes_from_one_engine_to_the_other_and_back() -> None:
 async def test_an_engine_that_cannot_unload_keeps_its_memory_while_it_runs() -> None:
     gpu = FakeGpu(24 * GIB)
     async with FakeEngine("llamacpp", gpu=gpu, size=5 * GIB) as fake:
-        running = gpu.who()
+        running = gpu.processes()
         pid = fake.pid
         fake.kill()
 
@@ -154,7 +154,7 @@ async def test_vllm_does_not_start_without_free_memory() -> None:
     fake = FakeEngine("vllm", gpu=gpu, size=22 * GIB)
     with pytest.raises(OutOfMemory):
         await fake.up()
-    assert (fake.alive, fake.listening, gpu.who()) == (False, False, [(STRANGER, 10 * GIB)])
+    assert (fake.alive, fake.listening, gpu.processes()) == (False, False, [(STRANGER, 10 * GIB)])
     gpu.release(other)
 
     async with fake, vllm_at(fake) as vllm:

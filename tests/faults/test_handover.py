@@ -387,7 +387,7 @@ async def test_a_stranger_at_the_gpu_is_waited_for(box: Box, start_gateway: Star
         await people.served_at("vllm")
 
     assert "freeing vllm: not done after 0.5 s" in why
-    assert "is nobody else at the GPU?" in why
+    assert "does no other process use the GPU?" in why
 
 
 @dataclass
@@ -408,7 +408,7 @@ class TwoCards:
     def by_card(self) -> list[tuple[str, int, int]]:
         return [("card 0", 80 * GIB, 80 * GIB), ("card 1", 80 * GIB, self.least())]
 
-    def who(self) -> list[tuple[int, int]]:
+    def processes(self) -> list[tuple[int, int]]:
         return [(STRANGER, self.taken)]
 
 

@@ -250,24 +250,24 @@ def test_only_the_cards_that_were_named_count() -> None:
     memory = Nvml([1], two_cards())
 
     assert (memory.total(), memory.free(), memory.least()) == (24 * GIB, 5 * GIB, 5 * GIB)
-    assert memory.who() == [(7, 19 * GIB)]
+    assert memory.processes() == [(7, 19 * GIB)]
 
 
 def test_processes_are_named_with_what_they_have_on_all_cards() -> None:
-    assert Nvml(library=two_cards()).who() == [(7, 39 * GIB), (9, 1 * GIB)]
+    assert Nvml(library=two_cards()).processes() == [(7, 39 * GIB), (9, 1 * GIB)]
 
 
 def test_a_process_of_unknown_memory_is_named_all_the_same() -> None:
     driver = Driver([Info(GIB, 0)], [[Process(7, None)]])
 
-    assert Nvml(library=driver).who() == [(7, 0)]
+    assert Nvml(library=driver).processes() == [(7, 0)]
 
 
 @pytest.mark.parametrize("refusal", [NotSupported(), NoPermission()])
 def test_driver_that_names_no_processes_still_tells_the_memory(refusal: NVMLError) -> None:
     memory = Nvml(library=Driver([Info(4 * GIB, 1 * GIB)], [refusal]))
 
-    assert memory.who() == []
+    assert memory.processes() == []
     assert memory.free() == 1 * GIB
 
 
@@ -281,7 +281,7 @@ def test_driver_is_opened_once_and_again_after_a_fault() -> None:
     with pytest.raises(MemoryUnknown, match="GpuIsLost"):
         memory.free()
     with pytest.raises(MemoryUnknown, match="GpuIsLost"):
-        memory.who()
+        memory.processes()
     driver.fault = None
 
     assert once == 1
@@ -452,7 +452,7 @@ def test_real_cards_have_memory() -> None:
         pytest.skip(str(exc))
 
     assert 0 < memory.least() <= memory.free() <= total
-    assert all(pid > 0 for pid, _ in memory.who())
+    assert all(pid > 0 for pid, _ in memory.processes())
 
 
 def test_fake_gpu_is_read_like_a_real_one() -> None:
@@ -461,7 +461,7 @@ def test_fake_gpu_is_read_like_a_real_one() -> None:
     memory: Memory = fake
 
     assert (memory.total(), memory.free(), memory.least()) == (48 * GIB, 40 * GIB, 20 * GIB)
-    assert memory.who() == [(7, 8 * GIB)]
+    assert memory.processes() == [(7, 8 * GIB)]
 
 
 # The budget
@@ -501,7 +501,7 @@ def family() -> Iterator[tuple[int, int]]:
 def test_budget_counts_a_process_and_its_children() -> None:
     with family() as (parent, child):
         budget: Memory = Budget(1 * GIB, lambda: [parent])
-        who = dict(budget.who())
+        who = dict(budget.processes())
         free = budget.free()
 
     assert set(who) == {parent, child}
@@ -516,7 +516,7 @@ def test_budget_counts_a_process_and_its_children() -> None:
 )
 def test_budget_counts_what_is_shared_once() -> None:
     with family() as (parent, _):
-        used = sum(size for _, size in Budget(1 * GIB, lambda: [parent]).who())
+        used = sum(size for _, size in Budget(1 * GIB, lambda: [parent]).processes())
 
     assert used < 150 * MIB  # 96, and two interpreters; counted twice it would be 160
 
@@ -527,9 +527,9 @@ def test_budget_counts_an_orphan_until_it_has_gone() -> None:
         budget = Budget(1 * GIB, lambda: [parent])
         os.kill(parent, signal.SIGKILL)
         os.waitid(os.P_PID, parent, os.WEXITED | os.WNOWAIT)
-        orphaned = budget.who()
+        orphaned = budget.processes()
         os.kill(child, signal.SIGKILL)
-        while budget.who():
+        while budget.processes():
             pass
 
     assert [pid for pid, _ in orphaned] == [child]
@@ -545,11 +545,11 @@ def test_budget_that_is_overdrawn_has_nothing_free() -> None:
 def test_budget_knows_engines_as_they_are_started_anew() -> None:
     engines: list[int] = []
     budget = Budget(1 * GIB, lambda: engines)
-    before = budget.who()
+    before = budget.processes()
     with family() as (parent, child):
         engines.append(parent)
 
-        assert {pid for pid, _ in budget.who()} == {parent, child}
+        assert {pid for pid, _ in budget.processes()} == {parent, child}
     assert before == []
 
 
@@ -570,7 +570,7 @@ def test_resident_memory_counts_where_no_more_may_be_read(tmp_path: Path) -> Non
     (tmp_path / "self").mkdir()
     page = os.sysconf("SC_PAGE_SIZE")
 
-    assert Budget(GIB, lambda: [10], proc=tmp_path).who() == [
+    assert Budget(GIB, lambda: [10], proc=tmp_path).processes() == [
         (11, 7 * page),
         (10, 5 * page),
         (13, 2 * page),
