@@ -34,14 +34,14 @@ def file(text: str) -> dict[str, Any]:
 
 
 def settings_of(text: str, folder: Path, **variables: str) -> Settings:
-    """What the gateway is told, with these variables."""
+    """The gateway's settings in compose.yaml, with these variables."""
     chosen = VARIABLE.sub(lambda m: variables.get(m[1]) or m[2], text)
     inline = yaml.safe_load(chosen)["services"]["gateway"]["environment"]["SETTINGS"]
     (folder / "twolane.yaml").write_text(inline)
     return settings.load(folder / "twolane.yaml", {}, {})
 
 
-def test_the_gateway_reads_its_settings(text: str, tmp_path: Path) -> None:
+def test_the_gateway_accepts_its_settings(text: str, tmp_path: Path) -> None:
     read = settings_of(text, tmp_path)
 
     [model] = read.models.values()
@@ -53,7 +53,7 @@ def test_the_gateway_reads_its_settings(text: str, tmp_path: Path) -> None:
     assert model.lanes["vllm"].slots == 32
 
 
-def test_vllm_holds_the_gpu_first_and_has_time_to_start(text: str, tmp_path: Path) -> None:
+def test_vllm_holds_the_cards_first_and_has_time_to_start(text: str, tmp_path: Path) -> None:
     read = settings_of(text, tmp_path)
 
     [model] = read.models.values()
@@ -66,12 +66,12 @@ def test_every_variable_has_one_default(text: str) -> None:
     for name, default in VARIABLE.findall(text):
         defaults.setdefault(name, set()).add(default)
 
-    # What is no default for a number is none for the settings, either.
+    # A variable without a default would leave its setting empty.
     assert {name: values for name, values in defaults.items() if len(values) > 1} == {}
     assert re.findall(r"(?<!\$)\$\{?(\w+)(?!\w*:-)\b", text) == []
 
 
-def test_the_defaults_are_those_of_env_example(text: str) -> None:
+def test_the_defaults_are_those_of_the_example_file(text: str) -> None:
     lines = (ROOT / ".env.example").read_text().splitlines()
     example = dict(line.split("=", 1) for line in lines if line and line[0] != "#")
     defaults = dict(VARIABLE.findall(text))
@@ -83,7 +83,7 @@ def test_the_defaults_are_those_of_env_example(text: str) -> None:
     }
 
 
-def test_variables_reach_the_settings(text: str, tmp_path: Path) -> None:
+def test_variables_change_the_settings(text: str, tmp_path: Path) -> None:
     read = settings_of(
         text, tmp_path, MODEL="chat", PLACEMENT="shared", OLLAMA_SLOTS="8", VLLM_CONTEXT="4096",
         CURRENCY="USD", RENT_PER_HOUR="0.70",
@@ -96,7 +96,7 @@ def test_variables_reach_the_settings(text: str, tmp_path: Path) -> None:
     assert read.cost == Prices(currency="USD", rent_per_hour=0.7)
 
 
-def test_a_port_published_beyond_this_machine_needs_a_key(text: str, tmp_path: Path) -> None:
+def test_a_published_port_needs_a_key(text: str, tmp_path: Path) -> None:
     own, keys = {"api_keys_file": tmp_path / "keys"}, tmp_path / "keys"
     keys.write_text((ROOT / "secrets" / "api_keys.example").read_text())
     here = settings_of(text, tmp_path).model_copy(update=own)

@@ -1,4 +1,4 @@
-"""Open WebUI as a person sees and uses it: found by roles, names and ids of its page."""
+"""Open WebUI's page, operated by the roles, names and ids of its elements."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ChatPage:
         self._pictures = pictures
 
     async def open(self) -> None:
-        """A new chat with the model that is there; the news of the release are put away."""
+        """Open a new chat with the default model, and close the release notes."""
         news = self.page.get_by_role("button", name="Okay, Let's Go!")
         await self.page.add_locator_handler(news, news.click)
         await self.page.goto(self._home)
@@ -39,7 +39,7 @@ class ChatPage:
 
     @property
     def answers(self) -> Locator:
-        """What the model has said so far, an element for each turn."""
+        """The model's answers so far, an element for each turn."""
         return self.page.locator(".chat-assistant")
 
     async def read(self) -> str:
@@ -56,7 +56,7 @@ class ChatPage:
         return await self.read()
 
     async def stop(self) -> None:
-        """Have enough of an answer that comes."""
+        """Press Stop while an answer is streaming."""
         await self.page.get_by_role("button", name="Stop", exact=True).click()
 
     # The list of models
@@ -72,11 +72,11 @@ class ChatPage:
 
     @property
     def dot(self) -> Locator:
-        """What marks a model in the open list as loaded."""
+        """The mark of a loaded model in the open list."""
         return self.options.locator(".bg-green-500")
 
     async def open_list(self) -> None:
-        """Look at the models, as they are now."""
+        """Open the model selector."""
         await self._selector.click()
         await expect(self.options.first).to_be_visible()
 
@@ -88,18 +88,18 @@ class ChatPage:
     # The administrator's list
 
     async def manage(self) -> None:
-        """Look at the models where the administrator loads and unloads them."""
+        """Open the administrator's page for loading and unloading models."""
         await self.page.goto(f"{self._home}/admin/settings/models")
         await self.page.get_by_role("button", name="Actions").click()
         await self.page.get_by_role("button", name=re.compile("^Manage")).click()
 
     async def press(self, button: str, then: str) -> None:
-        """Press the first model's button, and return when the list says what it is then."""
+        """Press the first model's button, and return when the list shows its new state."""
         await self.page.get_by_role("button", name=button).first.click()
         await expect(self.page.get_by_text(then, exact=True)).to_be_visible()
 
     async def shot(self, name: str = "") -> Path:
-        """A picture of the page as it is."""
+        """Save a screenshot of the page; its path."""
         self._pictures.parent.mkdir(parents=True, exist_ok=True)
         stem = f"{self._pictures.name}-{name}" if name else self._pictures.name
         file = self._pictures.with_name(f"{stem}.png")

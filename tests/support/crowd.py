@@ -1,4 +1,4 @@
-"""People who ask without a pause, and what became of each of their answers."""
+"""Users who send requests without a pause, and how each of their answers ended."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 from tests.support.gateways import Running
 from tests.support.waiting import until
 
-#: The next request of somebody, who has dice of his own.
+#: Returns a user's next request, from random numbers of his own.
 Ask: TypeAlias = Callable[[random.Random], dict[str, Any]]
 
 
 @dataclass(eq=False)
 class Answer:
-    """One streamed answer; `asked` is monotonic, `over` once it has been read to its end."""
+    """One streamed answer: `asked` is a monotonic time, `over` whether it was read to its end."""
 
     asked: float = field(default_factory=time.monotonic)
     status: int | None = None
@@ -29,7 +29,7 @@ class Answer:
 
     @property
     def events(self) -> list[Any]:
-        """Its events without the last, which must be [DONE]; empty if it is none."""
+        """Its events without the final [DONE]; empty where that is missing."""
         datas = [part for part in self.body.decode().split("\n\n") if part.startswith("data: ")]
         if self.status != 200 or not datas or datas.pop() != "data: [DONE]":
             return []
@@ -45,7 +45,7 @@ class Answer:
 
     @property
     def outcome(self) -> str:
-        """What the client was left with: `whole`, `cut` (an error event at the end) or `lost`."""
+        """How it ended for the client: `whole`, `cut` (an error event at the end) or `lost`."""
         events = self.events
         finished = [
             choice["finish_reason"]
@@ -62,7 +62,7 @@ class Answer:
 
 
 class Crowd:
-    """Their answers, in the order in which they were asked for."""
+    """The answers to all users, in the order of their requests."""
 
     def __init__(self, people: int) -> None:
         self._people = people
@@ -70,7 +70,7 @@ class Crowd:
 
     @property
     def now(self) -> list[Answer]:
-        """Those that are not over yet; nobody has more than one."""
+        """The answers that are not over yet; each user has at most one."""
         return [answer for answer in self.answers[-4 * self._people :] if not answer.over]
 
     async def until(self, happened: Callable[[], object], within_s: float = 60.0) -> None:
@@ -78,7 +78,7 @@ class Crowd:
         await until(happened, within_s)
 
     async def more(self, count: int) -> list[Answer]:
-        """The next so many answers that are asked for, when all of them are over."""
+        """The answers to the next `count` requests, once all of them are over."""
         first = len(self.answers)
         wanted = slice(first, first + count)
         await self.until(lambda: len(self.answers) >= first + count)
@@ -88,7 +88,7 @@ class Crowd:
 
 @asynccontextmanager
 async def crowd(running: Running, people: int, ask: Ask) -> AsyncIterator[Crowd]:
-    """So many people who ask, read to the end, and ask again; at the end all are answered."""
+    """Users who send, read to the end and send again; leaving waits for their last answers."""
     seen, over = Crowd(people), asyncio.Event()
 
     async def person(number: int) -> None:

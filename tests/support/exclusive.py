@@ -25,8 +25,8 @@ from tests.support.models import chat
 
 CHAT = "/v1/chat/completions"
 PING = b": ping\n\n"
-#: There would be room for both, so that it can be seen whether both ever had any; but an
-#: engine is told to need what is free only after the other has gone.
+#: Both engines would fit, so that a test sees whether both were ever loaded. But each is
+#: configured to need what is free only after the other has released its memory.
 TOTAL = 100 * GIB
 SIZE = 40 * GIB
 NEEDS_GIB = 90
@@ -45,13 +45,13 @@ PROBE = "Hi"
 
 @dataclass
 class Box:
-    """The GPU, its two engines, and what an outsider sees of them."""
+    """The GPU and its two engines, observed from outside the gateway."""
 
     gpu: FakeGpu
     ollama: FakeEngine
     vllm: FakeEngine
     folder: Path
-    #: Whether ever both had a model in memory.
+    #: Whether both ever had a model in memory together.
     both_seen: bool = False
     both_expected: bool = False
     models: dict[str, Any] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Box:
         self.models = {"m": self.model("ollama", "vllm")}
 
     def model(self, *kinds: str, slots: int = 4, **lane: Any) -> dict[str, Any]:
-        """Settings of a model that these engines have."""
+        """Settings of a model on these engines."""
         names = {"ollama": "small:1b", "vllm": "Small-1B"}
         lanes = {
             kind: {"model": names[kind], "slots": slots, "memory_gib": NEEDS_GIB, **lane}
@@ -76,7 +76,7 @@ class Box:
         timings: Timings | None = None,
         **gpu: Any,
     ) -> dict[str, Any]:
-        """Settings of a gateway; what is not named belongs to the GPU."""
+        """Settings of a gateway; keyword arguments are settings of `gpu`."""
         patience = {"patience_s": 0.2, "handover_s": 0.1}
         return {
             "timings": timings or self.timings,
@@ -100,25 +100,25 @@ class Box:
         return found
 
     def asked(self, kind: str, path: str) -> list[Received]:
-        """The requests for this path that an engine has had."""
+        """The requests for this path that an engine received."""
         return [request for request in self.engine(kind).received if request.path == path]
 
     def said(self, kind: str) -> list[str]:
-        """What people have asked of an engine, in the order it came."""
+        """The messages that an engine received, in order, without the gateway's probes."""
         texts = [request.body["messages"][0]["content"] for request in self.asked(kind, CHAT)]
         return [text for text in texts if text != PROBE]
 
     def answered_by(self, text: str) -> list[str]:
-        """The engines that were asked this, once for each time."""
+        """The engines that received this message, once for each time."""
         return [engine.kind for engine in self.engines for said in self.said(engine.kind)
                 if said == text]  # fmt: skip
 
     def revive(self, kind: str) -> None:
-        """Let the next start of a dead engine be one that leaves room for the other."""
+        """Let a dead engine start without a model in memory the next time."""
         self.engine(kind).asleep = kind == "vllm"
 
     async def watch(self) -> None:
-        """Note when both have a model in memory; for as long as it lasts."""
+        """Record whether both have a model in memory together, until cancelled."""
 
         def both(_: FakeEngine) -> bool:
             return bool(self.ollama.memory) and "awake" in self.vllm.memory
@@ -155,7 +155,7 @@ def never_reentered() -> Iterator[list[str]]:
 
 @asynccontextmanager
 async def boxed(folder: Path, *, loaded: Sequence[str] = ()) -> AsyncIterator[Box]:
-    """The engines, of which these have a model in memory; checks at its end how it was done."""
+    """The engines, of which `loaded` have a model in memory; checks at the end how it was used."""
     gpu = FakeGpu(TOTAL)
     with never_reentered():
         async with _boxed(folder, gpu, loaded) as box:
@@ -180,14 +180,14 @@ async def _boxed(folder: Path, gpu: FakeGpu, loaded: Sequence[str]) -> AsyncIter
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
         assert box.both_seen == box.both_expected, "two engines in memory at once"
-        # Its default, abort, breaks off what runs; of level 2 it does not come back whole.
+        # The default mode, abort, breaks off running requests; level 2 would discard the weights.
         told = [request.query for request in box.asked("vllm", "/sleep")]
         assert all(query == {"level": "1", "mode": "wait"} for query in told)
 
 
 @dataclass(frozen=True)
 class Served:
-    """A gateway before the box, and what it says of the GPU."""
+    """A gateway in front of the box, with its GPU's owner."""
 
     running: Running
     owner: Gpu
@@ -195,23 +195,23 @@ class Served:
 
     @classmethod
     def of(cls, running: Running, box: Box) -> Self:
-        """What this gateway and this box are together."""
+        """The pair of this gateway and this box."""
         owner = running.gateway.gpu
         assert owner is not None
         return cls(running, owner, box)
 
     async def ask(self, text: str = "Hello", /, **fields: Any) -> httpx.Response:
-        """The answer to this, whole or streamed to its end."""
+        """The answer to this message, whole or streamed to its end."""
         headers = fields.pop("headers", None)
         body = chat(**{"messages": [{"role": "user", "content": text}], **fields})
         return await self.running.http.post(CHAT, json=body, headers=headers)
 
     def asking(self, text: str = "Hello", /, **fields: Any) -> asyncio.Task[httpx.Response]:
-        """The same, in the background."""
+        """Ask in the background."""
         return asyncio.create_task(self.ask(text, **fields))
 
     async def pin(self, lane: str) -> None:
-        """As the operator does."""
+        """Pin the work to a lane, as the operator does."""
         answer = await self.running.http.post("/admin/pin", json={"lane": lane})
         assert answer.status_code == 200, answer.text
 
@@ -222,7 +222,7 @@ class Served:
     async def until(
         self, happened: Step | str | Callable[[], object], *, within_s: float = 15.0
     ) -> None:
-        """Return when the GPU is at this step, held by this engine, or when this is true."""
+        """Return when the GPU is at this step, held by this engine, or the condition holds."""
 
         def true(_: object) -> bool:
             if isinstance(happened, Step):
@@ -244,7 +244,7 @@ class Served:
 
     @property
     def outcomes(self) -> list[str]:
-        """How each hand-over ended."""
+        """The outcome of each hand-over."""
         return [record.outcome for record in self.owner.records]
 
 
@@ -252,7 +252,7 @@ class Served:
 async def serving(
     start_gateway: StartGateway, box: Box, *, holder: str | None = "ollama", **settings: Any
 ) -> AsyncIterator[Served]:
-    """A gateway before the box, as soon as this engine holds the GPU."""
+    """A gateway in front of the box, as soon as this engine holds the GPU."""
     async with start_gateway(**box.settings(**settings)) as running:
         served = Served.of(running, box)
         if holder is not None:
@@ -262,14 +262,14 @@ async def serving(
 
 @asynccontextmanager
 async def stream_of(served: Served, text: str, **fields: Any) -> AsyncIterator[httpx.Response]:
-    """An answer as it comes; open for as long as the context is."""
+    """A streamed answer, open for as long as the context is."""
     body = chat(stream=True, **{"messages": [{"role": "user", "content": text}], **fields})
     async with served.running.http.stream("POST", CHAT, json=body) as answer:
         yield answer
 
 
 def failed(answer: httpx.Response, status: int = 503, code: str = "no_engine") -> str:
-    """What is said to a client that is refused: an envelope, and when to try again."""
+    """The message of a refusal; checks its envelope and its Retry-After."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
@@ -281,7 +281,7 @@ def failed(answer: httpx.Response, status: int = 503, code: str = "no_engine") -
 
 
 async def gone(task: asyncio.Task[Any]) -> None:
-    """Hang up."""
+    """Cancel a request, which hangs up."""
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task

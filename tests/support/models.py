@@ -1,4 +1,4 @@
-"""Settings that serve one model, `m`, by fake engines, and a chat request for it."""
+"""Settings that serve the model `m` on fake engines, and a chat request for it."""
 
 from __future__ import annotations
 

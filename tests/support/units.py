@@ -1,4 +1,4 @@
-"""systemd's units, read as far as the tests ask."""
+"""Values, environment and command of a systemd unit."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def command(unit: Path) -> list[str]:
 
 
 def option(arguments: list[str], name: str) -> str:
-    """What follows an option."""
+    """The value of an option."""
     return arguments[arguments.index(name) + 1]
