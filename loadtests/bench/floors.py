@@ -31,10 +31,10 @@ RSS_PEAK = "RSS peak in the streams, MB"
 HANG_UP = {case: f"hang-up {case}, ms" for case in CASES}
 #: How tables and messages name a measure; the JSON file has the names above.
 LABELS = {
-    HANG_UP["queued"]: "client disconnects while queued, ms",
-    HANG_UP["before headers"]: "client disconnects before the headers, ms",
-    HANG_UP["mid-stream"]: "client disconnects during a stream, ms",
-    HANG_UP["non-stream"]: "client disconnects from a JSON request, ms",
+    HANG_UP["queued"]: "disconnect while queued, ms",
+    HANG_UP["before headers"]: "disconnect before headers, ms",
+    HANG_UP["mid-stream"]: "disconnect mid-stream, ms",
+    HANG_UP["non-stream"]: "disconnect, JSON request, ms",
 }
 MEASURES = (
     STREAM_COST, STREAM_SHARE, STREAM_RATE, STREAM_READS, STREAM_WAKES, JSON_COST, JSON_SHARE,

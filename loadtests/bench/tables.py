@@ -100,7 +100,7 @@ def _reading(settings: Settings) -> Iterator[str]:
         "machine, alternating between the ways request by request."
     )
     yield (
-        "Client disconnects: from the client's close() until the engine sees its connection end "
+        "Disconnect: from the client's close() until the engine sees its connection end "
         "(while queued: until GET /status no longer counts the request), one at a time; the "
         f"slowest of {settings.hang_ups} in each round."
     )
