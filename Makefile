@@ -3,7 +3,7 @@
 # make engines gets the real engines' parts           make test-engines  the same on real engines
 # make switch  the GPU passes between real engines    make test-browser  Open WebUI, in Chromium
 # make compare the experiment on real engines         make test-compose  compose.yaml, in Docker
-# make bench   what the gateway costs, against nginx
+# make bench   what the gateway costs, against nginx  make docs          the documentation as a site
 
 UV_VERSION := 0.13.9
 # uv where it is installed, else one of our own: all that is needed is Python 3.11 and make.
@@ -71,7 +71,7 @@ engines: .venv/dev
 	PATH="$(CURDIR)/.cache/uv/bin:$$PATH" $(RUN) tests.engines.rig install
 
 test-engines: .venv/dev
-	$(PYTEST) tests/engines $(ARGS)
+	$(PYTEST) tests/engines --timeout 180 $(ARGS)  # the first of them waits for vLLM's start
 
 test-compose: .venv/dev
 	$(PYTEST) tests/compose $(ARGS)
