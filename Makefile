@@ -30,9 +30,11 @@ help:
 	$(UV) sync --frozen --inexact --no-dev --extra embedded
 	@touch $@
 
-# What it takes to work on it.
+# What it takes to work on it. The tests start some hundred programs, and without bytecode each of
+# them compiles all that it imports.
+export PYTHONDONTWRITEBYTECODE :=
 .venv/dev: pyproject.toml uv.lock | $(filter .cache/uv/bin/uv,$(UV))
-	$(UV) sync --frozen --inexact --extra embedded
+	$(UV) sync --frozen --inexact --extra embedded --compile-bytecode
 	@touch $@ .venv/serve
 
 serve: .venv/serve
