@@ -53,10 +53,6 @@ class Archives:
         )
 
 
-#: One worker builds the archives that the tests read.
-pytestmark = pytest.mark.xdist_group("package")
-
-
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Archives:
     """Made of a copy of what git tracks, and of a key and a model's file that it ignores."""

@@ -34,8 +34,7 @@ from loadtests.report.fairness import fairness
 from loadtests.report.findings import Findings
 from loadtests.report.report import ReportError
 
-#: A report with its charts takes a second; one worker makes those that several tests read.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("report")]
+pytestmark = pytest.mark.slow  # a report with its charts takes a second
 
 LEVELS = (1, 4, 16)
 ROUNDS = 10

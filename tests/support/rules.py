@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 #: What opens a connection or starts a program.
 DOORS: tuple[tuple[type, str], ...] = (
@@ -37,6 +38,9 @@ DOORS: tuple[tuple[type, str], ...] = (
 #: Folders of tests on real engines, in Docker or in a browser; none of them is a unit test.
 REAL = frozenset(("browser", "compose", "engines"))
 
+#: Modules whose tests share a fixture that takes long, such as a whole comparison.
+TOGETHER = ("test_compare.py", "test_report.py", "test_package.py")
+
 
 def is_unit(item: pytest.Item) -> bool:
     """Whether the test may neither connect nor start a program."""
@@ -48,13 +52,32 @@ def is_unit(item: pytest.Item) -> bool:
     )
 
 
+class Groups(LoadScopeScheduling):
+    """xdist's scheduler by groups, where the tests of a group share a fixture that takes long.
+
+    xdist's own `loadgroup` has no effect with pytest 9.2: the mark gets lost on the way to here.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid) or nodeid
+
+
+def group(nodeid: str) -> str:
+    """The group that one worker runs as a whole; empty: a test that any worker may run."""
+    file, _, test = nodeid.partition("::")
+    name = Path(file).name
+    if name == "test_simulate.py" and "[" in test:
+        return test.partition("[")[2]  # all tests of a simulated day
+    return name if name in TOGETHER else ""
+
+
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
     """The tests in the order in which two workers are done soonest.
 
     Groups, which one worker runs as a whole, come first: they take longest. Tests that must be
     alone come last, when nothing long runs any more that they would wait for.
     """
-    return sorted(items, key=lambda item: (_has(item, "alone"), not _has(item, "xdist_group")))
+    return sorted(items, key=lambda item: (_has(item, "alone"), not group(item.nodeid)))
 
 
 def _has(item: pytest.Item, mark: str) -> bool:

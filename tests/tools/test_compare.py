@@ -34,13 +34,8 @@ OTHER_METERS = {
     name: NotSupported()
     for name in ("EnforcedPowerLimit", "UtilizationRates", "TotalEnergyConsumption")
 }
-#: Programs of their own. The stopwatch is checked first, which takes a while, so one worker
-#: makes the comparison that most of the tests look at, and the other one those that do not.
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.timeout(240),
-    pytest.mark.xdist_group("compare"),
-]
+#: Programs of their own. The stopwatch is checked first, which takes a while.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +191,6 @@ def test_a_folder_with_an_experiment_is_not_overwritten(folder: Path, targets: l
 # A gateway in front
 
 
-@pytest.mark.xdist_group("calibrate")
 async def test_a_gateway_is_measured_once_all_of_its_lanes_are_ready(tmp_path: Path) -> None:
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
@@ -240,7 +234,6 @@ def two_lanes(ollama: str, vllm: str) -> str:
 # calibrate
 
 
-@pytest.mark.xdist_group("calibrate")
 def test_a_profile_is_measured_in_smaller_steps_around_the_crossover(tmp_path: Path) -> None:
     config, out = tmp_path / "twolane.yaml", tmp_path / "profile.json"
     with (
@@ -265,7 +258,6 @@ def test_a_profile_is_measured_in_smaller_steps_around_the_crossover(tmp_path: P
     assert "let the gateway decide by it" in done.words
 
 
-@pytest.mark.xdist_group("calibrate")
 def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
     config, scratch = tmp_path / "twolane.yaml", tmp_path / "scratch"
     scratch.mkdir()

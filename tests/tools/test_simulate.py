@@ -51,20 +51,11 @@ def day(request: pytest.FixtureRequest) -> list[Outcome]:
 
 
 def days(traces: list[str]) -> pytest.MarkDecorator:
-    """Run the test on each of these traces with each built-in profile.
-
-    All tests of a day are one worker's, which simulates it once.
-    """
-    pairs = [
-        pytest.param(
-            (trace, label),
-            id=f"{trace}-{label}",
-            marks=pytest.mark.xdist_group(f"day {trace} {label}"),
-        )
-        for trace in traces
-        for label in PROFILES
-    ]
-    return pytest.mark.parametrize("day", pairs, indirect=True, scope="module")
+    """Run the test on each of these traces with each built-in profile."""
+    pairs = [(trace, label) for trace in traces for label in PROFILES]
+    return pytest.mark.parametrize(
+        "day", pairs, ids=["-".join(pair) for pair in pairs], indirect=True, scope="module"
+    )
 
 
 # The figures that the policy must meet
