@@ -34,12 +34,8 @@ DOORS: tuple[tuple[type, str], ...] = (
     (multiprocessing.process.BaseProcess, "start"),
 )
 
-
 #: Folders of tests on real engines, in Docker or in a browser; none of them is a unit test.
 REAL = frozenset(("browser", "compose", "engines"))
-
-#: Folders whose tests are with real engines, all of them.
-REAL = frozenset(("engines", "browser", "compose"))
 #: Modules whose tests share a fixture that takes long, such as a whole comparison.
 TOGETHER = ("test_compare.py", "test_report.py", "test_package.py")
 
