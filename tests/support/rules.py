@@ -17,7 +17,6 @@ import multiprocessing.process
 import os
 import socket
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,15 +101,14 @@ def closed_doors() -> Iterator[None]:
 def machine(*, alone: bool) -> Iterator[None]:
     """Share this machine with the tests of other workers, or have it alone.
 
-    Workers of one run share a folder. The first lock is held by who waits, so that a test that
-    waits to be alone is next when the tests that run have ended.
+    Two files that are there anyway serve as locks. The first is held by who waits, so that a
+    test that waits to be alone is next when the running tests have ended.
     """
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if run is None:  # the only process
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # the only process
         yield
         return
-    stem = Path(tempfile.gettempdir()) / f"twolane-tests-{run}"
-    with stem.with_suffix(".turn").open("w") as turn, stem.with_suffix(".machine").open("w") as own:
+    here = Path(__file__)
+    with here.open() as turn, here.with_name("waiting.py").open() as own:
         fcntl.flock(turn, fcntl.LOCK_EX)
         fcntl.flock(own, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(turn, fcntl.LOCK_UN)
