@@ -1,6 +1,6 @@
 """What every engine offers the gateway.
 
-An engine is a server that generates. The kinds differ in names, endpoints and habits, and
+An engine is a server that generates. The kinds differ in names, endpoints and behaviour, and
 those differences end in this package. What leaves it is a `StreamedAnswer` or `WholeAnswer`
 in OpenAI's shape, or one of the errors of `backends.errors`.
 """

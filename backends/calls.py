@@ -75,7 +75,7 @@ class StreamedAnswer:
         """The next whole events, as they came; empty at the end of a good stream.
 
         Raises:
-            BrokeOff: The stream broke, fell silent, or ended before its end.
+            BrokeOff: The stream broke, fell silent, or ended before it was complete.
         """
         if self.pending:
             data, self.pending = self.pending, b""
@@ -93,7 +93,7 @@ class StreamedAnswer:
             else:
                 self._ended = True
                 if not self.filter.complete:
-                    raise BrokeOff("the stream ended before its end")
+                    raise BrokeOff("the stream ended before it was complete")
                 return self.filter.terminator()
         return b""
 

@@ -21,7 +21,7 @@ from backends.vllm import VLLM
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineKind:
-    """What is known of a kind of engine before one is asked.
+    """The facts about a kind of engine that hold for each of its servers.
 
     Attributes:
         engine: The class that speaks to it; `engine.kind` is its name in settings and paths.

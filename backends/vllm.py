@@ -98,7 +98,7 @@ class VLLM(Engine):
 
     async def sleeps(self) -> bool:
         # Dev mode gives it its sleep endpoints. That it frees memory when it sleeps takes
-        # `--enable-sleep-mode` as well: no endpoint tells that, only the memory does.
+        # `--enable-sleep-mode` as well: no endpoint reports that, only the memory shows it.
         try:
             await self.get_json("/is_sleeping", _Sleeping)
         except Refused:
@@ -114,7 +114,7 @@ class VLLM(Engine):
         return {entry.id: entry.max_model_len for entry in await self.listed_models()}
 
     async def resident(self) -> list[str]:
-        # It reports sleep as soon as it is told to sleep, while requests still end.
+        # It reports sleep as soon as it is requested, while running requests still end.
         return [] if await self.asleep() else await self.models()
 
     async def load(self, model: str) -> None:

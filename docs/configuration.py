@@ -34,9 +34,13 @@ variable: the prefix `TWOLANE_`, parts joined by two underscores, lists and maps
 TWOLANE_PORT=9000 TWOLANE_LIMITS__MAX_WAIT_S=30 twolane serve
 ```
 
-The command line outranks variables, and variables outrank the file. A misspelt name stops the
-start, and the message names the nearest right one. `twolane.example.yaml` shows all of this as one
-commented file. An *engine* is `ollama`, `vllm` or `llamacpp`.
+The command line takes precedence over variables, and variables over the file. A misspelt name stops
+the start, and the message names the nearest right one. `twolane.example.yaml` is a commented file
+with every setting. An *engine* is `ollama`, `vllm` or `llamacpp`.
+
+Without `engines` and `models` the gateway looks for engines on their usual ports of this machine,
+and starts the embedded one if it finds none. Without `models` it serves every model that the
+engines list.
 """
 
 #: How a type is called in the table.

@@ -55,7 +55,7 @@ class Gateway:
         catalogue: The models that are served.
         edge: The ASGI application.
         engines: The engines' clients and processes.
-        gpu: What the models in exclusive placement share; None without any.
+        gpu: The GPU that the models in exclusive placement share; None without any.
         listing: Keeps the catalogue equal to the engines' lists, where no model is configured.
         metrics: What `/metrics` exposes.
         metrics_server: Serves `/metrics` on its own port; None without one.
@@ -215,7 +215,7 @@ class Gateway:
         return ready_report(self.catalogue, self.gpu, draining=self.edge.draining)
 
     def status(self) -> GatewayStatus:
-        """Everything the gateway knows of itself: no key, no prompt."""
+        """The gateway's state for `/status`; it holds no key and no prompt."""
         now = time.time()
         return GatewayStatus(
             version=self._version,

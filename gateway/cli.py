@@ -51,7 +51,7 @@ examples:
   twolane serve --pair chat=ollama:llama3.1:70b,vllm:llama-70b-awq
       clients ask for `chat`; the gateway chooses the engine
   twolane serve --config twolane.yaml --port 9000
-      settings from a file; what the command line says weighs more
+      settings from a file; the command line takes precedence
   TWOLANE_API_KEYS='["a-long-secret"]' twolane serve --host 0.0.0.0
       for other machines too; clients must then send the key
 
@@ -161,8 +161,8 @@ def _add_serve(commands: Any) -> None:
         "serve",
         help="start the gateway",
         description="Start the gateway. Without a file it looks for Ollama on port 11434, vLLM on "
-        "8001 and llama-server on 8080, serves their models, and starts the embedded engine where "
-        "it finds none.",
+        "8001 or 8000, and llama-server on 8080, and serves their models. It starts the embedded "
+        "engine where it finds none.",
         epilog=SERVE,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings, YAML")
@@ -257,7 +257,8 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway (%(default)s)")
     parser.add_argument(
         "--key",
-        help="API key or admin key (the first of TWOLANE_ADMIN_KEYS or TWOLANE_API_KEYS)",
+        help="API key; for pin and release an admin key, where there are any (default: the first "
+        "of TWOLANE_API_KEYS; for pin and release of TWOLANE_ADMIN_KEYS, if set)",
     )
 
 

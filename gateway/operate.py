@@ -1,4 +1,4 @@
-"""`twolane status`, `pin` and `release`: ask a running gateway, and show its status.
+"""`twolane status`, `pin` and `release`: send a request to a running gateway, show its status.
 
 These commands start in a fraction of a second: nothing of the server is imported here.
 """
@@ -37,7 +37,7 @@ REFRESH_S = 1.0
 
 
 def status(args: argparse.Namespace) -> None:
-    """Print the status: drawn, as JSON, or drawn anew each second."""
+    """Print the status: as tables, as JSON, or as tables that are redrawn every second."""
     key = args.key or _first_key("TWOLANE_API_KEYS")
     if args.json:
         answer = asyncio.run(fetch(args.url, key))
@@ -100,9 +100,15 @@ async def fetch(
             text = await answer.read_all(MAX_ANSWER_BYTES)
             answer.close(reuse=False)
     except (http.HttpError, ValueError) as exc:
-        raise UsageError(f"no gateway answers at {url} ({exc}); is it running?") from exc
+        raise UsageError(
+            f"no gateway answers at {url} ({exc}): start it with `twolane serve`, or name its "
+            "address with --url"
+        ) from exc
     if answer.status == 401:
-        raise UsageError("this gateway asks for an admin key: give it with --key KEY")
+        raise UsageError(
+            "this gateway requires a valid key: `status` needs an API key, `pin` and `release` an "
+            "admin key where there are any. Give it with --key KEY"
+        )
     if answer.status == 400:
         raise UsageError(_message(text))
     if answer.status != 200:
@@ -122,7 +128,7 @@ def read_status(url: str, text: bytes) -> GatewayStatus:
 
 
 def _message(envelope: bytes) -> str:
-    """What the gateway says is wrong with a request."""
+    """The message of the gateway's error response."""
     try:
         return str(msgspec.json.decode(envelope)["error"]["message"])
     except (msgspec.DecodeError, LookupError, TypeError):
@@ -144,7 +150,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 
 def draw(status: GatewayStatus) -> Group:
-    """The status for people, in 80 columns and up."""
+    """The status for a terminal of 80 columns or more."""
     count = status.in_flight
     head = (
         f"twolane {status.version}, up {_duration(status.up_s)}, "
@@ -240,7 +246,8 @@ def _draw_gpu(gpu: GpuStatus) -> Group:
     lines.append(f"regret {gpu.regret:.1f} of {gpu.price:.1f} request-seconds, {gpu.moves} moves")
     legend = (
         "Regret: request-seconds lost because the GPU stays where it is. The GPU moves when it "
-        "reaches the second figure, the cost of a hand-over."
+        "reaches the second figure, the cost of a hand-over. Waited: request-seconds that requests "
+        "waited because of the move."
     )
     passages = _table("moved", "from", "to", "seconds", "waited", "outcome", "why")
     for passage in gpu.passages[-5:]:

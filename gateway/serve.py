@@ -73,7 +73,7 @@ async def _run(configuration: Settings, listener: socket.socket) -> None:
         port = listener.getsockname()[1]
         host = f"[{configuration.host}]" if ":" in configuration.host else configuration.host
         server = GracefulServer(gateway, configuration)
-        listener.listen()  # whoever reads the banner may connect at once
+        listener.listen()  # a client that reads the banner may connect at once
         print(  # noqa: T201 - a command's way to speak
             banner(gateway, f"http://{host}:{port}", keyed=bool(configuration.keys())), flush=True
         )

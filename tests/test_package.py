@@ -254,7 +254,7 @@ def wheel(tmp_path: Path) -> Path:
     return file
 
 
-def test_init_overwrites_only_what_it_is_told_to_and_keeps_the_keys(
+def test_init_overwrites_only_with_force_and_keeps_the_keys(
     tmp_path: Path, wheel: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     box = tmp_path / "box"

@@ -46,8 +46,8 @@ class FakeProcess:
         loading: Whether llama.cpp still reads its model; set it to False later.
         version: The version it reports; empty: the version that is played.
         alive: Whether the process runs. The attributes below hold only then.
-        paused: Starts no request: it was told to sleep, and has not been woken.
-        stuck: Accepts all requests and generates nothing until it is started anew.
+        paused: Starts no request: a sleep was requested, and no wake since.
+        stuck: Accepts all requests and generates nothing until it is restarted.
         wakes_stuck: Set it: it is stuck after the next wake.
         resident: The models that are loaded.
         running: Requests that hold a slot.

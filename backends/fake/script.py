@@ -11,7 +11,7 @@ An answer is a step or a list of steps, which are played in order:
     status(503, retry_after=2)                  an error with a JSON body
     stream(chunk("Hi"), chunk(finish="stop"), DONE)    a stream of these events
 
-After the last step the body ends as HTTP wants it. Any other end must be a step.
+After the last step the body ends as HTTP requires. Any other end must be a step.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Spent(Exception):
 
 
 class Reply:
-    """The answer to one request. It ends as HTTP wants it, unless a step ends it otherwise."""
+    """The answer to one request. It ends as HTTP requires, unless a step ends it otherwise."""
 
     def __init__(self, connection: Connection, request: Received) -> None:
         self._connection = connection
@@ -108,7 +108,7 @@ class Reply:
         await self.send(body)
 
     async def end(self, *, close: bool = False) -> None:
-        """End the body as HTTP wants it; a body without framing ends with the connection."""
+        """End the body as HTTP requires; a body without framing ends with the connection."""
         if self.over:
             return
         if self._framing == "chunked":

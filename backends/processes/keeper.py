@@ -1,4 +1,4 @@
-"""Runs one engine, and ends all its processes, whichever process dies how.
+"""Runs one engine, and ends all its processes, however any of them ends.
 
     gateway ──a pipe──► outer keeper ──► inner keeper ──► engine ──► what it starts
 

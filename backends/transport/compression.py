@@ -27,5 +27,5 @@ class Inflater:
             msg = f"the body is not compressed as its head says: {exc}"
             raise ValueError(msg) from exc
         if self._inflate.unconsumed_tail:
-            raise ValueError("the body unpacks to more than an answer can hold")
+            raise ValueError("the decompressed body is over the size limit of an answer")
         return out

@@ -155,7 +155,10 @@ def _add_profile(commands: Any) -> None:
         "settings, or the built-in one, which is assumed. A ? marks values between two measured "
         "levels or beyond the last.",
     )
-    show.add_argument("file", type=Path, nargs="?", metavar="FILE.json")
+    show.add_argument(
+        "file", type=Path, nargs="?", metavar="FILE.json",
+        help="the profile (default: that of the settings, else the built-in one)",
+    )  # fmt: skip
     show.add_argument("--config", type=Path, metavar="FILE", help="the gateway's settings, YAML")
     show.add_argument("--model", metavar="NAME", help="model of the settings (the first)")
     show.set_defaults(run=_show)

@@ -1,8 +1,8 @@
 """`twolane compare`: measure the configured lanes against each other, and write a report.
 
 `loadtests` measures; it knows URLs and nothing of the gateway. This package knows the rest:
-which engines a configuration has, how they are started, stopped and given the GPU, what they
-report of themselves, and how a gateway is put in front of them.
+which engines a configuration has, how they are started, stopped and given the GPU, and what they
+report. It also puts a gateway in front of them.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ examples:
   twolane doctor --json | jq '.findings[] | select(.level == "problem")'
   twolane doctor --config twolane.yaml && twolane serve --config twolane.yaml
 
-It only reads and asks: it changes nothing, loads no model and generates no token. Run it while
+It only reads: it changes nothing, loads no model and generates no token. Run it while
 the engines run, as a user who may see their processes (root, for those of other users).
 
 levels:
   problem          it fails, or will
-  warning          it may fail, or strangers may use it
+  warning          it may fail, or others may use the machine
   unknown          it could not be observed; the line has the reason
   note             worth knowing
   ok               as it should be

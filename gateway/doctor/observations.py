@@ -182,8 +182,8 @@ class ExpectedLane:
     exclusive: bool
 
 
-#: Why nothing is known of an engine that was not asked.
-NOT_ASKED = Unknown("it was not asked")
+#: Why nothing is known of an engine that was not queried.
+NOT_ASKED = Unknown("it was not queried")
 NOT_SEARCHED = Unknown("it was not looked for")
 
 

@@ -1,4 +1,4 @@
-"""Memory of this machine that stands for a GPU where there is none."""
+"""A budget of this machine's memory, in place of a GPU."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class Nvml:
             answers = [question(nvml, nvml.nvmlDeviceGetHandleByIndex(i)) for i in indexes]
         except nvml.NVMLError as exc:
             self._shut()  # a driver that was updated or reset has to be opened again
-            raise MemoryUnknown(f"the NVIDIA driver says: {exc}") from exc
+            raise MemoryUnknown(f"the NVIDIA driver reports: {exc}") from exc
         if not answers:
             raise MemoryUnknown("the NVIDIA driver reports no card")
         return answers

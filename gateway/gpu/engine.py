@@ -1,4 +1,4 @@
-"""An engine that takes the GPU and gives it back.
+"""An engine that acquires the GPU and releases it.
 
 Today a layout is one such engine, so the hand-over holds one for each layout.
 """
@@ -68,16 +68,16 @@ class GpuEngine:
         return self.process is not None and self.process.wanted and not self.process.running
 
     async def is_resident(self) -> bool:
-        """Whether it has any GPU memory now, as far as it answers."""
+        """Whether it has a model in GPU memory now; False where it does not answer."""
         try:
             return bool(await self.engine.resident())
         except BackendError:
             return False
 
     async def wait_leftover_gone(self) -> None:
-        """Return when the engine of a gateway before us is gone: its keepers are ending it.
+        """Return when the engine of a previous gateway has ended: its keepers end it.
 
-        A foreign server at its address is not waited for longer than that can take.
+        The wait has a limit, since another program's server may be at the same address.
         """
         if self.process is None:
             return

@@ -10,8 +10,8 @@
                                   down: each layout is tried in turn until one holds
 
 One task does all of it, one hand-over at a time, and every step has a deadline. No step
-counts as done because an engine says so: what unloads is seen gone, memory is seen free,
-and what was loaded has to answer a token before any request is sent there.
+counts as done because an engine says so. An unloaded model must be gone from the engine's list,
+the memory must be measured free, and a loaded model must generate a token before it gets requests.
 """
 
 from __future__ import annotations
@@ -34,23 +34,26 @@ from gateway.settings import Timings
 
 log = logging.getLogger("gateway.handover")
 
-#: Asked when the memory of the layout before does not become free.
-FREEING_HINT = "does vLLM run with --enable-sleep-mode, and does no other process use the GPU?"
+#: What to do when the memory of the previous layout does not become free.
+FREEING_HINT = (
+    "start vLLM with --enable-sleep-mode, and check with nvidia-smi that no other process uses the "
+    "GPU"
+)
 
 
 class Gpu:
     """The one owner of a GPU on which only one layout fits.
 
-    `run()` is its task. All else is plain: it changes what is wanted, and the task does it.
+    `run()` is its task. The other methods note what is wanted, and the task carries it out.
 
     Args:
-        policy: Where the GPU should be.
+        policy: Decides which layout should hold the GPU.
         layouts: The engine of each layout, by the layout's name.
-        deadlines: Of each step.
-        memory: What is free, where that can be seen.
-        ref: Where everybody reads the state that is made here.
-        idle_release_s: Without demand for so long, the memory is given back. 0: never.
-        timings: How often is looked, and how long is paused between attempts.
+        deadlines: The longest that each step may take.
+        memory: The free GPU memory, where it can be read.
+        ref: Where all other parts read the GPU's state.
+        idle_release_s: Seconds without a request after which the memory is released. 0: never.
+        timings: The interval between two looks, and the pauses between attempts.
 
     Attributes:
         states: Makes the states; the models on this GPU join it.
@@ -90,10 +93,10 @@ class Gpu:
 
     @property
     def state(self) -> GpuState:
-        """Where the GPU stands now."""
+        """The GPU's present state."""
         return self.ref.state
 
-    # What is wanted
+    # Requests to the task
 
     def request(self, move: Move | None) -> None:
         """Carry out the policy's move, or load a layout for requests that wait while none holds.
@@ -105,30 +108,31 @@ class Gpu:
         self._wake.set()
 
     def pin(self, layout: str | None) -> None:
-        """The operator wants the GPU at this layout, or (None) leaves it to the policy."""
+        """Pin the GPU to this layout for the operator, or (None) leave it to the policy."""
         self.policy.pin = layout
         self.states.set_released(released=False)
         self._wake.set()
 
     def release(self) -> None:
-        """The operator wants the memory for something else, until `pin()` is called."""
+        """Release the memory for other programs, until `pin()` is called."""
         self.states.set_released(released=True)
         self._wake.set()
 
     def unload(self) -> asyncio.Future[bool]:
-        """The operator wants the memory back until a request needs the GPU again.
+        """Release the memory for the operator until a request needs the GPU again.
 
-        Becomes true when it is, and false where running requests did not end in time.
+        The result is true once it is released, and false where running requests did not end in
+        time.
         """
-        wish = self._unloading
-        if wish is None:
-            wish = asyncio.get_running_loop().create_future()
+        result = self._unloading
+        if result is None:
+            result = asyncio.get_running_loop().create_future()
             if self.state.layout is None and not self.state.moving:
-                wish.set_result(True)
+                result.set_result(True)
             else:
-                self._unloading = wish
+                self._unloading = result
                 self._wake.set()
-        return wish
+        return result
 
     # The task
 
@@ -183,11 +187,11 @@ class Gpu:
         except StepFailed as exc:
             await self._recover(str(exc))
         else:
-            log.info("%s has the GPU already", keep)
+            log.info("%s holds the GPU already", keep)
             self._open(keep)
 
     async def _reconcile(self) -> None:
-        """Do what the present state and wishes call for."""
+        """Do what the present state and the operator's requests call for."""
         state = self.state
         if state.released:
             if state.layout is not None:
@@ -198,7 +202,7 @@ class Gpu:
             await self._unload(self._unloading)
         elif state.layout is None:
             if not state.held_before or any(client.waiting for client in self.states.clients):
-                why = "requests wait for it" if state.held_before else "to be there for the first"
+                why = "requests wait for it" if state.held_before else "the gateway has started"
                 await self._hand_over(None, self.policy.next_layout, why)
         else:
             await self._reconcile_holder(state.layout)
@@ -216,7 +220,7 @@ class Gpu:
             await self._release(layout, f"no request for {self._idle_release_s:g} s")
 
     def _idle_s(self, state: GpuState) -> float:
-        """Seconds without a request, since the GPU came to its holder at the most."""
+        """Seconds without a request, counted at most since the holder acquired the GPU."""
         layout = state.layout or ""
         if any(client.demand or client.running(layout) for client in self.states.clients):
             return 0.0
@@ -262,7 +266,7 @@ class Gpu:
         await self._do(Step.PROBING, layout, engine.probe, record)
 
     async def _go_back(self, source: str, target: str, why: str) -> None:
-        """Let the layout before have the GPU again."""
+        """Return the GPU to the layout that held it before."""
         try:
             await self._force_release(target)
             await self._acquire(source)
@@ -274,8 +278,8 @@ class Gpu:
     async def _recover(self, why: str) -> None:
         """No layout holds: try each, the quickest to start first, until one does.
 
-        Requests wait for the first attempt. After it all are refused, with a time to come
-        again, until a layout holds.
+        Requests wait for the first attempt. After it all are refused, with a Retry-After, until
+        a layout holds.
         """
         self.states.drop()
         pause = self._timings.gpu_retry_min_s
@@ -298,7 +302,7 @@ class Gpu:
         await self._release_until_free(list(self.layouts))
 
     async def _backoff(self, seconds: float) -> None:
-        """Return after so long, or as soon as the operator wants something else."""
+        """Return after so long, or as soon as the operator pins or releases."""
         self._wake.clear()  # that an engine has ended meanwhile is no news
         if not self.state.released:
             with contextlib.suppress(TimeoutError):
@@ -311,7 +315,7 @@ class Gpu:
     async def _force_release(self, layout: str) -> bool:
         """Free this layout's memory, by force where the gateway started it.
 
-        False: it would not, and the gateway did not start it.
+        Returns False where the engine did not release it, and the gateway did not start it.
         """
         engine = self.layouts[layout]
         try:
@@ -325,8 +329,8 @@ class Gpu:
             return engine.process is not None
         return True
 
-    async def _unload(self, wish: asyncio.Future[bool]) -> None:
-        """Give the memory back for the operator, if the running requests end in time."""
+    async def _unload(self, result: asyncio.Future[bool]) -> None:
+        """Release the memory for the operator, if the running requests end in time."""
         gone, source, move = False, self.state.layout, self.state.move
         try:
             if source is not None:
@@ -341,21 +345,21 @@ class Gpu:
             self._wake.set()
         finally:
             self._unloading = None
-            if not wish.done():
-                wish.set_result(gone)
+            if not result.done():
+                result.set_result(gone)
 
     async def _release(self, layout: str, why: str) -> None:
-        """Give the memory back to other programs."""
+        """Release the memory for other programs."""
         move = self.state.move
         self.states.drop(preferred=move.target if move is not None else layout)
         self.states.set_target("")
-        log.info("%s gives the GPU back: %s", layout, why)
+        log.info("%s releases the GPU: %s", layout, why)
         with contextlib.suppress(StepFailed):  # the release goes on even so
             await self._do(Step.DRAINING, layout, lambda: self._drained(layout))
         await self._release_until_free([layout])
 
     async def _release_until_free(self, layouts: Sequence[str]) -> None:
-        """Have these layouts give the memory back, until they have or a request needs it."""
+        """Try until these layouts have released the memory, or a request needs the GPU."""
         for layout in layouts:
             while not await self._force_release(layout):
                 if any(client.waiting for client in self.states.clients):
@@ -395,5 +399,5 @@ class Gpu:
 
     def _open(self, layout: str) -> None:
         """This layout holds the GPU: its requests may start."""
-        log.info("%s has the GPU", layout)
+        log.info("%s holds the GPU", layout)
         self.states.hold(layout)

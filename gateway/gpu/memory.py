@@ -1,6 +1,6 @@
 """The memory that engines share: how much is free, on which card, and what a layout needs.
 
-It is read and never computed: an engine that says its model is gone may still hold the bytes.
+It is read and never computed: an engine that reports its model gone may still hold the bytes.
 Reading waits for a driver or for files, up to a tenth of a second: do it in a thread. What
 cannot be read raises `MemoryUnknown`, and serving goes on without it.
 """

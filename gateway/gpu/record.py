@@ -1,4 +1,4 @@
-"""What is remembered of a hand-over, the deadlines of its steps, and how a step fails."""
+"""The record of a hand-over, the deadlines of its steps, and the error of a failed step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Deadlines:
 
 
 class StepFailed(Exception):
-    """A step did not come to its end; the text is for people."""
+    """A step of a hand-over failed; the text says why."""
 
     def __init__(self, step: Step, layout: str, why: str) -> None:
         super().__init__(f"{step} {layout}: {why}")

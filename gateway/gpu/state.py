@@ -1,6 +1,6 @@
 """Which layout holds the GPU, and where a hand-over is: one frozen value.
 
-A layout is what stands in GPU memory together. Today each layout is one engine and bears
+A layout is the set of engines in GPU memory together. Today each layout is one engine and has
 its name. `gateway.gpu.handover` makes every state and puts it into a `GpuStateRef`; policy,
 scheduler, admission, status and metrics read it there, and nothing copies it.
 """
@@ -12,7 +12,7 @@ from enum import StrEnum
 
 
 class Step(StrEnum):
-    """Where the GPU is on its way from one layout to the next."""
+    """The steps from one layout to the next, and the states between hand-overs."""
 
     FREE = "free"
     HELD = "held"
@@ -43,12 +43,12 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class GpuState:
-    """Where the GPU stands at a moment.
+    """The state of the GPU at a moment.
 
     Attributes:
         step: The step of the hand-over.
         layout: The layout that holds the GPU, or held it when the present hand-over began.
-        target: The layout that holds the GPU or shall hold it next; empty: it is given back.
+        target: The layout that holds the GPU or shall hold it next; empty: it is released.
         move: The policy's decision that is being carried out, if there is one.
         failure: Why no layout can be made to hold it; empty where one holds or is on its way.
         since: When the step began, seconds on the monotonic clock.
@@ -87,10 +87,10 @@ class GpuState:
 
     @property
     def movement(self) -> str:
-        """Where the GPU is on its way, for people; empty where it is not."""
+        """The movement of the GPU in words; empty where it does not move."""
         if not self.moving:
             return ""
-        way = f"goes to {self.target}" if self.target else "is given back"
+        way = f"goes to {self.target}" if self.target else "is released"
         return f"The GPU {way}: {self.step}"
 
     @property
@@ -108,7 +108,7 @@ class GpuState:
 
 
 class GpuStateRef:
-    """Where everybody reads the GPU's present state; only its hand-over assigns one."""
+    """Where all parts read the GPU's present state; only its hand-over assigns one."""
 
     __slots__ = ("state",)
 

@@ -1,7 +1,7 @@
-"""Makes every state of the GPU, in one place, and lets policy and models know of it.
+"""Makes every state of the GPU, in one place, and notifies policy and models.
 
-The policy counts what the state before has cost, the new state is assigned, and each model
-receives an event. Nobody else assigns a state.
+The policy counts what the previous state has cost, the new state is assigned, and each model
+receives an event. No other module assigns a state.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GpuTransitions:
     """The state of one GPU, from one step to the next.
 
     Args:
-        ref: Where everybody reads the state.
+        ref: Where all other parts read the state.
         policy: Counts what each state costs, and learns how hand-overs end.
 
     Attributes:
@@ -60,7 +60,7 @@ class GpuTransitions:
 
     @property
     def state(self) -> GpuState:
-        """Where the GPU stands now."""
+        """The GPU's present state."""
         return self._ref.state
 
     def moving_s(self) -> float:
@@ -69,7 +69,7 @@ class GpuTransitions:
         return self._moving_s + (time.monotonic() - state.since if state.moving else 0.0)
 
     def join(self, client: GpuClient) -> None:
-        """One more model lives on this GPU."""
+        """Add a model that shares this GPU."""
         self.clients.append(client)
         self.events.post(partial(client.on_gpu_change, self.state, self.state))
 
@@ -80,11 +80,11 @@ class GpuTransitions:
         self._notify(before)
 
     def set_target(self, target: str) -> None:
-        """The layout that shall hold the GPU next; empty: it is given back."""
+        """Set the layout that shall hold the GPU next; empty: it is released."""
         self._assign(target=target)
 
     def set_released(self, *, released: bool) -> None:
-        """The operator releases the GPU, or wants it back."""
+        """Note that the operator has released the GPU, or has pinned it again."""
         before = self.state
         drains = released and before.step is Step.HELD
         self._assign(Step.DRAINING if drains else None, released=released)
@@ -100,7 +100,7 @@ class GpuTransitions:
         self._notify(before)
 
     def drop(self, *, preferred: str | None = None) -> None:
-        """No layout holds any more; without one that is preferred next, a move has failed."""
+        """Note that no layout holds the GPU; without a preferred next one, a move has failed."""
         before = self.state
         self._assign(layout=None, move=None)
         if before.layout is not None:
@@ -108,7 +108,7 @@ class GpuTransitions:
             self._policy.on_freed(time.monotonic(), preferred or before.layout, failed=failed)
 
     def _assign(self, step: Step | None = None, **changes: Any) -> None:
-        """Make the next state: the one place that does."""
+        """Make the next state; no other place does."""
         now, before = time.monotonic(), self.state
         self._policy.advance(now)
         if step is not None:

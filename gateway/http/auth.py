@@ -39,7 +39,7 @@ class Keys:
         digest = _digest(key.strip())
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(matches):
-            raise Unauthorized("This gateway does not know this API key.")
+            raise Unauthorized("This API key is not valid for this path.")
         return f"key-{matches.index(True) + 1}"
 
 

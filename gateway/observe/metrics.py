@@ -46,7 +46,7 @@ class Metrics(Collector):
         timings: How often the machine is sampled.
 
     Attributes:
-        gpu: What the models in exclusive placement share, if there is any; see `follow`.
+        gpu: The GPU that the models in exclusive placement share, if there are any; see `follow`.
         meter: What the machine has used.
     """
 

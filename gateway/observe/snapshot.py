@@ -79,7 +79,7 @@ def gpu_status(gpu: Gpu) -> GpuStatus:
 
 
 def gpu_progress(gpu: Gpu) -> GpuProgress:
-    """Where the GPU is on its way."""
+    """Which layout holds the GPU, and which step of a hand-over is under way."""
     state = gpu.state
     return GpuProgress(
         holder=state.layout,

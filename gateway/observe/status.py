@@ -65,7 +65,7 @@ class RefinementStatus(msgspec.Struct):
 
 
 class ProfileStatus(msgspec.Struct):
-    """The profile that a model is decided by, and what speaks against it."""
+    """The profile by which a model's lane is chosen, and reasons why it may be out of date."""
 
     source: str
     told: str
@@ -153,7 +153,7 @@ class CostStatement(msgspec.Struct):
 
 
 class GatewayStatus(msgspec.Struct):
-    """Everything the gateway knows of itself."""
+    """The body of `/status`: the process, the GPU, costs, and each model."""
 
     version: str
     up_s: float

@@ -49,8 +49,8 @@ class Exchange:
 class Lifeline:
     """Ends its block when the client hangs up, or when `cut` is called.
 
-    The client is watched from the first moment: while its request waits, before the
-    engine has answered, and between any two bytes.
+    The client is watched as soon as its request is read: while the request waits, before
+    the engine has answered, and between any two bytes.
     """
 
     def __init__(self, receive: Receive) -> None:

@@ -1,8 +1,8 @@
 """One exchange, from the request as read to its last byte.
 
-A request gets a slot, its replica an attempt, the client the bytes as they come. The type
-of an engine's error says whether another may be tried; no flags do. Once the first byte is
-out, a failure becomes an event in the stream and never a clean end.
+A request waits for a slot, is sent to its replica, and the client receives the bytes as they
+come. The type of an engine's error alone says whether another replica may be tried. Once the
+first byte is out, a failure becomes an event in the stream and never a clean end.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from gateway.settings import Timings
 
 
 class Relay:
-    """Relays requests to the models of a catalogue, and their answers back.
+    """Relays requests to the models of a catalogue, and the answers to the clients.
 
     Args:
         catalogue: The models.
         heartbeat_s: Silence after which a waiting stream receives a comment, seconds.
         status_events: Whether a stream that waits for the GPU receives Open WebUI's status events.
-        timings: How soon it does, and for how long a background call is held back.
+        timings: When the first status event is due, and how long a background call is held back.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class Relay:
     def _heartbeat(self, model: Model, ticket: Ticket, exchange: Exchange, reply: Reply) -> bytes:
         """What keeps a stream alive now; empty while it may still be refused.
 
-        In the queue it may still receive 429 or 503; only a hand-over is worth its silence.
-        The first heartbeat sends the headers, and they name the lane: after it no other
-        lane is tried, so it goes out no sooner than it must.
+        In the queue it may still receive 429 or 503. So before it has its slot, heartbeats are
+        sent during a hand-over only. The first one sends the headers, which name the lane.
+        After it no other lane is tried, so it is sent as late as possible.
         """
         silent_s = time.monotonic() - reply.last
         message = COMMENT if silent_s > self._heartbeat_s - TIMER_SLACK_S else b""
@@ -122,7 +122,7 @@ class Relay:
         exchange: Exchange,
         reply: Reply,
     ) -> None:
-        """Ask one replica, and another where that failed and nothing is out; as `serve`."""
+        """Send to one replica, and to another if it fails before a byte is out; see `serve`."""
         failure: GatewayError | None = None
         while True:
             try:
@@ -134,7 +134,7 @@ class Relay:
                     exchange.dropped = stripped
                     exchange.sent = time.monotonic()
                     if reply.begun and self._status_events and failure is None:
-                        await reply.events(_status_event("The GPU is there.", done=True))
+                        await reply.events(_status_event("The GPU is ready.", done=True))
                     await self._attempt(grant, request, exchange, reply)
                     return
             except NoLane:
@@ -151,7 +151,7 @@ class Relay:
     async def _attempt(
         self, grant: Grant, request: Request, exchange: Exchange, reply: Reply
     ) -> None:
-        """Ask one replica; raises `BackendError`."""
+        """Send the request to one replica; raises `BackendError`."""
         try:
             if request.call.stream:
                 await self._stream(grant, request, exchange, reply)

@@ -44,7 +44,7 @@ class Failure:
     Attributes:
         at_fault: The replica is to blame, and not the request.
         unreachable: No connection could be made.
-        busy_s: For how many seconds it wants no requests; None: it is not busy.
+        busy_s: For how many seconds it must receive no requests; None: it is not busy.
     """
 
     at_fault: bool
@@ -127,7 +127,7 @@ class Breaker:
         if now < self.out_until:
             return "failed too often and is ejected for a while"
         if now < self.busy_until:
-            return "says that it is busy"
+            return "reports that it is busy"
         return ""
 
     def next_change_at(self, now: float) -> float | None:

@@ -1,7 +1,7 @@
 """Events are handled one after the other: what an event causes begins after that event has ended.
 
-Handlers may post further events. Whoever posts first drains the queue, in one loop, so no
-handler is ever entered while another runs, and each sees what all before it have done.
+Handlers may post further events. The first caller of `post` drains the queue, in one loop, so no
+handler is ever entered while another runs, and each sees the effects of all before it.
 """
 
 from __future__ import annotations

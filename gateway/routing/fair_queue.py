@@ -1,4 +1,4 @@
-"""The queue of one model: a line for each key, the keys in turn, background calls last."""
+"""The queue of one model: round robin over API keys, background calls last."""
 
 from __future__ import annotations
 

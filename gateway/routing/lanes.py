@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Cause(StrEnum):
-    """Why a request went where it went, in a word that can be counted by."""
+    """Why a request went to its lane, as one word for logs and metrics."""
 
     POLICY = "policy"
     ONLY_LANE = "only_lane"
@@ -26,7 +26,7 @@ class Replica:
         url: Its address.
         slots: Concurrent requests it is configured for.
         capacity: Concurrent requests it may receive now: fewer while it comes back from an
-            ejection, none while it is out.
+            ejection, none while it is ejected.
         running: Requests that run on it.
         unavailable_reason: Why the capacity is zero, in public words.
         retry_after_s: Seconds after which another attempt makes sense.
@@ -93,8 +93,8 @@ class Ticket:
     """One request on its way through a model's queue.
 
     Attributes:
-        key: Whose turn it is: keys are served in turn.
-        background: A chat page's own call, which waits behind all others and is no demand.
+        key: Name of the client's API key; keys are served round robin.
+        background: A chat page's own call; it waits behind all others and is not demand.
         pin: The lane that the request names.
         eligible: The lanes that can serve it; empty: all.
         exclusion_reason: Why the other lanes cannot, in public words.

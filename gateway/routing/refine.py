@@ -118,8 +118,8 @@ class ProfileRefiner:
 
     Each answer is compared with the profile's seconds for its length and concurrency. The
     deviation that all answers have in common (longer prompts than were measured, say) corrects
-    every lane at every level, also where no answer was seen: it says nothing about which lane is
-    faster, and a lane must not look slow only because it is in use. One lane's own deviation
+    every lane at every level, also levels without an answer. It says nothing about which lane is
+    faster: without this, a lane would look slow only because it is in use. One lane's own deviation
     at one level counts as far as it is beyond chance. Neither counts beyond a factor of two.
 
     Args:

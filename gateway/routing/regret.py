@@ -20,7 +20,7 @@ NO_LANES: Mapping[str, int] = {}
 
 @dataclass(frozen=True, slots=True)
 class RoutedModel:
-    """A model as a policy knows it: its lanes, and their profile."""
+    """A model as a policy needs it: its lanes, and their profile."""
 
     lanes: tuple[str, ...]
     profile: Profile

@@ -1,8 +1,8 @@
 """Which request is served next, and by which replica of which lane.
 
-The whole decision for one model lives here and nothing else does: no clock, no sockets,
-no tasks. Each method takes one event and returns the actions it calls for. No method is
-a coroutine, so none can be interrupted halfway and no lock is needed.
+The whole decision for one model is made here, without a clock, sockets or tasks. Each method
+takes one event and returns the actions it calls for. No method is a coroutine, so none can be
+interrupted halfway and no lock is needed.
 
 A waiting request is not bound to a lane until it starts: when the policy moves, or an engine
 goes away, the whole queue goes with it.
@@ -113,13 +113,13 @@ class Scheduler:
         return self._gpu.state.blocked_reason if self._gpu is not None else ""
 
     def is_resident(self, lane: Lane) -> bool:
-        """Whether a lane may start requests: it has the GPU, or needs to share none."""
+        """Whether a lane may start requests: it holds the GPU, or shares none."""
         return self._gpu is None or self._gpu.state.serves(lane.name)
 
     # Events
 
     def arrived(self, ticket: Ticket, now: float, *, again: bool = False) -> list[Action]:
-        """A request wants a slot; `again` if it had one and its replica failed."""
+        """A request needs a slot; `again` if it had one and its replica failed."""
         if self._choose(ticket) is None:
             return [Refuse(ticket, self._no_lane(ticket))]
         ticket.arrived = now
@@ -214,7 +214,7 @@ class Scheduler:
         return None
 
     def _failed_by_holder(self, ticket: Ticket) -> bool:
-        """Whether the engine that has the GPU has failed it, and is well: no reason to move."""
+        """Whether the engine that holds the GPU has failed it, but is up: no reason to move."""
         return self.exclusive and any(
             replica.capacity > 0 and replica in ticket.excluded
             for lane in self.lanes.values()
@@ -233,7 +233,7 @@ class Scheduler:
                 return Cause.PIN, "pinned by the operator"
             return (
                 Cause.HEALTH,
-                f"the GPU could not be brought to {pin}, where the operator wants it",
+                f"the GPU could not be moved to {pin}, which the operator has pinned",
             )
         if ticket.pin:
             return Cause.REQUEST_PIN, "pinned by the request"

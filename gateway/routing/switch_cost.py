@@ -34,7 +34,7 @@ SHORTEST_HANDOVER_S = 15.0
 NEWEST_HANDOVER = 0.25
 #: The most by which hand-overs that did not pay multiply the threshold.
 MAX_CAUTION = 16.0
-#: For how long the past tells which lane is cheaper, and for how long a move counts, seconds.
+#: How far back the comparison of the lanes' costs reaches, and how long a move counts, seconds.
 HOUR_S = 3600.0
 
 #: Request-seconds that are none: floating-point sums may be off by so much, and what is due
@@ -79,8 +79,8 @@ class HandoverCost:
 
     A move costs the request-seconds that requests waited because of it. Its estimate is the
     mean of those before, each direction for itself. The threshold is one and a half round
-    trips, times the caution about the target: doubled after a stay that did not earn its
-    round trip and after a move that failed, halved after a stay that did.
+    trips, times the caution about the target. A stay there that did not earn its round trip
+    doubles the caution, and so does a failed move; a stay that did halves it.
 
     Args:
         assumed_s: Seconds of a hand-over, until one was seen.

@@ -1,6 +1,6 @@
-"""The way to a slot of one model, for as long as a request needs it.
+"""Gives a request a slot of one model, for as long as it needs one.
 
-The scheduler decides, this module waits: it gives the decisions their clock, wakes the
+The scheduler decides, this module waits: it passes the time to the scheduler, wakes the
 requests that may start, and takes every slot back in one `__aexit__`, however the exchange
 ended. Whatever happens is an event in one queue, which models on one GPU share. Events flow
 in and actions flow out: `_act` never runs inside itself.
@@ -34,13 +34,13 @@ TIMER_SLACK_S = 0.001
 
 
 class Admission:
-    """The way to the slots of one model's lanes.
+    """Gives the slots of one model's lanes to its requests.
 
     Args:
         scheduler: Decides which request is next.
         servers: The server behind each of its replicas.
         max_wait_s: The longest time in the queue, hand-overs not counted.
-        gpu: What its lanes share in an exclusive placement.
+        gpu: The GPU that its lanes share in an exclusive placement; None in a shared one.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class Admission:
     def _heading(self, ticket: Ticket) -> str:
         """The lane that will serve a request; empty where none can.
 
-        The one that the GPU goes to, whatever the policy would choose were it free to.
+        During a hand-over it is the target's lane, whatever the policy would choose.
         """
         target = self.gpu.state.target if self.gpu is not None else ""
         if target in self.scheduler.lanes and ticket.pin is None and ticket.fits(target):
             return target
         return self.scheduler.lane_for(ticket) or ""
 
-    # What the GPU sees of it
+    # What the GPU's hand-over reads
 
     @property
     def demand(self) -> int:

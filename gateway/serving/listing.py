@@ -20,7 +20,7 @@ class EngineListing:
     Args:
         settings: The gateway's configuration.
         ports: Where engines are looked for on this machine.
-        client: The HTTP client for looking.
+        client: The HTTP client of the search.
         pool: The engines, and those that are found.
         publisher: Serves the models.
         catalogue: The models that are served.
@@ -63,7 +63,7 @@ class EngineListing:
             await self._pool.start_embedded()
 
     async def run(self) -> None:
-        """Ask the engines for their models again and again, until cancelled."""
+        """List the engines' models again and again, until cancelled."""
         while True:
             await asyncio.sleep(self._timings.relist_interval_s)
             if self._discovers and self._pool.embedded is None:

@@ -166,4 +166,6 @@ def _unloading_servers(admission: Admission, pin: str | None) -> list[ReplicaSer
 
 def _failed(engine: Engine, error: BackendError) -> EngineFailed:
     log.warning("%s", error)
-    return EngineFailed(f"{engine.kind} failed to do it; the gateway's log has the reason.")
+    return EngineFailed(
+        f"{engine.kind} failed to load or unload the model; the gateway's log has the reason."
+    )

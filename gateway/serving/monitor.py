@@ -90,7 +90,7 @@ class ReplicaMonitor:
             await self._compare_with_profile()
 
     async def _read_capabilities(self) -> None:
-        """Ask what the engine can take, and whether its context is as long as promised."""
+        """Read what the engine can serve, and check that its context is as long as promised."""
         with contextlib.suppress(BackendError):
             reported = await self._server.engine.capabilities(self._server.model)
             self._model.can[self._kind] = stated_capabilities(reported, self._lane)

@@ -14,7 +14,7 @@ class Operator:
         catalogue: The models.
 
     Attributes:
-        gpu: What the models in exclusive placement share, where there are any.
+        gpu: The GPU that the models in exclusive placement share; None without any.
     """
 
     def __init__(self, catalogue: Catalogue) -> None:

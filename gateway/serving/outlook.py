@@ -1,4 +1,4 @@
-"""Where a model is, where its requests went, and what a waiting request waits for."""
+"""Whether a model is in memory, which lanes its requests took, what a waiting one waits for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Residence(StrEnum):
-    """Where a model is, in the words of llama.cpp's router."""
+    """Whether a model is in memory, in the terms of llama.cpp's router."""
 
     LOADED = "loaded"
     LOADING = "loading"
@@ -16,7 +16,7 @@ class Residence(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A request and where it went; `at` in seconds since the epoch."""
+    """A request and the lane that served it; `at` in seconds since the epoch."""
 
     at: float
     lane: str
@@ -31,7 +31,7 @@ class Outlook:
     Attributes:
         granted: It has its slot already.
         lane: The lane that serves it or will; empty where none can.
-        reason: Why that lane, or where the GPU is on its way; empty where it waits for a slot.
+        reason: Why that lane, or the step of the hand-over; empty where it waits for a slot.
     """
 
     granted: bool

@@ -47,8 +47,8 @@ async def make_gpu(
         settings: The gateway's configuration.
         models: The models in exclusive placement, by public name.
         pool: Their engines.
-        memory: Where the GPU's memory is read from, unless a budget stands for it.
-        timings: How often the hand-over looks, and how long it pauses.
+        memory: Where the GPU's memory is read from, unless a budget takes its place.
+        timings: The interval between two looks of the hand-over, and its pauses.
 
     Raises:
         SettingsError: An engine cannot release the GPU, a model does not fit, or a profile

@@ -34,7 +34,7 @@ class Publisher:
         timings: How often replicas are probed.
 
     Attributes:
-        gpu: What the models in exclusive placement share, where there are any.
+        gpu: The GPU that the models in exclusive placement share; None without any.
     """
 
     def __init__(

@@ -21,13 +21,13 @@ REPLICA_STATES = {
 
 @dataclass(slots=True, eq=False)
 class ReplicaServer:
-    """What stands behind a replica.
+    """The engine behind a replica, and what is known of it.
 
     Attributes:
         engine: Its engine.
         model: The engine's own name of the model.
         breaker: Its circuit breaker.
-        prober: Asks it whether it is ready.
+        prober: Probes whether it is ready.
         activity: What it last reported of itself.
         loaded: Whether it last reported that the model is in its memory.
     """

@@ -72,7 +72,7 @@ class EngineSettings(_Part):
 
 
 class LaneSettings(_Part):
-    """One model on one engine."""
+    """One model on one engine. In an exclusive placement, a model's first lane is loaded first."""
 
     model: str = Field(min_length=1, description="The engine's own name of the model.")
     urls: tuple[BaseURL, ...] = Field(
@@ -112,7 +112,7 @@ class ModelSettings(_Part):
     """A public model name and its lanes, by kind of engine."""
 
     lanes: Annotated[dict[Kind, LaneSettings], Field(min_length=1)] = Field(
-        description="The model's lanes, by kind of engine. The first has the GPU first."
+        description="The model's lanes, by kind of engine. The first is loaded first."
     )
     placement: Literal["shared", "exclusive"] = Field(
         "shared",

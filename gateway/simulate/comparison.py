@@ -142,7 +142,7 @@ def _policy_names(case: Case) -> list[str]:
 
 
 def _depends_on_holder(trace: str | Trace) -> bool:
-    """Whether the demand depends on who holds the GPU: then every policy meets another day."""
+    """Whether the demand depends on the lane that holds the GPU: then it differs by policy."""
     return trace == "adversary" or (isinstance(trace, PeopleTrace) and bool(trace.by_holder))
 
 

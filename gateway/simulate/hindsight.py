@@ -22,7 +22,7 @@ class _Path:
 
     Attributes:
         cost: Request-seconds since the beginning.
-        lane: Who holds the GPU.
+        lane: The lane that holds the GPU.
         since: When the hand-over to `lane` began.
         previous: The path before that hand-over.
     """

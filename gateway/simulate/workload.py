@@ -27,7 +27,8 @@ class ClosedLoop:
     """People who ask, read and think.
 
     Every person has a random number generator, so all policies meet the same people: their n-th
-    pause and their n-th question do not depend on the policy. Who leaves lets the last answer end.
+    pause and their n-th question do not depend on the policy. A person who leaves still receives
+    the last answer.
     """
 
     def __init__(self, trace: PeopleTrace, think_s: float, seed: int) -> None:

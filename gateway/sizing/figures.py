@@ -15,7 +15,7 @@ Placement: TypeAlias = Literal["exclusive", "shared"]
 
 
 class Requirements(msgspec.Struct, frozen=True):
-    """What the owner asks of the engines; None leaves the choice to the plan.
+    """What the engines are required to do; None leaves the choice to the plan.
 
     Attributes:
         context: Tokens of a slot, prompt and answer.

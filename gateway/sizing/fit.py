@@ -1,6 +1,6 @@
 """What fits on the cards, and how fast it can be at most: arithmetic, and nothing else.
 
-Nothing here asks a machine. What cannot be computed is assumed, in `assumptions`.
+Nothing here reads the state of a machine. What cannot be computed is assumed, in `assumptions`.
 """
 
 from __future__ import annotations

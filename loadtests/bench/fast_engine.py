@@ -18,11 +18,6 @@ import msgspec
 
 from loadtests.bench.script import ANSWER_WORDS, BENCH_MODEL, CHAT_PATH, JSON_TEXT, Script
 
-# --- the exchange, and what makes it whole ------------------------------------------------
-
-
-# --- the engine ---------------------------------------------------------------------------
-
 
 def _http(status: str, body: object, kind: str = "application/json") -> bytes:
     content = body if isinstance(body, bytes) else msgspec.json.encode(body)
@@ -145,9 +140,9 @@ class _Metronome:
 
     One step is how a batching engine sends them: a step of vLLM makes a token for every
     running stream, each a chunk and a write of its own. With spread tokens a proxy wakes for
-    nearly every chunk, and that cost in the kernel, the same for all, hides how proxies
-    differ (a bare relay in Python reached 0.8 of nginx, and 0.5 in steps). Without a pace,
-    chunks pile up in the sockets and are relayed by the dozen.
+    nearly every chunk. That cost in the kernel is the same for all proxies, and hides how they
+    differ: a bare relay in Python reached 0.8 of nginx with spread tokens, and 0.5 in steps.
+    Without a pace, chunks pile up in the sockets and are relayed by the dozen.
 
     Event loops count in milliseconds, and spread tokens are closer together, so the beats
     come from the kernel (`timerfd`).

@@ -5,9 +5,9 @@ the same minutes, so that the result is a ratio. Everything is observed from out
 seconds and memory of the proxy's whole process tree, the bytes that arrive at a client, and
 when the engine sees a connection end. Nothing of the gateway is imported.
 
-This module is the command. `floors` has the measures and limits, `rounds` what a round does,
-`tables` the output; `script` has the requests and the check of every answer, `fast_engine`
-and `fast_client` the two ends, and `ways` the processes and the client disconnects.
+This module is the command. `floors` has the measures and limits, `rounds` what a round does, and
+`tables` the output. `script` has the requests and the check of every answer. `fast_engine` and
+`fast_client` are the two ends, and `ways` has the processes and the client disconnects.
 """
 
 from __future__ import annotations
@@ -32,21 +32,6 @@ from loadtests.bench.ways import (
     WAYS,
 )
 
-# --- what is promised ---------------------------------------------------------------------
-
-
-# --- the arithmetic -----------------------------------------------------------------------
-
-"""Measure, then way, then one value a round."""
-"""And what has to be remarked."""
-
-
-# --- a run --------------------------------------------------------------------------------
-
-
-# --- the report ---------------------------------------------------------------------------
-
-
 HELP = """\
 Three ways lead to one fast fake engine: direct, through nginx, through the gateway. Each
 round measures all of them in rotated order, and the median of the rounds is compared with
@@ -65,7 +50,7 @@ examples:
   python -m loadtests.bench.overhead                                what `make bench` runs
   python -m loadtests.bench.overhead --json bench.json              and keep every round
   python -m loadtests.bench.overhead --rounds 1 --seconds 2         quick, too short to quote
-  python -m loadtests.bench.overhead --only direct,nginx            is the harness itself sound?
+  python -m loadtests.bench.overhead --only direct,nginx            checks the harness itself
 
 Every answer is checked word by word; a broken one ends the run without a result.
 exit status: 0 all floors hold (or were not measured), 1 a floor is missed, 2 no result

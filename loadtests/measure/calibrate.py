@@ -1,8 +1,8 @@
 """Measures where two lanes cross: coarsely first, then closer, then again for the spread.
 
 The gateway decides by the seconds of a request on each lane at each concurrency, and the
-crossover matters most. So levels are added there until no whole number is left between two
-of them, and the levels around it are repeated as long as time is left.
+crossover matters most. So levels are added there until two of them are adjacent (from 16 on:
+within an eighth), and the levels around it are repeated as long as time is left.
 """
 
 from __future__ import annotations

@@ -93,10 +93,10 @@ class Day:
         they would have it in their prefix cache.
         """
         number = random.Random(f"{self.seed}/{target}/{place}").randrange(10**6)
-        dice = random.Random(f"{self.seed}/{place}")
-        words = " ".join(dice.choices(PROMPT_WORDS, k=45))
+        rng = random.Random(f"{self.seed}/{place}")
+        words = " ".join(rng.choices(PROMPT_WORDS, k=45))
         return (
-            f"{number}. Write a long story about the {dice.choice(TOPICS)}, "
+            f"{number}. Write a long story about the {rng.choice(TOPICS)}, "
             f"and use these words: {words}."
         )
 
@@ -168,8 +168,8 @@ async def run_phase(
 
     async def person(number: int) -> None:
         who = f"{phase.number}/{phase.counts}/{number}"
-        dice = random.Random(f"{day.seed}/{who}")
-        await asyncio.sleep(dice.uniform(0, day.think_s))
+        rng = random.Random(f"{day.seed}/{who}")
+        await asyncio.sleep(rng.uniform(0, day.think_s))
         turn = 0
         while time.perf_counter() < ends:
             prompt = day.prompt(target.label, f"{who}/{turn}")
@@ -178,7 +178,7 @@ async def run_phase(
                 DayRequest(target.label, phase.number, phase.people, number, turn, seen)
             )
             turn += 1
-            await asyncio.sleep(day.think_s * dice.uniform(0.5, 1.5))
+            await asyncio.sleep(day.think_s * rng.uniform(0.5, 1.5))
 
     await asyncio.gather(*(person(number) for number in range(phase.people)))
     return requests

@@ -43,12 +43,12 @@ class Prompts:
         """The prompt of a place of the run; the same place has the same prompt again."""
         place = f"{self._seed}/{repetition}/{level:g}/{user}/{number}"
         own = f"{random.Random(f'{place}/{target}').randrange(10**9):09d}"
-        dice = random.Random(place)
+        rng = random.Random(place)
         if self._listed:
-            return f"{own}. {dice.choice(self._listed)}"
-        words = " ".join(dice.choices(PROMPT_WORDS, k=self._words))
+            return f"{own}. {rng.choice(self._listed)}"
+        words = " ".join(rng.choices(PROMPT_WORDS, k=self._words))
         return (
-            f"{own}. Write a long story about the {dice.choice(TOPICS)}, "
+            f"{own}. Write a long story about the {rng.choice(TOPICS)}, "
             f"and use these words: {words}."
         )
 

@@ -81,12 +81,6 @@ class Lateness(msgspec.Struct, frozen=True):
     tokens: int = 0
 
 
-# --- requests and answers -----------------------------------------------------------------
-
-
-# --- timing -------------------------------------------------------------------------------
-
-
 class _TokenClock:
     """Has streams send their tokens at the due times, and records the lag."""
 

@@ -37,7 +37,7 @@ def chats(gateway: Gateway) -> int:
 
 
 async def until_quiet(gateway: Gateway, seconds: float = 1.5) -> None:
-    """Return when nobody has asked for so long: a title, follow-ups and tags come one by one."""
+    """Return when no request came for so long: title, follow-ups and tags come one by one."""
     quiet_since = time.monotonic()
     while time.monotonic() - quiet_since < seconds:
         if gateway.edge.in_flight:
@@ -210,7 +210,7 @@ async def test_titles_and_tags_are_not_counted_as_load_and_change_no_lane(
     assert {line["lane"] for line in lines} == {"ollama"}
 
 
-async def test_an_engine_that_fails_in_the_middle_is_told_below_what_it_had_said(
+async def test_a_failure_in_mid_answer_is_shown_below_the_text(
     start: StartGateway, open_page: OpenPage
 ) -> None:
     async with slow("vllm", "Small-1B") as engine, start(**lane(engine)):
@@ -224,13 +224,15 @@ async def test_an_engine_that_fails_in_the_middle_is_told_below_what_it_had_said
     assert "token0 token1 token2 token3 token4" in said
 
 
-async def test_a_wrong_key_is_told_in_words(start: StartGateway, open_page: OpenPage) -> None:
+async def test_a_wrong_key_is_explained_on_the_page(
+    start: StartGateway, open_page: OpenPage
+) -> None:
     async with slow("vllm", "Small-1B") as engine:
         async with start(**lane(engine)):
             page = await open_page()
         async with start(**lane(engine, api_keys=["sk-a-new-one"])):
             await page.say("Hello")
-            told = "This gateway does not know this API key."
+            told = "This API key is not valid for this path."
             await expect(page.answers.get_by_text(told)).to_be_visible()
 
 

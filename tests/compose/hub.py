@@ -86,7 +86,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def _oid(file: Path) -> str:
-    """What stands for a file's content; nobody reckons it again."""
+    """An identifier of a file's content; no client computes it again."""
     return hashlib.sha256(file.name.encode()).hexdigest()[:40]
 
 

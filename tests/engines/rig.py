@@ -424,7 +424,7 @@ def vllm_command(
     max_model_len: int = CONTEXT_TOKENS,
     max_num_seqs: int = 32,
 ) -> list[str]:
-    """What starts vLLM's server, for whoever starts it."""
+    """The command and environment that start vLLM's server."""
     command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(weights), "--served-model-name", VLLM_MODEL]
     command += ["--host", "127.0.0.1", "--port", str(port)]
@@ -561,7 +561,7 @@ def tail(log: Path) -> str:
 
 
 STOP_S = 15
-"""How long a server may take to end by itself: vLLM waits for streams that nobody reads."""
+"""How long a server may take to end by itself: vLLM waits for streams that no client reads."""
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -146,7 +146,7 @@ async def test_a_bad_request_keeps_the_engines_own_words(running: Running, lane:
     assert answer.headers["x-request-id"].startswith("req_")
 
 
-async def test_a_prompt_over_vllms_context_is_told_with_its_param(running: Running) -> None:
+async def test_a_prompt_over_vllms_context_is_refused_with_its_param(running: Running) -> None:
     long = [{"role": "user", "content": "sea " * 4000}]
     answer = await running.http.post(
         "/v1/chat/completions", json=poem(model="smollm2@vllm", messages=long)

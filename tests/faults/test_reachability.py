@@ -498,7 +498,7 @@ async def test_06_a_busy_engine_is_skipped_for_its_retry_after_and_not_ejected(
         standing = breaker(running, "ollama")
 
         assert lanes == ["vllm"] * 5
-        assert state == "says that it is busy"
+        assert state == "reports that it is busy"
         assert (standing.failures, standing.ramp) == (0, standing.slots)
 
         await running.until(usable("ollama"))
@@ -518,7 +518,7 @@ async def test_06_a_client_receives_busy_only_when_all_engines_are(
 
         assert retry_after(first, 503, "engine_busy") == 5
         assert retry_after(second, 503, "no_engine") == 5
-        assert "says that it is busy" in error_message(second, 503, "no_engine")
+        assert "reports that it is busy" in error_message(second, 503, "no_engine")
         assert (len(chats(ollama)), len(chats(vllm))) == (1, 1)
 
 
@@ -677,7 +677,7 @@ def test_08_neither_busy_nor_a_refusal_is_a_failure() -> None:
         standing.on_failure(failure_of(Refused("400", status=400)), 10.0)
         standing.on_failure(failure_of(Busy("429", retry_after=2)), 10.0)
     assert (standing.capacity(10.0), standing.next_change_at(10.0)) == (0, 12.0)
-    assert standing.unavailable_reason(10.0) == "says that it is busy"
+    assert standing.unavailable_reason(10.0) == "reports that it is busy"
     assert standing.capacity(12.0) == 8
 
 

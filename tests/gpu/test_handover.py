@@ -342,7 +342,7 @@ async def test_open_webui_shows_what_a_stream_waits_for(
     ]
     told = [event["event"]["data"] for event in events if "event" in event]
     assert all(event["event"]["type"] == "status" for event in events if "event" in event)
-    assert told[-1] == {"description": "The GPU is there.", "done": True}
+    assert told[-1] == {"description": "The GPU is ready.", "done": True}
     assert {status["done"] for status in told[:-1]} == {False}
     assert all("The GPU goes to vllm" in status["description"] for status in told[:-1])
     assert whole(answer)
@@ -663,7 +663,7 @@ async def test_an_endless_answer_puts_the_move_off_and_is_not_cut(
         moved = await served.ask("moved")
 
     assert meanwhile.headers["x-gateway-lane"] == "ollama"
-    assert reason == "the GPU could not be brought to vllm, where the operator wants it"
+    assert reason == "the GPU could not be moved to vllm, which the operator has pinned"
     assert still == (1, [])
     assert len(loads) == 1, "it was never away"
     assert moved.headers["x-gateway-lane"] == "vllm"

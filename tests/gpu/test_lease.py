@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 @contextmanager
 def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Another process that owns it, until the context closes or somebody kills it."""
+    """Another process that owns it, until the context closes or the process is killed."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)],
         stdin=subprocess.PIPE,

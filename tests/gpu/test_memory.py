@@ -1,4 +1,4 @@
-"""What is told of the memory: by the driver, by the kernel, and by nobody."""
+"""The GPU memory as the driver reports it, as the kernel does, and where neither does."""
 
 from __future__ import annotations
 
@@ -363,7 +363,7 @@ def test_card_that_is_lost_is_no_card_without_a_temperature() -> None:
 
 
 def test_a_missing_driver_is_reported_in_words() -> None:
-    with pytest.raises(MemoryUnknown, match="driver says: Uninitialized"):
+    with pytest.raises(MemoryUnknown, match="driver reports: Uninitialized"):
         Nvml(library=Driver(fault=Uninitialized())).total()
 
 

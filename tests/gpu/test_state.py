@@ -25,7 +25,7 @@ RELEASED = GpuState(Step.DRAINING, "ollama", "ollama", released=True)
         (GpuState(), None, "", ""),
         (HELD, "ollama", "", ""),
         (DRAINING, None, "The GPU goes to vllm: draining", ""),
-        (GIVEN_BACK, None, "The GPU is given back: unloading", ""),
+        (GIVEN_BACK, None, "The GPU is released: unloading", ""),
         (DOWN, None, "", "could not be loaded; it is tried again"),
         (TRIED_AGAIN, None, "", "could not be loaded; it is tried again"),
         (

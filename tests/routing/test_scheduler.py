@@ -548,7 +548,7 @@ def state(scheduler: Scheduler) -> tuple[int, int, int]:
 
 @pytest.fixture(params=["foreground", "background"])
 def ticket(request: pytest.FixtureRequest) -> Ticket:
-    """One that is waited for, or one that nobody waits for."""
+    """A foreground request, or a background call."""
     return Ticket(background=request.param == "background")
 
 
@@ -755,7 +755,7 @@ def test_where_the_gpu_cannot_be_brought_to_the_operators_pin_it_serves_where_it
 
     assert while_moving == "vllm"
     assert box.open(2.0, "ollama") == [Start(waits)]
-    assert waits.reason == "the GPU could not be brought to vllm, where the operator wants it"
+    assert waits.reason == "the GPU could not be moved to vllm, which the operator has pinned"
 
 
 @pytest.mark.parametrize("needs", [Ticket(pin="vllm"), Ticket(eligible=frozenset({"vllm"}))])
@@ -984,7 +984,7 @@ class Settle:
 
 @dataclass(frozen=True)
 class Free:
-    """Whoever has the GPU gives it back: for want of requests, or to the operator."""
+    """The holder releases the GPU: without requests, or for the operator."""
 
     released: bool
 

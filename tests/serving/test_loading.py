@@ -215,7 +215,7 @@ async def test_the_error_of_a_failed_load_has_none_of_the_engines_words(
         after = await listed(running)
 
     assert failed(answer, 502, "engine_failed") == (
-        "ollama failed to do it; the gateway's log has the reason."
+        "ollama failed to load or unload the model; the gateway's log has the reason."
     )
     assert after == "unloaded"
 

@@ -30,7 +30,7 @@ NOW = datetime(2026, 11, 23, tzinfo=UTC).timestamp()
 OLLAMA_URL = "http://127.0.0.1:11434"
 
 SHELL = Process(1, ("bash",), {}, 16 * GIB, None)
-NO_DRIVER = Unknown("the NVIDIA driver says: NVML Shared Library Not Found")
+NO_DRIVER = Unknown("the NVIDIA driver reports: NVML Shared Library Not Found")
 
 
 def machine(**parts: Any) -> Observations:

@@ -257,7 +257,7 @@ async def test_an_engine_of_another_kind_is_a_problem_and_a_silent_one_a_warning
 
     findings = {f.about.partition(" ")[0]: f for f in findings_of("engine", observed)}
     assert findings["vllm"].level is Level.PROBLEM
-    assert findings["vllm"].saw == "at this address answers ollama"
+    assert findings["vllm"].saw == "ollama answers at this address"
     assert findings["ollama"].level is Level.WARNING
     assert {f.level for f in findings_of("version", observed)} == {Level.UNKNOWN}
 

@@ -234,7 +234,7 @@ def test_a_profile_measured_with_another_version_of_the_engine_is_a_warning() ->
         (
             {"nvidia_devices": 1},
             Level.PROBLEM,
-            "an NVIDIA card on its PCI bus, but: the NVIDIA driver says",
+            "an NVIDIA card on its PCI bus, but: the NVIDIA driver reports",
         ),
         ({"driver_loaded": True}, Level.PROBLEM, "an NVIDIA driver in its kernel"),
         ({"nvidia_devices": Unknown("no bus")}, Level.UNKNOWN, "no bus"),
@@ -455,7 +455,7 @@ def test_disk_space_for_models(free: float, models: tuple[str, ...], level: Leve
     [
         ({}, Level.OK, "big:70b"),
         ({"answering_kind": Unknown("connection refused")}, Level.WARNING, "connection refused"),
-        ({"answering_kind": "vllm"}, Level.PROBLEM, "at this address answers vllm"),
+        ({"answering_kind": "vllm"}, Level.PROBLEM, "vllm answers at this address"),
         ({"answering_kind": None}, Level.PROBLEM, "something that is not a known engine"),
         ({"lanes": expected("big:70b")}, Level.OK, "big:70b"),
         ({"lanes": expected("small")}, Level.PROBLEM, "it does not have small; it has big:70b"),

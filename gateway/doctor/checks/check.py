@@ -27,7 +27,7 @@ class Level(StrEnum):
     """How serious a finding is, the worst first."""
 
     PROBLEM = "problem"  # it fails, or will
-    WARNING = "warning"  # it may fail, or strangers may use it
+    WARNING = "warning"  # it may fail, or others may use the machine
     UNKNOWN = "unknown"  # it could not be observed; the finding has the reason
     NOTE = "note"  # worth knowing
     OK = "ok"

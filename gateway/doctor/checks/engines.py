@@ -47,7 +47,7 @@ def check_engine(observed: Observations, engine: ObservedEngine) -> Iterator[Ver
         answers = engine.answering_kind or "something that is not a known engine"
         yield Verdict(
             Level.PROBLEM,
-            f"at this address answers {answers}",
+            f"{answers} answers at this address",
             f"Correct engines.{engine.kind}.urls.",
         )
         return

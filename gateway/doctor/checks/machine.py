@@ -30,7 +30,7 @@ from gateway.doctor.observations import (
 BIG_MODEL = 40 * GIB
 #: The host RAM that a sleeping vLLM (level 1) pins for such a model.
 PINNED_BY_BIG_MODEL = "44 to 50 GiB for a 70B in 4 bit"
-#: The /dev/shm of a container, unless Docker is told otherwise.
+#: The size of a container's /dev/shm by default, bytes.
 DOCKER_SHM = 64 * MIB
 #: With less free space a disk will soon be full, without any model.
 NEARLY_FULL = 1 * GIB
