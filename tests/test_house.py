@@ -1,6 +1,6 @@
 """The rules of the house that a program can check: names, sizes, and no circle of imports.
 
-What each rule is for is told in CONTRIBUTING.md, "The rules of the house".
+CONTRIBUTING.md, "The rules of the house", explains them.
 """
 
 from __future__ import annotations
