@@ -1,6 +1,6 @@
 """The rules of the house that a program can check: names, sizes, and no circle of imports.
 
-CONTRIBUTING.md, "The rules of the house", says what each rule is for.
+CONTRIBUTING.md, "The rules of the house", explains them.
 """
 
 from __future__ import annotations
