@@ -106,8 +106,8 @@ async def fetch(
         ) from exc
     if answer.status == 401:
         raise UsageError(
-            "this gateway requires a valid key: `status` needs an API key, `pin` and `release` an "
-            "admin key where there are any. Give it with --key KEY"
+            "this gateway requires a valid key: give it with --key KEY. `status` needs an API key, "
+            "`pin` and `release` an admin key where there are any"
         )
     if answer.status == 400:
         raise UsageError(_message(text))

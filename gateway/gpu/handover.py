@@ -35,10 +35,7 @@ from gateway.settings import Timings
 log = logging.getLogger("gateway.handover")
 
 #: What to do when the memory of the previous layout does not become free.
-FREEING_HINT = (
-    "start vLLM with --enable-sleep-mode, and check with nvidia-smi that no other process uses the "
-    "GPU"
-)
+FREEING_HINT = "start vLLM with --enable-sleep-mode; nvidia-smi shows other processes on the GPU"
 
 
 class Gpu:
@@ -121,8 +118,7 @@ class Gpu:
     def unload(self) -> asyncio.Future[bool]:
         """Release the memory for the operator until a request needs the GPU again.
 
-        The result is true once it is released, and false where running requests did not end in
-        time.
+        The result is true once it is released, false where running requests did not end in time.
         """
         result = self._unloading
         if result is None:
