@@ -21,6 +21,8 @@ from gateway.errors import UsageError
 from gateway.http import metrics_page
 from gateway.settings import Settings
 
+log = logging.getLogger("gateway")
+
 #: How long answers that a drain has cut short have for their error event, seconds.
 LAST_WORD_S = 2.0
 
@@ -45,7 +47,10 @@ def serve(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Ollama's probes, twice a second
     listener = listen(configuration)
-    uvloop.run(_run(configuration, listener))
+    try:
+        uvloop.run(_run(configuration, listener))
+    except asyncio.CancelledError:
+        log.info("stopped before it served")
 
 
 def listen(configuration: Settings) -> socket.socket:
@@ -69,7 +74,13 @@ def listen(configuration: Settings) -> socket.socket:
 
 
 async def _run(configuration: Settings, listener: socket.socket) -> None:
+    starting = asyncio.current_task()
+    assert starting is not None  # noqa: S101 - we run in one
+    loop = asyncio.get_running_loop()
+    # Until there is a server to drain, SIGTERM undoes what was started.
+    loop.add_signal_handler(signal.SIGTERM, starting.cancel)
     async with Gateway(configuration) as gateway:
+        loop.remove_signal_handler(signal.SIGTERM)
         port = listener.getsockname()[1]
         host = f"[{configuration.host}]" if ":" in configuration.host else configuration.host
         server = GracefulServer(gateway, configuration)
@@ -114,7 +125,7 @@ class GracefulServer(uvicorn.Server):
             return
         edge.draining = True
         self.should_exit = True
-        logging.getLogger("gateway").info(
+        log.info(
             "draining: %d requests in flight have up to %g s to end; a second signal ends them now",
             edge.in_flight,
             self._drain_s,

@@ -927,6 +927,6 @@ async def test_at_the_drain_deadline_a_stream_ends_with_an_error_event(
     *_, error, done, rest = body.split(b"\n\n")
     assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "draining"
     assert (done, rest) == (b"data: [DONE]", b"")
-    assert 0.5 <= took < 2
+    assert 0.49 <= took < 2  # a timer may be a millisecond early
     assert code == 0
     assert "Traceback" not in said

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from gateway.settings import SettingsError, Timings
 from tests.support.gateways import StartGateway
 from tests.support.servers import unused_url
+from tests.support.waiting import until
 
 AT_ONCE = Timings(first_probe_wait_s=0.05)
 
@@ -93,3 +99,24 @@ async def test_the_log_of_an_embedded_engine_that_does_not_start_is_named(
 
     [log] = logs(temporary)
     assert str(log) in str(caught.value)
+
+
+async def test_sigterm_during_the_start_leaves_nothing_behind(
+    tmp_path: Path, temporary: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, says nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        settings = {"port": 0, **started_by(["sleep", "60"], url)}
+        file = tmp_path / "twolane.yaml"
+        file.write_text(json.dumps(settings))
+        gateway = await anyio.open_process(
+            [sys.executable, "-m", "gateway", "serve", "--config", str(file)],
+            env={**os.environ, "TMPDIR": str(temporary)},
+        )
+        async with gateway:
+            await until(lambda: logs(temporary))
+            gateway.send_signal(signal.SIGTERM)
+            code = await gateway.wait()
+
+    assert code == 0
+    assert left_in(temporary) == []
