@@ -8,6 +8,7 @@ is the order of preference: of several equals the first is taken.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -37,8 +38,8 @@ class EngineKind:
         slots_variable: The environment variable that sets its slots; empty: there is none.
         program: The name of its process; empty: it may have any name.
         command_word: A word that its command line contains; empty: there is none.
-        parallel_options: Its options for the number of cards over which it spreads a model in
-            equal shares; empty: it spreads one as the memory allows.
+        parallel_options: Its options whose product is the number of cards over which it spreads
+            a model in equal shares; empty: it spreads one as the memory allows.
         tested_releases: The releases that the tests run, as (major, minor).
         read_releases: Those whose source was checked, and that no test runs.
     """
@@ -71,10 +72,12 @@ class EngineKind:
     def cards(self, command: Sequence[str]) -> int | None:
         """On how many cards a command line spreads a model; None: it does not say."""
         words = [word for part in command for word in part.split("=", 1)]
-        for option, value in itertools.pairwise(words):
-            if option in self.parallel_options and value.isdecimal():
-                return int(value)
-        return None
+        factors = {
+            option: int(value)
+            for option, value in itertools.pairwise(words)
+            if option in self.parallel_options and value.isdecimal() and int(value)
+        }
+        return math.prod(factors.values()) if factors else None
 
     def is_process(self, program: str, command: str) -> bool:
         """Whether a process of this name and command line can be the engine itself."""
@@ -106,7 +109,7 @@ KINDS: Mapping[str, EngineKind] = MappingProxyType({
             cold_start_s=120.0,
             colour="red",
             command_word="vllm",
-            parallel_options=("--tensor-parallel-size", "-tp"),
+            parallel_options=("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"),
             tested_releases=((0, 32),),
             read_releases=((0, 33),),
         ),

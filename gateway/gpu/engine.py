@@ -58,11 +58,6 @@ class GpuEngine:
         self._timings = timings or Timings()
 
     @property
-    def kind(self) -> str:
-        """The kind of engine."""
-        return self.engine.kind
-
-    @property
     def died(self) -> bool:
         """Whether its process has ended although it should run."""
         return self.process is not None and self.process.wanted and not self.process.running

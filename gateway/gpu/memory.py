@@ -47,7 +47,7 @@ class MemoryNeed:
     Attributes:
         size: Bytes in all.
         cards: It loads an equal share onto each of so many cards (tensor parallel). None: not
-            known; then it does so if no card alone could have it all and `even` is set.
+            known; then any number of cards may do, each with an equal share if `even` is set.
         even: The engine cannot spread a model unevenly over cards.
     """
 
@@ -60,26 +60,28 @@ class MemoryNeed:
         free = memory.free()
         if free < self.size:
             return f"{free / GIB:.1f} GiB are free of the {self.size / GIB:.1f} needed"
-        spans = self._spans(memory)
-        if spans is None:
-            return ""
-        share = self.size / spans
-        emptiest = sorted(memory.by_card(), key=lambda card: -card[2])[:spans]
-        each = f"each of {spans} cards" if spans > 1 else "one card"
+        if self.cards is None and not self.even:
+            return ""  # it is spread as there is room
+        cards = memory.by_card()
+        shortages = [self._shortage_on(number, cards) for number in self._splits(cards)]
+        return "" if "" in shortages else shortages[0]
+
+    def _splits(self, cards: Sequence[tuple[str, int, int]]) -> Sequence[int]:
+        """The numbers of cards that may have an equal share each, the smallest first."""
+        if self.cards is not None:
+            return (self.cards,)
+        largest = max(total for _, total, _ in cards)
+        return [n for n in range(1, len(cards) + 1) if self.size <= n * largest]
+
+    def _shortage_on(self, number: int, cards: Sequence[tuple[str, int, int]]) -> str:
+        """What is missing on the emptiest cards if so many have an equal share each."""
+        share = self.size / number
+        each = f"each of {number} cards" if number > 1 else "one card"
         return "; ".join(
             f"{name} has {free / GIB:.1f} GiB free of the {share / GIB:.1f} needed on {each}"
-            for name, _, free in emptiest
+            for name, _, free in sorted(cards, key=lambda card: -card[2])[:number]
             if free < share
         )
-
-    def _spans(self, memory: Memory) -> int | None:
-        """The number of cards that need an equal share, or None: anywhere will do."""
-        if self.cards is not None:
-            return self.cards
-        if not self.even:
-            return None
-        cards = memory.by_card()
-        return len(cards) if self.size > max(total for _, total, _ in cards) else None
 
 
 def largest_first(sizes: dict[int, int]) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ receives an event. No other module assigns a state.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,8 @@ from typing import Any, Protocol
 from gateway.gpu.state import GpuState, GpuStateRef, Step
 from gateway.routing.events import EventQueue
 from gateway.routing.policy_exclusive import ExclusivePolicy
+
+log = logging.getLogger("gateway.handover")
 
 
 class GpuClient(Protocol):
@@ -119,4 +122,7 @@ class GpuTransitions:
 
     def _notify(self, before: GpuState) -> None:
         for client in self.clients:
-            self.events.post(partial(client.on_gpu_change, before, self.state))
+            try:
+                self.events.post(partial(client.on_gpu_change, before, self.state))
+            except Exception:  # the other models, and the GPU's owner, must go on
+                log.exception("a model failed to follow the GPU because of a fault in the gateway")

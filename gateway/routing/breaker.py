@@ -1,7 +1,7 @@
 """The circuit breaker of one replica: how many requests it may receive now, and why not more.
 
 It decides from plain values: the state that the replica's last probe found, and the answers
-and failures of its requests. `gateway.serving.admission` translates an engine's errors into
+and failures of its requests. `gateway.serving.replica_server` translates an engine's errors into
 them. A good probe does not bring back a replica whose answers fail: only an answer does.
 """
 

@@ -18,6 +18,10 @@ class Cause(StrEnum):
     FAILOVER = "failover"  # that lane has failed this request
 
 
+#: The reason for a lane that the operator has pinned, in public words.
+PINNED = "pinned by the operator"
+
+
 @dataclass(eq=False, slots=True)
 class Replica:
     """One server of a lane.

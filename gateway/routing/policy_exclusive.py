@@ -12,11 +12,10 @@ import math
 from collections.abc import Container, Mapping, Sequence
 
 from gateway.gpu.state import GpuStateRef, Move
+from gateway.routing.lanes import PINNED
 from gateway.routing.profile import Profile
 from gateway.routing.regret import ModelDemand, RegretRates, RoutedModel, best_of
 from gateway.routing.switch_cost import NEGLIGIBLE, HandoverCost
-
-PINNED = "pinned by the operator"
 
 
 class ExclusivePolicy:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping, Sequence
 
+from gateway.routing.lanes import PINNED
 from gateway.routing.profile import Profile
 from gateway.routing.regret import ModelDemand, RegretRates, RoutedModel, best_of
 from gateway.routing.switch_cost import NEGLIGIBLE, SharedSwitchCost
@@ -66,6 +67,8 @@ class SharedPolicy:
 
     def reason(self, model: str) -> str:
         """Why this lane, in words and numbers for the `X-Gateway-Reason` header."""
+        if self.pin == self.lane:
+            return PINNED
         if len(self._model.lanes) == 1:
             return "the model's only lane"
         comparison = self._rates.compare(model, self.lane)

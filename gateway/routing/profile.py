@@ -80,10 +80,11 @@ class LaneProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
         Beyond the last level the last slope continues, as a queue does.
         """
-        return _along(self.at_once, self.seconds, demand)
+        return interpolate(self.at_once, self.seconds, demand)
 
 
-def _along(levels: Sequence[float], values: Sequence[float], at: float) -> float:
+def interpolate(levels: Sequence[float], values: Sequence[float], at: float) -> float:
+    """The value at a level, linear between the given ones; beyond the last it never falls."""
     if at <= levels[0] or len(levels) == 1:
         return values[0]
     right = min(bisect_left(levels, at), len(levels) - 1)

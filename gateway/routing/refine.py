@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from gateway.routing.profile import LaneProfile, Profile, _along
+from gateway.routing.profile import LaneProfile, Profile, interpolate
 
 #: The largest deviation from the profile that counts, and so the largest correction: a factor
 #: of two, as a logarithm.
@@ -66,14 +66,14 @@ class _Curve:
         self.levels = sorted({min(level, slots) for level in lane.at_once})
         self._place = [self.levels.index(min(level, slots)) for level in lane.at_once]
         self._deviations = [_Deviation() for _ in self.levels]
-        self._first = [_along(lane.at_once, lane.ttft_s, n) for n in self.levels]
+        self._first = [interpolate(lane.at_once, lane.ttft_s, n) for n in self.levels]
         # By Little's law, since an answer may have ended before its limit.
         rates = lane.tokens_per_s or (math.inf,) * len(lane.at_once)
         lengths = [
             max(1.0, min(tokens_out, rate * seconds / n)) if rate > 0 else tokens_out
             for n, seconds, rate in zip(lane.at_once, lane.seconds, rates, strict=True)
         ]
-        self._lengths = [_along(lane.at_once, lengths, n) for n in self.levels]
+        self._lengths = [interpolate(lane.at_once, lengths, n) for n in self.levels]
         self._tokens_s = [
             max(0.0, lane.at(n) - first) / length
             for n, first, length in zip(self.levels, self._first, self._lengths, strict=True)
@@ -82,11 +82,13 @@ class _Curve:
     def learn(self, at_once: float, seconds: float, tokens: int) -> None:
         levels = self.levels
         n = min(max(1.0, at_once), levels[-1])
-        expected = _along(levels, self._first, n) + tokens * _along(levels, self._tokens_s, n)
+        expected = interpolate(levels, self._first, n) + tokens * interpolate(
+            levels, self._tokens_s, n
+        )
         if expected <= 0:
             return
         off = min(MAX_CORRECTION, max(-MAX_CORRECTION, math.log(seconds) - math.log(expected)))
-        length = _along(levels, self._lengths, n)
+        length = interpolate(levels, self._lengths, n)
         # An answer of another length says less, and n concurrent ones share what delays them.
         rounds = min(tokens / length, length / tokens) / n
         right = bisect_left(levels, n)

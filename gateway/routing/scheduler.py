@@ -17,7 +17,7 @@ from typing import TypeAlias
 from gateway.errors import GatewayError, NoLane, QueueFull
 from gateway.gpu.state import GpuStateRef, Move
 from gateway.routing.fair_queue import FairQueue
-from gateway.routing.lanes import Cause, Lane, Ticket
+from gateway.routing.lanes import PINNED, Cause, Lane, Ticket
 from gateway.routing.policy_exclusive import ExclusivePolicy
 from gateway.routing.policy_shared import SharedPolicy
 from gateway.routing.refine import ProfileRefiner
@@ -128,7 +128,9 @@ class Scheduler:
         self._queue.enter(ticket, front=again)
         actions = self._assign(now)
         # The policy may just have moved the queue: only what is left now can be too much.
-        if not again and ticket.lane is None and (error := self._too_many(ticket)):
+        if again or ticket.lane is not None or _begins_move(actions):
+            return actions
+        if error := self._too_many(ticket):
             self._leave_queue(ticket)
             actions.append(Refuse(ticket, error))
         return actions
@@ -230,7 +232,7 @@ class Scheduler:
         """The reason for this choice, in a word and for people."""
         if pin := self.policy.pin:
             if lane.name == pin:
-                return Cause.PIN, "pinned by the operator"
+                return Cause.PIN, PINNED
             return (
                 Cause.HEALTH,
                 f"the GPU could not be moved to {pin}, which the operator has pinned",
@@ -372,3 +374,8 @@ class Scheduler:
             if chosen is not None and not self.is_resident(chosen):
                 stranded[chosen.name] = stranded.get(chosen.name, 0) + 1
         return stranded
+
+
+def _begins_move(actions: list[Action]) -> bool:
+    """Whether a move begins with these: the queue is that of its target once they are done."""
+    return any(isinstance(action, RequestGpu) and action.move is not None for action in actions)

@@ -280,6 +280,7 @@ class Admission:
             if ticket.lane is None:
                 await self._wait(ticket)
         except BaseException:
+            self._refused.pop(ticket, None)  # still there if another event failed
             self.leave(ticket)
             raise
         assert ticket.replica is not None  # noqa: S101 - it has a slot
@@ -292,9 +293,9 @@ class Admission:
     async def _wait(self, ticket: Ticket) -> None:
         """Return when the ticket has its slot; raises `GatewayError`."""
         future = self._waiting[ticket] = asyncio.get_running_loop().create_future()
-        self._plan_tick()
-        ends = self._queue_clock() + self._max_wait_s
         try:
+            self._plan_tick()
+            ends = self._queue_clock() + self._max_wait_s
             while not future.done():
                 left_s = ends - self._queue_clock()
                 if left_s <= 0:

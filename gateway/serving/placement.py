@@ -11,7 +11,7 @@ from gateway.gpu.budget import Budget
 from gateway.gpu.engine import GpuEngine
 from gateway.gpu.handover import Gpu
 from gateway.gpu.lease import Lease, LeaseError, usual_lease
-from gateway.gpu.memory import Memory, MemoryNeed, MemoryUnknown
+from gateway.gpu.memory import GIB, Memory, MemoryNeed, MemoryUnknown
 from gateway.gpu.record import Deadlines
 from gateway.gpu.state import GpuStateRef
 from gateway.routing.policy_exclusive import ExclusivePolicy
@@ -20,8 +20,6 @@ from gateway.routing.switch_cost import HandoverCost
 from gateway.serving.engines import EnginePool
 from gateway.serving.publisher import model_profile
 from gateway.settings import ModelSettings, Settings, SettingsError, Timings
-
-GIB = 2**30
 
 
 def acquire_lease(settings: Settings) -> Lease:

@@ -198,3 +198,22 @@ def test_a_process_is_an_engine_by_its_name_or_its_command_line() -> None:
     assert KINDS["vllm"].is_process("python3", "python3 -m vLLM.entrypoints.openai.api_server")
     assert not KINDS["vllm"].is_process("python3", "python3 -m http.server")
     assert KINDS["llamacpp"].is_process("anything", "at all")
+
+
+@pytest.mark.parametrize(
+    ("command", "cards"),
+    [
+        ("vllm serve m", None),
+        ("vllm serve m --tensor-parallel-size 2", 2),
+        ("vllm serve m -tp=4 --pipeline-parallel-size 2", 8),
+        ("vllm serve m --tensor-parallel-size 1 --pipeline-parallel-size 3", 3),
+        ("vllm serve m -pp 2", 2),
+        ("vllm serve m -tp auto", None),
+        ("vllm serve m -tp 0", None),
+    ],
+)
+def test_a_command_line_says_over_how_many_cards_a_model_is_spread(
+    command: str, cards: int | None
+) -> None:
+    assert KINDS["vllm"].cards(command.split()) == cards
+    assert KINDS["ollama"].cards(command.split()) is None

@@ -221,6 +221,29 @@ def test_what_is_loaded_in_equal_shares_needs_its_share_on_each_card(
     assert need.shortage(Nvml(library=HALF_FULL)) == shortage
 
 
+@pytest.mark.parametrize(
+    ("free_gib", "needed_gib", "shortage"),
+    [
+        pytest.param((24, 24, 2, 2), 42.3, "", id="two cards are free, two are in use"),
+        pytest.param((15, 15, 15, 15), 42.3, "", id="a part on each of three or four"),
+        pytest.param((12, 12), 20, "", id="half of it on each"),
+        pytest.param(
+            (15, 6),
+            20,
+            "card 0 (NVIDIA GeForce RTX 4090) has 15.0 GiB free of the 20.0 needed on one card",
+            id="neither on one card nor in halves",
+        ),
+    ],
+)
+def test_where_the_number_of_cards_is_unknown_any_equal_shares_will_do(
+    free_gib: tuple[int, ...], needed_gib: float, shortage: str
+) -> None:
+    cards = Nvml(library=Told([Info(24 * GIB, free * GIB) for free in free_gib]))
+
+    assert MemoryNeed(int(needed_gib * GIB), even=True).shortage(cards) == shortage
+    assert MemoryNeed(int(needed_gib * GIB)).shortage(cards) == "", "spread as there is room"
+
+
 def test_a_budget_is_one_card(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     budget = Budget(GIB, lambda: (), proc=tmp_path / "proc")

@@ -400,6 +400,14 @@ def test_the_reason_says_what_a_move_waits_for() -> None:
     )
 
 
+def test_the_reason_of_a_pinned_lane_is_the_pin_in_either_placement() -> None:
+    for policy in (shared(CROSSING), exclusive()):
+        policy.pin = "ollama"
+        assert policy.reason(MODEL) == "pinned by the operator"
+        policy.pin = "vllm"
+        assert "pinned" not in policy.reason(MODEL)
+
+
 # The GPU on its way
 
 

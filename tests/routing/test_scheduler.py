@@ -723,6 +723,20 @@ def test_from_the_decision_on_nothing_starts_until_the_gpu_has_come() -> None:
     assert waits.lane is box.scheduler.lanes["vllm"]
 
 
+def test_a_request_that_makes_the_gpu_move_is_not_measured_by_the_layout_it_leaves() -> None:
+    box = sharing()
+    box.scheduler.lanes["ollama"].queue_limit = 0
+    box.arrive(Ticket())
+    box.policy.pin = "vllm"
+    waits = Ticket()
+
+    actions = box.arrive(waits, now=2.0)
+
+    assert moves(actions) == ["vllm"]
+    assert refused(actions) == {}
+    assert box.open(3.0, "vllm") == [Start(waits)]
+
+
 def test_a_slot_that_becomes_free_at_the_moment_of_the_decision_stays_free() -> None:
     box = sharing()
     running, waits = Ticket(), Ticket(pin="ollama")

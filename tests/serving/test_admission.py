@@ -11,7 +11,7 @@ from backends.ollama import Ollama
 from backends.transport import http
 from gateway.gpu.handover import Gpu
 from gateway.gpu.record import Deadlines
-from gateway.gpu.state import GpuStateRef, Step
+from gateway.gpu.state import GpuState, GpuStateRef, Step
 from gateway.routing.breaker import Breaker
 from gateway.routing.events import EventQueue
 from gateway.routing.lanes import Lane, Replica, Ticket
@@ -66,6 +66,45 @@ async def test_a_request_that_makes_the_gpu_move_is_handled_before_the_move_is_k
     assert opened == ["first at depth 1", "second at depth 1", "first at depth 1"]
     assert moved[:3] == ["second at depth 1", "first at depth 1", "second at depth 1"]
     assert (state.step, state.layout, state.target) == (Step.DRAINING, "ollama", "vllm")
+
+
+class Client:
+    """A model on the GPU that records each state, and may fail once a layout holds."""
+
+    demand = waiting = 0
+    active_at = 0.0
+
+    def __init__(self, *, fails: bool) -> None:
+        self.seen: list[Step] = []
+        self._fails = fails
+
+    def running(self, lane: str) -> int:
+        return 0
+
+    def on_gpu_change(self, before: GpuState, after: GpuState) -> None:
+        if self._fails and after.step is Step.HELD:
+            raise ValueError("of this model")
+        self.seen.append(after.step)
+
+
+def test_a_model_that_fails_to_follow_the_gpu_stops_neither_the_others_nor_the_gpu(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ref = GpuStateRef()
+    models = {"m": RoutedModel(LAYOUTS, ASSUMED)}
+    policy = ExclusivePolicy(LAYOUTS, models, HandoverCost(), ref)
+    states = Gpu(policy, {}, Deadlines(), FakeGpu(TOTAL), ref).states
+    failing, healthy = Client(fails=True), Client(fails=False)
+    for client in (failing, healthy):
+        states.join(client)
+
+    states.enter(Step.LOADING)
+    states.hold("ollama")
+    states.enter(Step.DRAINING)
+
+    assert failing.seen == [Step.FREE, Step.LOADING, Step.DRAINING]
+    assert healthy.seen == [Step.FREE, Step.LOADING, Step.HELD, Step.DRAINING]
+    assert "ValueError: of this model" in caplog.text
 
 
 def test_an_event_that_causes_others_has_ended_before_they_begin() -> None:
