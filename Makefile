@@ -68,7 +68,7 @@ tests/clients/node_modules/.package-lock.json: tests/clients/package-lock.json
 # The oldest FastAPI that pyproject.toml allows; the lock has the newest.
 test-oldest: | $(filter .cache/uv/bin/uv,$(UV))
 	$(UV) run --isolated --frozen --extra embedded --with fastapi==0.120.0 \
-	  python -m pytest tests/http tests/test_app.py $(ARGS)
+	  python -m pytest tests/http tests/test_app.py $(PARALLEL) $(ARGS)
 
 engines: .venv/dev
 	PATH="$(CURDIR)/.cache/uv/bin:$$PATH" $(RUN) tests.engines.rig install
