@@ -22,6 +22,7 @@ from rich.text import Text
 
 from backends.transport import http
 from backends.transport.origin import Origin
+from gateway import installation
 from gateway.errors import UsageError
 from gateway.observe.status import (
     CostStatement,
@@ -101,8 +102,8 @@ async def fetch(
             answer.close(reuse=False)
     except (http.HttpError, ValueError) as exc:
         raise UsageError(
-            f"no gateway answers at {url} ({exc}): start it with `twolane serve`, or name its "
-            "address with --url"
+            f"no gateway answers at {url} ({exc}): start it with `{installation.program()} "
+            "serve`, or name its address with --url"
         ) from exc
     if answer.status == 401:
         raise UsageError(

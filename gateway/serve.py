@@ -155,6 +155,6 @@ Try it:
 
 Open WebUI: OPENAI_API_BASE_URL={url}/v1 OPENAI_API_KEY={"YOUR_KEY" if keyed else "none"}
 API docs:   {url}/docs
-Status:     {installation.program()} status --watch{at}
+Status:     {installation.program()} status --watch{at}{" --key YOUR_KEY" if keyed else ""}
 Metrics:    {gateway.metrics_server.url if gateway.metrics_server else f"{url}{metrics_page.PATH}"}
 """
