@@ -35,8 +35,3 @@ def ollama() -> Iterator[rig.Engine]:
 @pytest.fixture(scope="session")
 def vllm() -> Iterator[rig.Engine]:
     yield from running(rig.vllm())
-
-
-@pytest.fixture(scope="module")
-def vllm_embeddings() -> Iterator[rig.Engine]:
-    yield from running(rig.vllm(embeddings=True))

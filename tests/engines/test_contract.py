@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from backends import calls
 from backends.ollama import Ollama
 from backends.transport import http
 from backends.vllm import VLLM
@@ -54,21 +53,3 @@ class TestVLLM(Contract):
         answer.close()
 
         assert running == 1
-
-
-class TestVLLMEmbeddings:
-    """A real vLLM that embeds: the other half of its contract."""
-
-    async def test_an_embedding_model_embeds_and_does_not_chat(
-        self, vllm_embeddings: rig.Engine
-    ) -> None:
-        async with http.Client() as client:
-            subject = Subject(VLLM(vllm_embeddings.url, client), vllm_embeddings.model)
-
-            can = await subject.engine.capabilities(subject.model)
-            body, answer = await subject.ask(calls.EMBEDDINGS)
-
-        assert can.embeddings
-        assert not can.chat
-        assert len(body["data"][0]["embedding"]) > 100
-        assert answer.usage is not None

@@ -166,17 +166,6 @@ async def test_ollama_makes_the_embeddings_that_this_vllm_cannot(
     assert raw.headers["x-gateway-lane"] == "ollama"
 
 
-async def test_a_vllm_that_embeds_is_served_too(vllm_embeddings: rig.Engine) -> None:
-    async with run_gateway(engines={"vllm": {"urls": [vllm_embeddings.url]}}) as running:
-        raw = await running.http.post(
-            "/v1/embeddings", json={"model": vllm_embeddings.model, "input": "The sea"}
-        )
-
-    assert raw.status_code == 200, raw.text
-    assert len(raw.json()["data"][0]["embedding"]) == 576
-    assert raw.headers["x-gateway-lane"] == "vllm"
-
-
 async def test_tools_that_neither_engine_takes_are_left_out_and_named(running: Running) -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
     answer = await ask(running, tools=[tool])
