@@ -198,7 +198,7 @@ def test_a_message_names_the_command_that_adds_an_extra_here(
     ask = "from gateway import installation as i; print(i.install('load')); print(i.program())"
     environment = Path(sys.prefix)
 
-    def said(python_path: Path, path: str) -> list[str]:
+    def printed_lines(python_path: Path, path: str) -> list[str]:
         command = [
             sys.executable,
             "-P",
@@ -212,15 +212,15 @@ def test_a_message_names_the_command_that_adds_an_extra_here(
         return ended.stdout.splitlines()
 
     inactive, active = "/usr/bin:/bin", f"{environment}/bin:/usr/bin:/bin"
-    [installed, program] = said(archives.installed, inactive)
+    [installed, program] = printed_lines(archives.installed, inactive)
     assert installed.endswith("'twolane[load]'")
     assert str(environment / "bin" / "python") in installed
     assert program == str(environment / "bin" / "twolane")
-    [installed, program] = said(archives.installed, active)
+    [installed, program] = printed_lines(archives.installed, active)
     assert re.fullmatch(r"(uv )?pip install 'twolane\[load\]'", installed)
     assert program == "twolane"
     if environment == ROOT / ".venv":
-        assert said(ROOT, active) == ["make load", "twolane"]
+        assert printed_lines(ROOT, active) == ["make load", "twolane"]
 
 
 # twolane init

@@ -104,8 +104,7 @@ def _unavailable_reason(model: Model, lane: Lane) -> str:
     """Why a lane accepts no request now; empty where it does."""
     if blocked := model.admission.scheduler.blocked_reason:
         return blocked
-    reasons = (r.unavailable_reason for r in lane.replicas if r.unavailable_reason)
-    return "" if lane.capacity else next(reasons, "is full")
+    return "" if lane.capacity else lane.unavailable_reason or "is full"
 
 
 def _model_status(model: Model, now: float) -> ModelStatus:

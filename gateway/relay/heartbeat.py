@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable
 
 from gateway.relay.reply import Reply
+from gateway.serving.admission import TIMER_SLACK_S
 
 #: A comment event, which clients ignore.
 COMMENT = b": ping\n\n"
-#: A timer may fire so much early, seconds.
-TIMER_SLACK_S = 0.001
 
 
 class Heartbeat:

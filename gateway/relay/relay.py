@@ -25,11 +25,11 @@ from gateway.errors import (
     NoLane,
 )
 from gateway.relay.exchange import Exchange, Request
-from gateway.relay.heartbeat import COMMENT, TIMER_SLACK_S, Heartbeat
+from gateway.relay.heartbeat import COMMENT, Heartbeat
 from gateway.relay.reply import Reply
 from gateway.relay.retry import RetryBudget
 from gateway.routing.lanes import Ticket
-from gateway.serving.admission import Grant
+from gateway.serving.admission import TIMER_SLACK_S, Grant
 from gateway.serving.catalogue import Catalogue, Model
 from gateway.settings import Timings
 

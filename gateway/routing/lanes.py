@@ -18,6 +18,9 @@ class Cause(StrEnum):
     FAILOVER = "failover"  # that lane has failed this request
 
 
+#: After so many seconds another attempt makes sense where no better guess is known.
+RETRY_AFTER_S = 5.0
+
 #: The reason for a lane that the operator has pinned, in public words.
 PINNED = "pinned by the operator"
 
@@ -41,7 +44,7 @@ class Replica:
     capacity: int = 0
     running: int = 0
     unavailable_reason: str = "has not been probed yet"
-    retry_after_s: float = 5.0
+    retry_after_s: float = RETRY_AFTER_S
 
 
 @dataclass(eq=False, slots=True)
@@ -63,6 +66,11 @@ class Lane:
     service_s: float = 0.0
     concurrency_s: float = 0.0
     concurrency2_s: float = 0.0
+
+    @property
+    def unavailable_reason(self) -> str:
+        """Why one of its replicas has no capacity, in public words; empty: all have some."""
+        return next((r.unavailable_reason for r in self.replicas if r.unavailable_reason), "")
 
     @property
     def running(self) -> int:

@@ -260,8 +260,7 @@ class Scheduler:
             return "failed this request"
         if self.blocked_reason:
             return self.blocked_reason
-        reasons = (r.unavailable_reason for r in lane.replicas if r.unavailable_reason)
-        return next(reasons, "is not usable")
+        return lane.unavailable_reason or "is not usable"
 
     def _no_lane(self, ticket: Ticket) -> NoLane:
         pin = self._pin(ticket)

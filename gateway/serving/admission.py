@@ -22,13 +22,11 @@ from gateway.errors import GatewayError, WaitedTooLong
 from gateway.gpu.handover import Gpu
 from gateway.gpu.state import GpuState
 from gateway.routing.events import EventQueue
-from gateway.routing.lanes import Replica, Ticket
+from gateway.routing.lanes import RETRY_AFTER_S, Replica, Ticket
 from gateway.routing.scheduler import Action, Refuse, RequestGpu, Scheduler, Start
 from gateway.serving.outlook import Decision, Outlook, Residence
 from gateway.serving.replica_server import REPLICA_STATES, ReplicaServer, failure_of
 
-#: After so many seconds another attempt makes sense where no better guess is known.
-RETRY_AFTER_S = 5.0
 #: A timer may fire so much early, seconds.
 TIMER_SLACK_S = 0.001
 
